@@ -1,0 +1,193 @@
+"""How a training set is poisoned: the vocabulary every attack shares.
+
+An attack crafts triggers; :func:`poison` decides who receives them. Poisoned samples *replace* clean ones, so |D'| = |D|, and every
+triggered image is quantised to uint8 once: what the victim, the defender and the test see is what an image file can hold.
+"""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from models.backbone import Network
+from models.classifier import Classifier
+from models.images import ImageSet, quantise, to_float
+from models.spec import Spec, check, generator
+from models.training import Recipe
+
+__all__ = [
+    "Attack", "Crafted", "Plan", "PoisonedSet", "PoisonedTest", "Power", "Role", "Trigger", "apply", "poison", "poison_test",
+]  # fmt: skip
+
+Trigger = Callable[[Tensor, Tensor], Tensor]
+"""(images float (N, C, H, W) in [0, 1], index int64 (N,) of each image in its set) -> triggered images, same shape and range.
+
+Pure, batched, deterministic: per-sample randomness is looked up by ``index``, never drawn. Works on any device and image size.
+"""
+
+
+class Power(enum.Enum):
+    """What the attacker controls: the DATA alone, or the TRAINING of the victim too."""
+
+    DATA = "data"
+    TRAINING = "training"
+
+
+class Role(enum.IntEnum):
+    """What happened to a training sample. COVER = triggered, true label kept (WaNet's noise mode, adaptive blend)."""
+
+    CLEAN = 0
+    POISON = 1
+    COVER = 2
+
+
+@dataclass(frozen=True)
+class Plan(Spec):
+    """How much is poisoned, and towards what.
+
+    Attributes:
+        rate: poisoned share of the whole training set, in [0, 1] (clean-label attacks too; they stop at the target class's size).
+        cover_rate: share of cover samples; None = the attack's own default.
+        target: class every triggered image is sent to (all-to-one).
+        label_mode: ``all-to-one``, or ``all-to-all``: y -> (y + 1) mod K.
+    """
+
+    name: ClassVar[str] = "plan"
+
+    rate: float = 0.1
+    cover_rate: float | None = None
+    target: int = 0
+    label_mode: Literal["all-to-one", "all-to-all"] = "all-to-one"
+
+    def __post_init__(self) -> None:
+        check(self, "rate", 0 <= self.rate <= 1, "a share in [0, 1]")
+        check(self, "cover_rate", self.cover_rate is None or 0 <= self.cover_rate <= 1, "a share in [0, 1]")
+        check(self, "target", self.target >= 0, "a class number, 0 or more")
+        check(self, "label_mode", self.label_mode in ("all-to-one", "all-to-all"), "'all-to-one' or 'all-to-all'")
+
+    def relabel(self, labels: Tensor, num_classes: int) -> Tensor:
+        """The attacker's labels for images of classes ``labels`` (N,)."""
+        if self.label_mode == "all-to-all":
+            return (labels + 1) % num_classes
+        return torch.full_like(labels, self.target)
+
+
+@dataclass(frozen=True)
+class Crafted:
+    """What an attack made: the trigger for poisoned training samples, for cover samples (if any), and for the test."""
+
+    train: Trigger
+    test: Trigger
+    cover: Trigger | None = None
+
+
+@dataclass(frozen=True)
+class PoisonedSet:
+    """A poisoned training set. Only ``visible`` may ever reach a defender.
+
+    Attributes:
+        visible: the images and labels as published.
+        role: int8 (N,), values of :class:`Role`.
+        true_labels: int64 (N,).
+    """
+
+    visible: ImageSet
+    role: Tensor
+    true_labels: Tensor
+
+    def realised(self, role: Role) -> float:
+        """Share of the set in that role, in [0, 1]."""
+        return float((self.role == role).double().mean())
+
+
+@dataclass(frozen=True)
+class PoisonedTest:
+    """Triggered test images: ASR is read against ``target_labels``, RA against ``true_labels``, on the very same images.
+
+    All-to-one: images of the target class are left out, since they would count as successes of any classifier.
+    """
+
+    images: Tensor
+    true_labels: Tensor
+    target_labels: Tensor
+    source: Tensor
+    """int64 (M,): which test image each one comes from."""
+
+
+class Attack(Spec, ABC):
+    """A backdoor attack: a frozen dataclass of its settings, one file, one paper."""
+
+    power: ClassVar[Power] = Power.DATA
+    clean_label: ClassVar[bool] = False
+    needs_surrogate: ClassVar[bool] = False
+    """Whether :meth:`craft` wants a cleanly trained network."""
+    cover_share: ClassVar[float] = 0.0
+    """Cover samples per poisoned sample when the plan names no cover rate."""
+
+    @abstractmethod
+    def craft(self, train: ImageSet, plan: Plan, seed: int, surrogate: Network | None = None) -> Crafted:
+        """Builds the triggers. ``train`` is the clean training set the attacker holds; draws are keyed by ``seed``."""
+
+    def victim(self, net: Network, recipe: Recipe, crafted: Crafted, plan: Plan, seed: int) -> Classifier:
+        """The module that trains the victim: plain unless the attacker controls training (``power`` TRAINING).
+
+        A training-control victim is given the *clean* training set and poisons its own batches; every other victim is given the
+        poisoned set.
+        """
+        return Classifier(net, recipe)
+
+    def finished(self, victim: Classifier, crafted: Crafted) -> Crafted:
+        """The triggers after training, for attacks that learn them jointly with the victim."""
+        return crafted
+
+
+def apply(trigger: Trigger, images: Tensor, index: Tensor, batch: int = 1000) -> Tensor:
+    """Triggers uint8 images (N, C, H, W) in batches and quantises the result to uint8."""
+    parts = [
+        quantise(trigger(to_float(images[start : start + batch]), index[start : start + batch]))
+        for start in range(0, len(images), batch)
+    ]
+    return torch.cat(parts) if parts else images.clone()
+
+
+def poison(train: ImageSet, attack: Attack, crafted: Crafted, plan: Plan, seed: int) -> PoisonedSet:
+    """The static poisoned set; for training-control attacks, the set they would export.
+
+    ``round(rate * N)`` samples are drawn uniformly from all classes (clean label: from the target class, never more than it
+    holds), cover samples from the rest. The same (data, plan, seed) draw the same samples for every attack and backbone.
+    """
+    size = len(train)
+    if plan.target >= train.num_classes:
+        raise ValueError(f"target {plan.target} does not exist: the data has classes 0 to {train.num_classes - 1}")
+    order = torch.randperm(size, generator=generator(seed, "poison-indices"))
+    eligible = order[train.labels[order] == plan.target] if attack.clean_label else order
+    chosen = eligible[: round(plan.rate * size)]
+    role = torch.zeros(size, dtype=torch.int8)
+    role[chosen] = Role.POISON
+    cover_rate = plan.rate * attack.cover_share if plan.cover_rate is None else plan.cover_rate
+    if crafted.cover is not None and cover_rate > 0:
+        rest = order[role[order] == Role.CLEAN]
+        role[rest[: round(cover_rate * size)]] = Role.COVER
+    images, labels = train.images.clone(), train.labels.clone()
+    poisoned = torch.nonzero(role == Role.POISON).flatten()
+    images[poisoned] = apply(crafted.train, train.images[poisoned], poisoned)
+    if not attack.clean_label:
+        labels[poisoned] = plan.relabel(train.labels[poisoned], train.num_classes)
+    covers = torch.nonzero(role == Role.COVER).flatten()
+    if crafted.cover is not None:
+        images[covers] = apply(crafted.cover, train.images[covers], covers)
+    return PoisonedSet(ImageSet(images, labels, train.num_classes), role, train.labels.clone())
+
+
+def poison_test(test: ImageSet, crafted: Crafted, plan: Plan) -> PoisonedTest:
+    """The triggered test set: every image whose true class the trigger would change (all-to-all: all of them)."""
+    target_labels = plan.relabel(test.labels, test.num_classes)
+    source = torch.nonzero(target_labels != test.labels).flatten()
+    images = apply(crafted.test, test.images[source], source)
+    return PoisonedTest(images, test.labels[source], target_labels[source], source)

@@ -1,0 +1,160 @@
+"""Rows are data; everything people look at is a function of them.
+
+Three files a matrix, sorted in matrix order, byte-identical however often and wherever on one machine type they are made:
+``rows.csv`` (one row per cell and selection), ``curves.csv`` (one row per candidate of a cell) and, apart because seconds are
+never the same twice, ``timings.csv``.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pandas as pd
+
+from benchmark.files import write_text
+from models.spec import BadInput
+
+__all__ = ["Curve", "Key", "Row", "Timing", "frame", "read", "write"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """What a row is about. ``attack`` and ``defense`` are labels of the matrix, unique in it."""
+
+    matrix: str
+    dataset: str
+    backbone: str
+    attack: str
+    rate: float
+    """Nominal poisoning rate, share of the training set."""
+    seed: int
+    track: str
+    scope: str
+    """``head`` or ``whole``: which weights the defense might edit."""
+    defense: str
+    cell: str
+    """First 12 hex digits of the cell's key: joins the three files and the store."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Key):
+    """One cell under one selection. Shares are in [0, 1]; NaN (empty in the file) = not measured."""
+
+    target: int
+    label_mode: str
+    realised_rate: float
+    control: bool
+    selection: str
+    """``default`` | ``validation`` | ``oracle``."""
+    status: str
+    """``ok`` | ``refused`` | ``failed``."""
+    reason: str = ""
+    acc: float = math.nan
+    asr: float = math.nan
+    ra: float = math.nan
+    der: float = math.nan
+    acc_undefended: float = math.nan
+    asr_undefended: float = math.nan
+    ra_undefended: float = math.nan
+    acc_benign: float = math.nan
+    """ACC of the benign twin: same dataset, backbone, recipe and seed, no attack."""
+    implanted: bool = False
+    gate: str = ""
+    """The attack-validity gate in words."""
+    dial: float = math.nan
+    pruned: int = 0
+    units: int = 0
+    """Prunable units within the scope."""
+    val_acc: float = math.nan
+    """Accuracy on the validation part of the clean budget."""
+    samples_forward: int = 0
+    samples_backward: int = 0
+    cost_epochs: float = math.nan
+    """Standard-epoch equivalents: 1 = forward and backward over the attacker's training set."""
+    preset: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve(Key):
+    """One candidate of a cell, along its dial."""
+
+    dial_name: str
+    dial: float
+    is_default: bool
+    strength: float
+    pruned: int
+    acc: float
+    asr: float
+    ra: float
+    val_acc: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing(Key):
+    """Wall seconds and peak resident memory (MiB) of a cell's defense stage, and the seconds its victim took to train."""
+
+    seconds: float
+    peak_mib: float
+    victim_seconds: float
+
+
+T = TypeVar("T", Row, Curve, Timing)
+
+
+def _cell(value: Any) -> str:
+    """Floats to 6 decimals without trailing zeros, NaN as nothing, booleans as true/false: one value, one text."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.6f}".rstrip("0").rstrip(".")
+    return str(value)
+
+
+def write(path: Path, kind: type[T], rows: Iterable[T]) -> bool:
+    """Writes rows as CSV, whole or not at all; True when the file's content changed."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([f.name for f in fields(kind)])
+    for row in rows:
+        writer.writerow([_cell(value) for value in asdict(row).values()])
+    return write_text(path, out.getvalue())
+
+
+def frame(rows: Sequence[T]) -> pd.DataFrame:
+    """Rows as a table, exactly as reading the written file would give them."""
+    return pd.DataFrame([asdict(row) for row in rows])
+
+
+def read(path: Path, kind: type[T]) -> pd.DataFrame:
+    """A written file as a table with the columns of ``kind``.
+
+    Raises:
+        BadInput: the file is missing, is not CSV, or lacks a column (named).
+    """
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file; run the matrix first")
+    kinds = {"str": str, "bool": str, "int": "int64", "float": "float64"}
+    wanted = {f.name: str(f.type) for f in fields(kind)}
+    try:
+        header = pd.read_csv(path, nrows=0)
+        missing = [name for name in wanted if name not in header.columns]
+        if missing:
+            raise BadInput(f"{path}: column {missing[0]!r} is missing")
+        table = pd.read_csv(path, dtype={name: kinds[text] for name, text in wanted.items()}, keep_default_na=False, na_values={
+            name: [""] for name, text in wanted.items() if text == "float"
+        })  # fmt: skip
+    except (ValueError, pd.errors.ParserError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"{path}: not a rows file: {error}") from error
+    for name, text in wanted.items():
+        if text == "bool":
+            table[name] = table[name].map({"true": True, "false": False}).astype(bool)
+    return table

@@ -1,0 +1,182 @@
+"""What a defender does with its view: the vocabulary every defense shares.
+
+A defense never sees a trigger, a target, a role, a true label of the poisoned set, or the test set: they are not on its view, and
+the import contracts keep it from fetching them. What the track does not grant raises :class:`Withheld`.
+"""
+
+from __future__ import annotations
+
+import copy
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from models.backbone import Network
+from models.images import ImageSet
+from models.spec import Spec
+from models.training import Recipe
+from models.units import Scope
+
+__all__ = ["Candidate", "Defense", "DefenderView", "Inapplicable", "Knowledge", "Scope", "Withheld"]
+
+
+class Knowledge(enum.Flag):
+    """What a defender may hold. ROLES (which samples are poisoned) is granted to the perfect-filter control alone."""
+
+    NONE = 0
+    MODEL = enum.auto()
+    CLEAN = enum.auto()
+    TRAIN = enum.auto()
+    EXTRACTOR = enum.auto()
+    ROLES = enum.auto()
+
+    @property
+    def words(self) -> str:
+        """For people: "model + clean", "nothing"."""
+        return " + ".join((flag.name or "").lower() for flag in self) or "nothing"
+
+
+class Withheld(PermissionError):
+    """A defense reached for something its track does not grant, or that it had not declared it needs."""
+
+
+class Inapplicable(ValueError):
+    """A defense cannot run on this network or view, for a reason that is no fault of its own (say, no hidden units)."""
+
+
+class DefenderView:
+    """Everything a defender gets. Each access is recorded in ``used`` and checked against ``granted`` and ``declared``.
+
+    Args:
+        granted: what the track gives. declared: what the defense says it needs.
+        sources: how to fetch each thing, keyed by knowledge; called at most once each. MODEL -> Network, CLEAN -> (fit part,
+            validation part) of the clean budget, TRAIN -> ImageSet, EXTRACTOR -> Network, ROLES -> ImageSet without the poison.
+        fresh: builds an untrained network of the victim's architecture from a seed (the architecture is public).
+        num_classes, seed, scope, recipe: number of classes; the defender's seed; which weights may be edited; the recipe the
+            victim was trained with (public).
+    """
+
+    def __init__(
+        self,
+        *,
+        granted: Knowledge,
+        declared: Knowledge,
+        sources: Mapping[Knowledge, Callable[[], object]],
+        fresh: Callable[[int], Network],
+        num_classes: int,
+        seed: int,
+        scope: Scope,
+        recipe: Recipe,
+    ) -> None:
+        self.granted, self.declared, self.used = granted, declared, Knowledge.NONE
+        self.num_classes, self.seed, self.scope, self.recipe = num_classes, seed, scope, recipe
+        self.fresh = fresh
+        self.__sources = dict(sources)
+        self.__fetched: dict[Knowledge, object] = {}
+
+    def _fetch(self, what: Knowledge) -> object:
+        if what not in self.granted:
+            raise Withheld(f"the track withholds {what.words!r}; it grants {self.granted.words}")
+        if what not in self.declared:
+            raise Withheld(f"the defense reached for {what.words!r} but declares only {self.declared.words}")
+        self.used |= what
+        if what not in self.__fetched:
+            self.__fetched[what] = self.__sources[what]()
+        return self.__fetched[what]
+
+    @property
+    def model(self) -> Network:
+        """A fresh copy of the victim, in evaluation mode, every parameter trainable: do with it what you like."""
+        net = copy.deepcopy(self._fetch(Knowledge.MODEL))
+        assert isinstance(net, Network)
+        return net.requires_grad_(True).eval()
+
+    @property
+    def clean(self) -> ImageSet:
+        """The part of the clean budget to fit on (four fifths), class-balanced, never in the attacker's set."""
+        return self._budget()[0]
+
+    @property
+    def validation(self) -> ImageSet:
+        """The part of the clean budget to validate on (one fifth)."""
+        return self._budget()[1]
+
+    def _budget(self) -> tuple[ImageSet, ImageSet]:
+        parts = self._fetch(Knowledge.CLEAN)
+        assert isinstance(parts, tuple)
+        return parts
+
+    @property
+    def train(self) -> ImageSet:
+        """The training set as published: poisoned, no roles, no true labels."""
+        data = self._fetch(Knowledge.TRAIN)
+        assert isinstance(data, ImageSet)
+        return data
+
+    @property
+    def extractor(self) -> Network:
+        """A copy of the trusted feature extractor."""
+        net = copy.deepcopy(self._fetch(Knowledge.EXTRACTOR))
+        assert isinstance(net, Network)
+        return net
+
+    @property
+    def filtered(self) -> ImageSet:
+        """The training set with every poisoned and cover sample removed: the perfect filter's alone."""
+        data = self._fetch(Knowledge.ROLES)
+        assert isinstance(data, ImageSet)
+        return data
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One model a defense offers.
+
+    Attributes:
+        model: the defended network.
+        dial: where on the defense's dial it stands; None for a defense without one.
+        is_default: whether this is what the method's published default gives. Exactly one candidate of a run is.
+        strength: how hard the defense intervened, larger = harder; orders the candidates for the validation rule.
+        masks: pruned units by layer (bool, True = pruned), for pruning defenses.
+        note: anything worth a word in the row.
+    """
+
+    model: Network
+    dial: float | None = None
+    is_default: bool = True
+    strength: float = 0.0
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def pruned(self) -> int:
+        """Number of pruned units."""
+        return int(sum(int(mask.sum()) for mask in self.masks.values()))
+
+
+class Defense(Spec, ABC):
+    """A defense: a frozen dataclass of its settings, one file, one paper."""
+
+    control: ClassVar[bool] = False
+    """Controls stand in every table and are never ranked."""
+    scopes: ClassVar[tuple[Scope, ...]] = (Scope.WHOLE,)
+    dial_name: ClassVar[str] = ""
+    """Axis label of the dial, e.g. "share of units pruned"."""
+
+    @property
+    @abstractmethod
+    def needs(self) -> Knowledge:
+        """What this defense, with these settings, must be granted."""
+
+    @abstractmethod
+    def candidates(self, view: DefenderView) -> Iterator[Candidate]:
+        """Yields models along the dial (any order), exactly one of them marked as the default.
+
+        Raises:
+            Withheld: it reached for something the track does not grant.
+            Inapplicable: it cannot run on this network.
+        """

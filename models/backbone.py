@@ -1,0 +1,89 @@
+"""The backbone contract: ``forward = head after features``, with a head whose hidden units can be pruned."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models.cost import tally
+from models.spec import Spec, check
+
+__all__ = ["Backbone", "Network", "Normalise"]
+
+
+class Normalise(nn.Module):
+    """(x - mean) / std per channel. It is part of the network, so every image outside one lives in [0, 1]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+class Network(nn.Module):
+    """A classifier in two stages.
+
+    ``features``: images float (N, C, H, W) in [0, 1] -> embedding (N, d). ``head``: embedding -> logits (N, num_classes); an
+    ``nn.Sequential`` of linear layers with ReLU between them, or a single linear layer.
+    """
+
+    def __init__(self, normalise: Normalise, features: nn.Module, head: nn.Sequential) -> None:
+        super().__init__()
+        self.normalise = normalise
+        self.features = features
+        self.head = head
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Images float (N, C, H, W) in [0, 1] -> features (N, d)."""
+        z: Tensor = self.features(self.normalise(x))
+        tally(len(x), z)
+        return z
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.embed(x))
+        return logits
+
+
+@dataclass(frozen=True)
+class Backbone(Spec, ABC):
+    """An architecture and its size.
+
+    Attributes:
+        width: channels of the first stage; every other count scales with it.
+        hidden: units of the head's hidden layer; 0 = a plain linear head (what the literature's end-to-end victims have).
+    """
+
+    width: int = 16
+    hidden: int = 128
+
+    def __post_init__(self) -> None:
+        check(self, "width", 1 <= self.width <= 1024, "between 1 and 1024 channels")
+        check(self, "hidden", 0 <= self.hidden <= 8192, "between 0 (linear head) and 8192 units")
+
+    @abstractmethod
+    def trunk(self, shape: tuple[int, int, int]) -> tuple[nn.Module, int]:
+        """The feature extractor for images of ``shape`` (C, H, W), and the size d of the embedding it returns."""
+
+    def build(
+        self, num_classes: int, shape: tuple[int, int, int], mean: Sequence[float], std: Sequence[float], seed: int
+    ) -> Network:
+        """A freshly initialised network; the same arguments give the same weights, whatever was drawn before."""
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(seed)
+            features, width = self.trunk(shape)
+            if self.hidden:
+                head = nn.Sequential(nn.Linear(width, self.hidden), nn.ReLU(), nn.Linear(self.hidden, num_classes))
+            else:
+                head = nn.Sequential(nn.Linear(width, num_classes))
+            net = Network(Normalise(mean, std), features, head)
+        return net.to(memory_format=torch.channels_last)  # type: ignore[no-any-return, call-overload]
