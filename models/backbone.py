@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from models.cost import tally
 from models.spec import Spec, check
 
-__all__ = ["Backbone", "Network", "Normalise"]
+__all__ = ["Backbone", "GlobalAverage", "Network", "Normalise", "he_init"]
 
 
 class Normalise(nn.Module):
@@ -28,6 +29,26 @@ class Normalise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.mean) / self.std
+
+
+class GlobalAverage(nn.Module):
+    """(N, C, H, W) -> (N, C): the mean over all pixels, whatever the image size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
+def he_init(net: nn.Module, fan: Literal["fan_in", "fan_out"]) -> None:
+    """Every conv of ``net``: normal weights of variance 2 / fan, zero bias (He et al., ICCV 2015, arXiv 1502.01852, Sec. 2.2).
+
+    ``fan_out`` is what residual networks are customarily trained from; ``fan_in`` keeps the size of the forward signal, which a
+    network without norms needs.
+    """
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode=fan, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 class Network(nn.Module):
@@ -79,7 +100,7 @@ class Backbone(Spec, ABC):
     ) -> Network:
         """A freshly initialised network; the same arguments give the same weights, whatever was drawn before."""
         with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             features, width = self.trunk(shape)
             if self.hidden:
                 head = nn.Sequential(nn.Linear(width, self.hidden), nn.ReLU(), nn.Linear(self.hidden, num_classes))

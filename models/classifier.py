@@ -20,10 +20,10 @@ with warnings.catch_warnings():
 if TYPE_CHECKING:
     from models.training import Recipe
 
-__all__ = ["Classifier"]
+__all__ = ["Classifier", "pl"]
 
 
-class Classifier(pl.LightningModule):
+class Classifier(pl.LightningModule):  # type: ignore[misc] - Lightning is not followed by mypy (pyproject.toml)
     """Cross-entropy training of a :class:`Network` under a :class:`Recipe`.
 
     A method that differs from plain training overrides one hook and nothing else: :meth:`loss`, :meth:`on_batch`,

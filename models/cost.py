@@ -57,4 +57,4 @@ def tally(batch: int, output: torch.Tensor) -> None:
             for meter in meters:
                 meter.backward += batch
 
-        output.register_hook(count)
+        output.register_hook(count)  # type: ignore[no-untyped-call]

@@ -21,7 +21,7 @@ from models.spec import Spec, check
 __all__ = ["Diverged", "Fitted", "Recipe", "accuracy", "default_device", "fit", "predict", "seeded"]
 
 
-class Diverged(RuntimeError):
+class Diverged(RuntimeError):  # noqa: N818 - reads better where it is raised
     """A training ended with weights that are not finite."""
 
 

@@ -26,8 +26,8 @@ from torch import Tensor, fx, nn
 from models.backbone import Network
 
 __all__ = [
-    "Masks", "Pairing", "Policy", "Scope", "Scores", "UnitLayer", "Writer", "capture", "density_valley", "fixed", "hold", "largest_within",
-    "mean_std",     "prune", "select", "top_share", "unit_layers", "weight_bounds",
+    "Masks", "Pairing", "Policy", "Scope", "Scores", "UnitLayer", "Writer", "capture", "density_valley", "fixed", "hold",
+    "largest_within", "mean_std", "prune", "select", "top_share", "unit_layers", "weight_bounds",
 ]  # fmt: skip
 
 Pairing = Literal["dataflow", "registration"]

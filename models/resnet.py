@@ -1,0 +1,161 @@
+"""Residual networks for small images.
+
+- ResNet (He et al., CVPR 2016, arXiv 1512.03385): conv-norm-ReLU blocks; three stages for CIFAR (ResNet-8, ResNet-20), or the four
+  stages of ResNet-18 behind a 3x3 stem, as everyone trains it on 32x32 images.
+- PreAct-ResNet (He et al., ECCV 2016, arXiv 1603.05027): norm-ReLU-conv blocks, in the form the backdoor literature trains on
+  CIFAR: the shortcut conv reads the activated input and has no norm, and no norm follows the last block.
+- WideResNet (Zagoruyko and Komodakis, BMVC 2016, arXiv 1605.07146): three stages of the same blocks, with the final norm and ReLU.
+
+Every stage but the first halves the image's sides and doubles the channels. Any image of at least 8x8 pixels fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from models.backbone import Backbone, GlobalAverage, he_init
+
+__all__ = ["WRN16", "PreActResNet18", "ResNet8", "ResNet18", "ResNet20"]
+
+
+def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+
+
+class _Block(nn.Module):
+    """conv-norm-ReLU-conv-norm, plus the input (through a 1x1 conv and norm where the shape changes), then ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = _conv(inputs, outputs, 3, stride)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = _conv(outputs, outputs, 3)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        return torch.relu(out + self.shortcut(x))
+
+
+class _PreActBlock(nn.Module):
+    """norm-ReLU-conv twice, plus the input; where the shape changes, plus a 1x1 conv of the activated input instead."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = _conv(inputs, outputs, 3, stride)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.conv2 = _conv(outputs, outputs, 3)
+        self.shortcut = _conv(inputs, outputs, 1, stride) if stride != 1 or inputs != outputs else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = torch.relu(self.bn1(x))
+        skip = x if self.shortcut is None else self.shortcut(active)
+        out: Tensor = self.conv2(torch.relu(self.bn2(self.conv1(active))))
+        return out + skip
+
+
+class _Trunk(nn.Module):
+    """Stem, stages ``layer1``, ``layer2``, ..., global average. ``blocks[i]`` = number of blocks of stage i."""
+
+    def __init__(self, channels: int, width: int, blocks: Sequence[int], *, preact: bool, last_norm: bool = False) -> None:
+        super().__init__()
+        kind = _PreActBlock if preact else _Block
+        self.conv1 = _conv(channels, width, 3)
+        self.bn1 = nn.Identity() if preact else nn.BatchNorm2d(width)
+        self.act = nn.Identity() if preact else nn.ReLU()
+        self.stages: list[str] = []
+        size = width
+        for stage, count in enumerate(blocks):
+            outputs = width * 2**stage
+            layers: list[nn.Module] = []
+            for block in range(count):
+                layers.append(kind(size, outputs, 2 if stage and not block else 1))
+                size = outputs
+            self.stages.append(f"layer{stage + 1}")
+            self.add_module(self.stages[-1], nn.Sequential(*layers))
+        self.last = nn.Sequential(nn.BatchNorm2d(size), nn.ReLU()) if last_norm else nn.Identity()
+        self.pool = GlobalAverage()
+        he_init(self, "fan_out")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.bn1(self.conv1(x)))
+        for stage in self.stages:
+            x = self.get_submodule(stage)(x)
+        out: Tensor = self.pool(self.last(x))
+        return out
+
+
+@dataclass(frozen=True)
+class _ResNet(Backbone):
+    """Shared by the catalogue's entries, which differ in the numbers below and their default width."""
+
+    blocks: ClassVar[tuple[int, ...]]
+    preact: ClassVar[bool] = False
+    last_norm: ClassVar[bool] = False
+
+    def trunk(self, shape: tuple[int, int, int]) -> tuple[nn.Module, int]:
+        net = _Trunk(shape[0], self.width, self.blocks, preact=self.preact, last_norm=self.last_norm)
+        return net, self.width * 2 ** (len(self.blocks) - 1)
+
+
+@dataclass(frozen=True)
+class ResNet8(_ResNet):
+    """ResNet-8 for CIFAR: three stages of one block; d = 4 x width. Width 16: Sec. 4.2 of the paper; shortcuts: option B."""
+
+    name: ClassVar[str] = "resnet8"
+    blocks: ClassVar[tuple[int, ...]] = (1, 1, 1)
+
+
+@dataclass(frozen=True)
+class ResNet20(_ResNet):
+    """ResNet-20 for CIFAR: three stages of three blocks; d = 4 x width. Width 16: Sec. 4.2 of the paper; shortcuts: option B."""
+
+    name: ClassVar[str] = "resnet20"
+    blocks: ClassVar[tuple[int, ...]] = (3, 3, 3)
+
+
+@dataclass(frozen=True)
+class ResNet18(_ResNet):
+    """ResNet-18 with a 3x3 stem and no max-pool: four stages of two blocks; d = 8 x width. Width 64: Table 1 of the paper."""
+
+    name: ClassVar[str] = "resnet18"
+    blocks: ClassVar[tuple[int, ...]] = (2, 2, 2, 2)
+
+    width: int = 64
+
+
+@dataclass(frozen=True)
+class PreActResNet18(_ResNet):
+    """PreAct-ResNet-18, the literature's usual victim: four stages of two pre-activation blocks; d = 8 x width.
+
+    Width 64: as ResNet-18. The embedding is the average of the last residual sum, without norm or ReLU, and can be negative.
+    """
+
+    name: ClassVar[str] = "preact-resnet18"
+    blocks: ClassVar[tuple[int, ...]] = (2, 2, 2, 2)
+    preact: ClassVar[bool] = True
+
+    width: int = 64
+
+
+@dataclass(frozen=True)
+class WRN16(_ResNet):
+    """WideResNet-16-1: three stages of (16 - 4) / 6 = 2 pre-activation blocks; d = 4 x width.
+
+    Width 16 x widening factor 1: Table 1 of the paper. A factor k is ``width = 16 k``, with the stem widened too (the paper's has
+    16 channels whatever k is).
+    """
+
+    name: ClassVar[str] = "wrn16-1"
+    blocks: ClassVar[tuple[int, ...]] = (2, 2, 2)
+    preact: ClassVar[bool] = True
+    last_norm: ClassVar[bool] = True
