@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Classifier", "pl"]
 
 
-class Classifier(pl.LightningModule):  # type: ignore[misc] - Lightning is not followed by mypy (pyproject.toml)
+class Classifier(pl.LightningModule):  # type: ignore[misc]  # mypy does not follow Lightning's imports
     """Cross-entropy training of a :class:`Network` under a :class:`Recipe`.
 
     A method that differs from plain training overrides one hook and nothing else: :meth:`loss`, :meth:`on_batch`,

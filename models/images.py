@@ -86,7 +86,7 @@ class Batches:
         crop: pixels of zero padding for the random crop; 0 = no crop.
         flip: mirror half of the samples.
         drop_last: drop every incomplete batch, as long as one complete batch exists.
-        before_augment: attacker-side hook on raw images; takes the slower path that crops after it.
+        before_augment: attacker-side hook on raw images; what it returns is quantised to uint8, then cropped and flipped (slower).
     """
 
     def __init__(
@@ -148,7 +148,5 @@ class Batches:
                 continue
             assert self.before_augment is not None
             images, labels = self.before_augment(to_float(self.data.images[index]), labels, index, epoch)
-            if self.crop or self.flip:
-                pixels = self._flat(quantise(images))
-                images = self._gather(pixels, torch.arange(len(index), device=device), move)
-            yield images.contiguous(memory_format=torch.channels_last), labels, index
+            pixels = self._flat(quantise(images))
+            yield self._gather(pixels, torch.arange(len(index), device=device), move), labels, index
