@@ -1,0 +1,150 @@
+"""Weights in files: written as safetensors, read without ever running what a file contains.
+
+A file somebody else made may be a torch checkpoint, which is a pickle. It is read by torch's restricted unpickler, which builds
+tensors and plain containers and refuses everything else; a checkpoint that needs more is refused, never trusted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import pickle
+import struct
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors import torch as safetensors
+from torch import Tensor, nn
+
+from models.files import write_bytes
+from models.spec import BadInput
+
+__all__ = ["fit_state", "load_weights", "read_state", "save_weights"]
+
+_NESTED = ("state_dict", "model")
+"""Keys under which checkpoints keep the weights: Lightning's and most authors' codes; BackdoorBench's."""
+_PREFIXES = ("module.", "net.", "model.", "_orig_mod.")
+"""What DataParallel, our own Classifier, other people's wrappers and torch.compile put in front of every name."""
+_UNREADABLE = (
+    ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, OSError, RuntimeError, TypeError,
+    ValueError, struct.error,
+)  # fmt: skip
+"""What torch's reader raises on damaged bytes, whichever byte is damaged."""
+
+
+def save_weights(net: nn.Module, path: Path) -> None:
+    """Writes parameters and buffers as safetensors, whole or not at all; equal weights give equal bytes.
+
+    Raises:
+        BadInput: the file cannot be written.
+    """
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in net.state_dict().items()}
+    write_bytes(path, safetensors.save(state))
+
+
+def load_weights(net: nn.Module, path: Path) -> None:
+    """Loads a file into ``net``, in place; every tensor must be there, with its shape, and no other.
+
+    Raises:
+        BadInput: as :func:`read_state` and :func:`fit_state`; ``net`` is then unchanged.
+    """
+    fit_state(net, read_state(path), path)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file or a torch checkpoint by name, on the CPU; told apart by content, not by suffix.
+
+    A checkpoint may hold the weights themselves or keep them under ``state_dict`` or ``model``; a prefix that all names share,
+    such as ``module.``, is taken off.
+
+    Raises:
+        BadInput: no such file; it is damaged; it holds something other than tensors; it would have to run code to be read.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror or error}") from error
+    # A safetensors file is the length of its header in 8 bytes, then the header, a JSON object.
+    found = _safetensors(content, path) if content[8:9] == b"{" else _checkpoint(content, path)
+    for key in _NESTED:
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+            break
+    if not isinstance(found, Mapping) or not found:
+        raise BadInput(f"{path}: holds no weights, but {_kind(found)}; it must hold tensors by name")
+    for name, value in found.items():
+        if not isinstance(name, str):
+            raise BadInput(f"{path}: the name {name!r} is not text; it must hold tensors by name")
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            raise BadInput(f"{path}: {name!r} is not a dense tensor, but {_kind(value)}")
+    return _unprefixed({name: value.detach() for name, value in found.items()})
+
+
+def fit_state(net: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Loads ``state`` into ``net``, in place; ``path`` is where it came from, for the messages.
+
+    Raises:
+        BadInput: a tensor is missing, unexpected or of the wrong shape: the first one, with the shapes and the nearest name;
+            ``net`` is then unchanged.
+    """
+    wanted = net.state_dict()
+    for name, value in wanted.items():
+        if name not in state:
+            raise BadInput(f"{path}: tensor {name!r} {_shape(value)} is missing{_nearest(name, set(state) - set(wanted), state)}")
+        if state[name].shape != value.shape:
+            raise BadInput(f"{path}: tensor {name!r} is {_shape(state[name])}, but the network's is {_shape(value)}")
+        if state[name].is_floating_point() != value.is_floating_point():
+            raise BadInput(f"{path}: tensor {name!r} is {state[name].dtype}, but the network's is {value.dtype}")
+    for name, value in state.items():
+        if name not in wanted:
+            raise BadInput(f"{path}: tensor {name!r} {_shape(value)} is not in the network{_nearest(name, set(wanted), wanted)}")
+    net.load_state_dict(dict(state), strict=True)
+
+
+def _safetensors(content: bytes, path: Path) -> dict[str, Tensor]:
+    try:
+        found: dict[str, Tensor] = safetensors.load(content)
+    except (SafetensorError, *_UNREADABLE) as error:
+        raise BadInput(f"{path}: damaged or cut short, not a whole safetensors file: {_first_line(error)}") from error
+    return found
+
+
+def _checkpoint(content: bytes, path: Path) -> object:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns about archives it then refuses
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's own message advises reading the file with code execution allowed; nobody should.
+        raise BadInput(
+            f"{path}: refused: it is damaged, or code would have to run to read it; save the plain state dict, or safetensors"
+        ) from error
+    except _UNREADABLE as error:
+        raise BadInput(f"{path}: neither a whole safetensors file nor a whole torch checkpoint: {_first_line(error)}") from error
+
+
+def _unprefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) and name != prefix for name in state):
+            return _unprefixed({name.removeprefix(prefix): value for name, value in state.items()})
+    return state
+
+
+def _shape(value: Tensor) -> str:
+    return " x ".join(map(str, value.shape)) or "scalar"
+
+
+def _kind(value: object) -> str:
+    return "an empty mapping" if isinstance(value, Mapping) and not value else f"a {type(value).__name__}"
+
+
+def _nearest(wrong: str, names: set[str], shapes: Mapping[str, Tensor]) -> str:
+    close = difflib.get_close_matches(wrong, sorted(names), n=1, cutoff=0.0)
+    return f"; nearest name there: {close[0]!r} {_shape(shapes[close[0]])}" if close else ""
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
