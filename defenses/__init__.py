@@ -1,1 +1,28 @@
-"""placeholder"""
+"""What a defender does with its view: one published method per file, and the catalogue of them."""
+
+from __future__ import annotations
+
+from defenses.anp import ANP
+from defenses.base import Defense
+from defenses.clp import CLP
+from defenses.controls import NoDefense, PerfectFilter, RandomPruning, TrainingFromScratch
+from defenses.fine_pruning import FinePruning
+from defenses.fine_tuning import FineTuning
+from defenses.holder_pruning import HolderPruning
+from defenses.pruning import Pruning
+
+__all__ = ["DEFENSES"]
+
+DEFENSES: tuple[type[Defense], ...] = (
+    NoDefense,
+    RandomPruning,
+    TrainingFromScratch,
+    PerfectFilter,
+    FineTuning,
+    Pruning,
+    FinePruning,
+    ANP,
+    CLP,
+    HolderPruning,
+)
+"""Every defense of the suite, in the order of the tables: controls first, then by what a defender must hold."""

@@ -19,9 +19,19 @@ from models.backbone import Network
 from models.images import ImageSet
 from models.spec import Spec
 from models.training import Recipe
-from models.units import Scope
+from models.units import Masks, Pairing, Scope, UnitLayer, Writer, prune, unit_layers
 
-__all__ = ["Candidate", "Defense", "DefenderView", "Inapplicable", "Knowledge", "Scope", "Withheld"]
+__all__ = [
+    "Candidate",
+    "DefenderView",
+    "Defense",
+    "Inapplicable",
+    "Knowledge",
+    "Scope",
+    "Withheld",
+    "prunable",
+    "pruned_candidate",
+]
 
 
 class Knowledge(enum.Flag):
@@ -40,11 +50,11 @@ class Knowledge(enum.Flag):
         return " + ".join((flag.name or "").lower() for flag in self) or "nothing"
 
 
-class Withheld(PermissionError):
+class Withheld(PermissionError):  # noqa: N818 - it names what happened
     """A defense reached for something its track does not grant, or that it had not declared it needs."""
 
 
-class Inapplicable(ValueError):
+class Inapplicable(ValueError):  # noqa: N818 - it names what happened
     """A defense cannot run on this network or view, for a reason that is no fault of its own (say, no hidden units)."""
 
 
@@ -166,6 +176,8 @@ class Defense(Spec, ABC):
     scopes: ClassVar[tuple[Scope, ...]] = (Scope.WHOLE,)
     dial_name: ClassVar[str] = ""
     """Axis label of the dial, e.g. "share of units pruned"."""
+    writer: ClassVar[Writer | None] = None
+    """What a method that prunes and does nothing else writes; None for every other. Random pruning writes the same."""
 
     @property
     @abstractmethod
@@ -180,3 +192,22 @@ class Defense(Spec, ABC):
             Withheld: it reached for something the track does not grant.
             Inapplicable: it cannot run on this network.
         """
+
+
+def prunable(net: Network, scope: Scope, pairing: Pairing = "dataflow") -> tuple[UnitLayer, ...]:
+    """The layers a pruning defense may touch under ``scope``, in forward order.
+
+    Raises:
+        Inapplicable: there is no unit to prune, with the reason.
+    """
+    layers = unit_layers(net, scope, pairing)
+    if not layers:
+        reason = "the head is a single linear layer and has no hidden units" if scope is Scope.HEAD else "no prunable layer"
+        raise Inapplicable(f"nothing to prune at scope {scope.value!r}: {reason}")
+    return layers
+
+
+def pruned_candidate(model: Network, masks: Masks, writer: Writer, dial: float, is_default: bool) -> Candidate:
+    """``model`` with the masks written into a copy; its strength is the number of pruned units."""
+    strength = float(sum(int(mask.sum()) for mask in masks.values()))
+    return Candidate(prune(model, masks, writer), dial, is_default, strength, masks)

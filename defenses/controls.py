@@ -1,0 +1,146 @@
+"""Controls: what every defense must be compared with. They stand in every table and are never ranked.
+
+None leaves the victim as it is. Random pruning removes as many units as another method, chosen by lot: what is left of a pruning
+method's effect beyond it is due to its score. Training from scratch spends the clean budget without the victim. The perfect filter
+trains on the poisoned set without its poison: what detection could reach at best.
+
+Needs: nothing but the model (none); what the imitated method needs (random pruning); the clean budget (training from scratch); the
+roles of the training samples, which no defender has (perfect filter). Edits: everything, or the imitated method's units.
+Dial: random pruning has the imitated method's; the others have none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge, Scope, pruned_candidate
+from models.classifier import Classifier
+from models.images import ImageSet
+from models.spec import BadInput, check, derive_seed, generator, lookup, nearest
+from models.training import Recipe, fit
+
+__all__ = ["NoDefense", "PerfectFilter", "RandomPruning", "TrainingFromScratch"]
+
+
+@dataclass(frozen=True)
+class NoDefense(Defense):
+    """The victim as it is."""
+
+    name: ClassVar[str] = "none"
+    control: ClassVar[bool] = True
+    scopes: ClassVar[tuple[Scope, ...]] = (Scope.HEAD, Scope.WHOLE)
+
+    @property
+    def needs(self) -> Knowledge:
+        return Knowledge.MODEL
+
+    def candidates(self, view: DefenderView) -> Iterator[Candidate]:
+        yield Candidate(view.model)
+
+
+@dataclass(frozen=True)
+class RandomPruning(Defense):
+    """Another method's number of pruned units, layer by layer, but units drawn by lot; written the same way.
+
+    One permutation per layer serves the whole dial, so that nested masks stay nested.
+
+    Attributes:
+        like: name of the pruning method it imitates. like_settings: that method's settings, as (field, value) pairs.
+    """
+
+    name: ClassVar[str] = "random-pruning"
+    control: ClassVar[bool] = True
+    scopes: ClassVar[tuple[Scope, ...]] = (Scope.HEAD, Scope.WHOLE)
+    dial_name: ClassVar[str] = "dial of the imitated method"
+
+    like: str = "clp"
+    like_settings: tuple[tuple[str, object], ...] = ()
+
+    def __post_init__(self) -> None:
+        self.imitated()
+
+    def imitated(self) -> Defense:
+        """The method whose numbers are copied.
+
+        Raises:
+            BadInput: no such method, it does not prune (or not only), or it has no such setting.
+        """
+        from defenses import DEFENSES  # the catalogue lists this class, so it can only be read once it is complete
+
+        kind = lookup("defense", DEFENSES, self.like)
+        pruners = [entry.name for entry in DEFENSES if entry.writer is not None]
+        check(self, "like", kind.writer is not None, "a method that prunes and does nothing else: " + ", ".join(pruners))
+        known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+        settings = dict(self.like_settings)
+        for field in settings:
+            if field not in known:
+                raise BadInput(f"{self.name}: {self.like} has no setting {field!r}{nearest(field, known)}")
+        return kind(**settings)
+
+    @property
+    def needs(self) -> Knowledge:
+        return self.imitated().needs
+
+    def candidates(self, view: DefenderView) -> Iterator[Candidate]:
+        imitated = self.imitated()
+        if view.scope not in imitated.scopes:
+            raise Inapplicable(f"{self.like} cannot run at scope {view.scope.value!r}")
+        assert imitated.writer is not None
+        for candidate in imitated.candidates(view):
+            masks = {
+                name: mask[torch.randperm(len(mask), generator=generator(view.seed, "random-pruning", name))]
+                for name, mask in candidate.masks.items()
+            }
+            assert candidate.dial is not None
+            yield pruned_candidate(view.model, masks, imitated.writer, candidate.dial, candidate.is_default)
+
+
+def _trained(view: DefenderView, data: ImageSet, recipe: Recipe, purpose: str) -> Candidate:
+    net = view.fresh(derive_seed(view.seed, purpose, "weights"))
+    fit(Classifier(net, recipe), data, recipe, derive_seed(view.seed, purpose, "batches"))
+    return Candidate(net.requires_grad_(True).eval())
+
+
+@dataclass(frozen=True)
+class TrainingFromScratch(Defense):
+    """A fresh network of the victim's architecture, trained with the victim's recipe on the clean budget alone.
+
+    Attributes:
+        epochs: passes over the clean samples (ours: 100, as fine-tuning).
+    """
+
+    name: ClassVar[str] = "training-from-scratch"
+    control: ClassVar[bool] = True
+
+    epochs: int = 100
+
+    def __post_init__(self) -> None:
+        check(self, "epochs", 0 <= self.epochs <= 10_000, "between 0 and 10000")
+
+    @property
+    def needs(self) -> Knowledge:
+        return Knowledge.CLEAN
+
+    def candidates(self, view: DefenderView) -> Iterator[Candidate]:
+        recipe = dataclasses.replace(view.recipe, epochs=self.epochs)
+        yield _trained(view, view.clean, recipe, "training-from-scratch")
+
+
+@dataclass(frozen=True)
+class PerfectFilter(Defense):
+    """A fresh network trained with the victim's recipe on the training set without its poisoned and cover samples."""
+
+    name: ClassVar[str] = "perfect-filter"
+    control: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> Knowledge:
+        return Knowledge.ROLES
+
+    def candidates(self, view: DefenderView) -> Iterator[Candidate]:
+        yield _trained(view, view.filtered, view.recipe, "perfect-filter")

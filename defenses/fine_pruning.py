@@ -1,0 +1,58 @@
+"""Fine-pruning: Liu, Dolan-Gavitt and Garg, "Fine-Pruning: Defending Against Backdooring Attacks on Deep Neural Networks", RAID
+2018, arXiv 1805.12185.
+
+A pruning-aware attacker can hide the backdoor in units that clean inputs use, so pruning alone fails. Fine-tuning alone fails too,
+because clean samples give no gradient to silent units. Hence both, in that order: prune the silent units, then fine-tune the rest.
+
+Needs: model, clean budget. Edits: the units of the last convolution, then every weight (scope HEAD: the head's hidden units, then
+the head). Dial: share of units pruned; default = the share at which :mod:`defenses.pruning` stops.
+Deviations from the paper: those of :mod:`defenses.pruning` and :mod:`defenses.fine_tuning`; pruned units, norm offset included, are
+held at exactly zero after every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from defenses.base import Candidate, DefenderView, Scope, pruned_candidate
+from defenses.fine_tuning import FineTuning
+from defenses.pruning import Pruning, clean_activations, steps, stop
+from models.spec import check
+from models.units import Writer
+
+__all__ = ["FinePruning"]
+
+
+@dataclass(frozen=True)
+class FinePruning(FineTuning):
+    """Settings of the fine-tuning, and of the pruning before it.
+
+    Attributes:
+        tau, levels: as in :class:`defenses.pruning.Pruning`.
+        shares: further shares to prune and fine-tune at, each in [0, 1); every one costs a whole fine-tuning (ours: none).
+    """
+
+    name: ClassVar[str] = "fine-pruning"
+    scopes: ClassVar[tuple[Scope, ...]] = (Scope.HEAD, Scope.WHOLE)
+    dial_name: ClassVar[str] = "share of units pruned"
+
+    tau: float = 0.04
+    levels: tuple[float, ...] = Pruning.levels
+    shares: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Pruning(self.tau, self.levels)
+        check(self, "shares", all(0 <= share < 1 for share in self.shares), "shares in [0, 1)")
+
+    def candidates(self, view: DefenderView) -> Iterator[Candidate]:
+        activations = clean_activations(view)
+        ladder = steps(activations, self.levels)
+        default = stop(view, ladder, self.tau)
+        wanted = {default: ladder[default], **steps(activations, self.shares)}
+        for share, masks in sorted(wanted.items()):
+            candidate = pruned_candidate(view.model, masks, Writer.OUTPUT, share, share == default)
+            self.tune(candidate.model, view, masks)
+            yield candidate

@@ -1,0 +1,103 @@
+"""Fine-tuning on the clean budget: the baseline of Liu, Dolan-Gavitt and Garg, "Fine-Pruning", RAID 2018, arXiv 1805.12185.
+
+The clean samples pull the network back towards its task, and catastrophic forgetting takes the backdoor along, or does not. All
+weights move, batch norm in training mode, the crop and flip the victim was trained with. It often raises the accuracy of a weak
+victim, so a negative accuracy drop is no error.
+
+Needs: model, clean budget. Edits: every weight, or the head's alone at scope HEAD (the features are then frozen in evaluation mode,
+running statistics included). Dial: none; the last epoch is the result.
+Deviations from the paper: it gives no schedule for this baseline. The rates are BackdoorBench's (config/defense/ft/cifar10.yaml);
+batch 128 for 256, cosine to zero over the epochs that are run, and no mixed precision are ours, one schedule for every method here
+that fine-tunes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from defenses.base import Candidate, DefenderView, Defense, Knowledge, Scope
+from models.backbone import Network
+from models.classifier import Classifier
+from models.images import ImageSet
+from models.spec import check, derive_seed
+from models.training import Recipe, fit
+from models.units import Writer, hold
+
+__all__ = ["FineTuning", "fine_tuned"]
+
+
+class _Tuned(Classifier):
+    """Plain training that may leave the features alone and holds pruned units at zero."""
+
+    def __init__(self, net: Network, recipe: Recipe, scope: Scope, masks: Mapping[str, Tensor]) -> None:
+        super().__init__(net, recipe)
+        self.scope, self.masks = scope, masks
+
+    def train(self, mode: bool = True) -> _Tuned:
+        super().train(mode)
+        if self.scope is Scope.HEAD:
+            self.net.features.eval()  # running statistics are part of the features
+        return self
+
+    def trainable(self) -> list[nn.Parameter]:
+        return list((self.net.head if self.scope is Scope.HEAD else self.net).parameters())
+
+    def after_step(self) -> None:
+        # Momentum and weight decay move pruned entries too: zeroing gradients alone would not hold them.
+        hold(self.net, self.masks, Writer.OUTPUT)
+
+
+def fine_tuned(
+    net: Network, data: ImageSet, recipe: Recipe, scope: Scope, seed: int, masks: Mapping[str, Tensor] | None = None
+) -> Network:
+    """``net`` fine-tuned in place on ``data``, units under ``masks`` exactly zero throughout; in evaluation mode, on the CPU.
+
+    Raises:
+        Diverged: weights are not finite at the end.
+    """
+    net.features.requires_grad_(scope is Scope.WHOLE)
+    fit(_Tuned(net, recipe, scope, masks or {}), data, recipe, seed)
+    return net.requires_grad_(True).eval()
+
+
+@dataclass(frozen=True)
+class FineTuning(Defense):
+    """Settings of the fine-tuning.
+
+    Attributes:
+        epochs: passes over the clean samples (BackdoorBench: 100). lr: peak rate (BackdoorBench: 0.01), cosine to zero.
+        batch: samples per step (ours: 128, as the other methods on this budget). weight_decay: BackdoorBench, 5e-4.
+    """
+
+    name: ClassVar[str] = "fine-tuning"
+    scopes: ClassVar[tuple[Scope, ...]] = (Scope.HEAD, Scope.WHOLE)
+
+    epochs: int = 100
+    lr: float = 0.01
+    batch: int = 128
+    weight_decay: float = 5e-4
+
+    def __post_init__(self) -> None:
+        check(self, "epochs", 0 <= self.epochs <= 10_000, "between 0 and 10000")
+        check(self, "lr", 0 <= self.lr <= 10, "between 0 and 10")
+        check(self, "batch", 2 <= self.batch <= 65_536, "between 2 and 65536 samples")
+        check(self, "weight_decay", 0 <= self.weight_decay <= 1, "in [0, 1]")
+
+    @property
+    def needs(self) -> Knowledge:
+        return Knowledge.MODEL | Knowledge.CLEAN
+
+    def tune(self, net: Network, view: DefenderView, masks: Mapping[str, Tensor] | None = None) -> Network:
+        """``net`` fine-tuned in place on the clean budget under these settings (see :func:`fine_tuned`)."""
+        recipe = Recipe(
+            epochs=self.epochs, batch=self.batch, lr=self.lr, weight_decay=self.weight_decay, momentum=0.9, schedule="cosine",
+            crop=view.recipe.crop, flip=view.recipe.flip,
+        )  # fmt: skip
+        return fine_tuned(net, view.clean, recipe, view.scope, derive_seed(view.seed, "fine-tuning"), masks)
+
+    def candidates(self, view: DefenderView) -> Iterator[Candidate]:
+        yield Candidate(self.tune(view.model, view))

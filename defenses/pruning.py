@@ -1,0 +1,140 @@
+"""Activation pruning: the first half of Liu, Dolan-Gavitt and Garg, "Fine-Pruning", RAID 2018, arXiv 1805.12185.
+
+A backdoor is thought to live in units that clean inputs leave silent. The units of the last convolution are sorted by their mean
+activation on clean samples and pruned in ascending order. Pruning goes on until accuracy on held-out clean samples gives way.
+
+Needs: model, clean budget. Edits: the units of the last convolution (of the head's hidden layers at scope HEAD).
+Dial: share of those units pruned; default = the largest whose validation accuracy is within ``tau`` of the victim's.
+Deviations from the paper: it fixes the number of pruned units by hand for each network; the tolerance ``tau`` and the stop on a
+validation part of the same clean budget are ours (public code stops on test accuracy). In residual nets "the last convolution" is
+the last one larger than 1x1, with its norm, measured before the shortcut is added: the shortcut itself stays. With several hidden
+layers in the head, each is sorted by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge, Scope, prunable, pruned_candidate
+from models.backbone import Network
+from models.images import to_float
+from models.spec import check
+from models.training import accuracy, default_device
+from models.units import Masks, Scores, UnitLayer, Writer, capture, largest_within, prune
+
+__all__ = ["Pruning", "clean_activations", "last_layers", "lowest", "mean_activations", "steps", "stop"]
+
+
+def last_layers(net: Network, scope: Scope) -> tuple[UnitLayer, ...]:
+    """The last convolution's units (WHOLE), or all hidden layers of the head (HEAD).
+
+    Raises:
+        Inapplicable: there are none.
+    """
+    layers = prunable(net, scope)
+    if scope is Scope.HEAD:
+        return layers
+
+    def spatial(layer: UnitLayer) -> bool:
+        convs = [net.get_submodule(path) for path in layer.writers]
+        return any(isinstance(conv, nn.Conv2d) and max(conv.kernel_size) > 1 for conv in convs)
+
+    inside = [layer for layer in layers if not layer.head]
+    if not inside:
+        raise Inapplicable("nothing to prune at scope 'whole': the features have no convolution")
+    return (([layer for layer in inside if spatial(layer)] or inside)[-1],)
+
+
+@torch.no_grad()
+def mean_activations(net: Network, layers: Sequence[UnitLayer], images: Tensor, batch: int = 500) -> Scores:
+    """Mean activation after ReLU of every unit over samples and positions, float64 (units,) by layer name.
+
+    ``images``: uint8 (N, C, H, W), N >= 1, not augmented. ``net`` must be in evaluation mode.
+    """
+    device = next(net.parameters()).device
+    total = {layer.name: torch.zeros(layer.size, dtype=torch.float64) for layer in layers}
+    with capture(net, layers) as seen:
+        for start in range(0, len(images), batch):
+            net(to_float(images[start : start + batch].to(device)))
+            for name, output in seen.items():
+                total[name] += output.reshape(*output.shape[:2], -1).double().mean(2).sum(0).cpu()
+    return {name: value / len(images) for name, value in total.items()}
+
+
+def lowest(activations: Scores, share: float) -> Masks:
+    """Masks of the ``round(share * n)`` least active units of each layer, but never its last one; ties by lower index."""
+    masks: Masks = {}
+    for name, values in activations.items():
+        count = min(round(share * len(values)), len(values) - 1)
+        masks[name] = torch.zeros(len(values), dtype=torch.bool)
+        masks[name][torch.argsort(values, stable=True)[:count]] = True
+    return masks
+
+
+def clean_activations(view: DefenderView) -> Scores:
+    """Mean activation of the units this method prunes, on the clean budget: float64 (units,) by layer name.
+
+    Raises:
+        Inapplicable: no such units, or an empty part of the clean budget.
+    """
+    net = view.model.to(default_device())
+    if not len(view.clean) or not len(view.validation):
+        raise Inapplicable("both parts of the clean budget must hold samples: one to measure activations on, one to stop on")
+    return mean_activations(net, last_layers(net, view.scope), view.clean.images)
+
+
+def steps(activations: Scores, shares: Sequence[float]) -> dict[float, Masks]:
+    """Masks by the share of units they really prune, in the order of ``shares``; those that round alike fall together."""
+    units = sum(len(values) for values in activations.values())
+    found = [lowest(activations, share) for share in shares]
+    return {sum(int(mask.sum()) for mask in masks.values()) / units: masks for masks in found}
+
+
+def stop(view: DefenderView, ladder: dict[float, Masks], tau: float) -> float:
+    """The last share of ``ladder`` (ascending) before validation accuracy falls more than ``tau`` below the victim's."""
+    net = view.model.to(default_device())
+    floor = accuracy(net, view.validation) - tau
+    position = largest_within(
+        list(ladder.values()), lambda masks: accuracy(prune(net, masks, Writer.OUTPUT), view.validation), floor
+    )
+    return list(ladder)[position]
+
+
+@dataclass(frozen=True)
+class Pruning(Defense):
+    """Settings of the pruning.
+
+    Attributes:
+        tau: tolerated drop of validation accuracy, a share in [0, 1] (ours: 0.04, one tolerance for all methods).
+        levels: shares at which models are offered, ascending, each in [0, 1) (ours).
+    """
+
+    name: ClassVar[str] = "pruning"
+    scopes: ClassVar[tuple[Scope, ...]] = (Scope.HEAD, Scope.WHOLE)
+    dial_name: ClassVar[str] = "share of units pruned"
+    writer: ClassVar[Writer | None] = Writer.OUTPUT
+
+    tau: float = 0.04
+    levels: tuple[float, ...] = tuple(round(0.05 * step, 2) for step in range(20))
+
+    def __post_init__(self) -> None:
+        check(self, "tau", 0 <= self.tau <= 1, "a share in [0, 1]")
+        ascending = list(self.levels) == sorted(set(self.levels))
+        inside = all(0 <= level < 1 for level in self.levels)
+        check(self, "levels", ascending and inside and 0 in self.levels, "ascending shares in [0, 1), beginning with 0")
+
+    @property
+    def needs(self) -> Knowledge:
+        return Knowledge.MODEL | Knowledge.CLEAN
+
+    def candidates(self, view: DefenderView) -> Iterator[Candidate]:
+        ladder = steps(clean_activations(view), self.levels)
+        default = stop(view, ladder, self.tau)
+        model = view.model
+        for share, masks in ladder.items():
+            yield pruned_candidate(model, masks, Writer.OUTPUT, share, share == default)
