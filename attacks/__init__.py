@@ -1,1 +1,11 @@
-"""placeholder"""
+"""The attacks. A new one is a file and a line here; the order is the order of every table."""
+
+from attacks.badnets import BadNets
+from attacks.base import Attack
+from attacks.blended import Blended
+from attacks.sig import SIG
+from attacks.wanet import WaNet
+
+__all__ = ["ATTACKS"]
+
+ATTACKS: tuple[type[Attack], ...] = (BadNets, Blended, SIG, WaNet)

@@ -18,17 +18,19 @@ from torch import Tensor
 from models.backbone import Network
 from models.classifier import Classifier
 from models.images import ImageSet, quantise, to_float
-from models.spec import Spec, check, generator
+from models.spec import BadInput, Spec, check, generator
 from models.training import Recipe
 
 __all__ = [
     "Attack", "Crafted", "Plan", "PoisonedSet", "PoisonedTest", "Power", "Role", "Trigger", "apply", "poison", "poison_test",
+    "uniforms",
 ]  # fmt: skip
 
 Trigger = Callable[[Tensor, Tensor], Tensor]
 """(images float (N, C, H, W) in [0, 1], index int64 (N,) of each image in its set) -> triggered images, same shape and range.
 
-Pure, batched, deterministic: per-sample randomness is looked up by ``index``, never drawn. Works on any device and image size.
+Pure, batched, deterministic: per-sample randomness is looked up by ``index`` (:func:`uniforms`), never drawn. Works on any device,
+for images of the shape it was crafted for.
 """
 
 
@@ -53,7 +55,7 @@ class Plan(Spec):
 
     Attributes:
         rate: poisoned share of the whole training set, in [0, 1] (clean-label attacks too; they stop at the target class's size).
-        cover_rate: share of cover samples; None = the attack's own default.
+        cover_rate: share of cover samples; None = the attack's own default. Without effect on attacks that make no covers.
         target: class every triggered image is sent to (all-to-one).
         label_mode: ``all-to-one``, or ``all-to-all``: y -> (y + 1) mod K.
     """
@@ -72,7 +74,13 @@ class Plan(Spec):
         check(self, "label_mode", self.label_mode in ("all-to-one", "all-to-all"), "'all-to-one' or 'all-to-all'")
 
     def relabel(self, labels: Tensor, num_classes: int) -> Tensor:
-        """The attacker's labels for images of classes ``labels`` (N,)."""
+        """The attacker's labels for images of classes ``labels`` (N,).
+
+        Raises:
+            BadInput: the target is not one of the ``num_classes`` classes.
+        """
+        if self.target >= num_classes:
+            raise BadInput(f"plan: target = {self.target} does not exist; the data has classes 0 to {num_classes - 1}")
         if self.label_mode == "all-to-all":
             return (labels + 1) % num_classes
         return torch.full_like(labels, self.target)
@@ -123,16 +131,29 @@ class PoisonedTest:
 class Attack(Spec, ABC):
     """A backdoor attack: a frozen dataclass of its settings, one file, one paper."""
 
-    power: ClassVar[Power] = Power.DATA
     clean_label: ClassVar[bool] = False
+    """Whether only images of the target class are poisoned, so that no label is ever wrong."""
     needs_surrogate: ClassVar[bool] = False
     """Whether :meth:`craft` wants a cleanly trained network."""
     cover_share: ClassVar[float] = 0.0
     """Cover samples per poisoned sample when the plan names no cover rate."""
 
+    @property
+    def power(self) -> Power:
+        """What this attack, with these settings, needs control of."""
+        return Power.DATA
+
+    def cover_rate(self, plan: Plan) -> float:
+        """Cover samples as a share of the training set: the plan's, or this attack's own share of the poison; in [0, 1]."""
+        return min(1.0, plan.rate * self.cover_share) if plan.cover_rate is None else plan.cover_rate
+
     @abstractmethod
     def craft(self, train: ImageSet, plan: Plan, seed: int, surrogate: Network | None = None) -> Crafted:
-        """Builds the triggers. ``train`` is the clean training set the attacker holds; draws are keyed by ``seed``."""
+        """Builds the triggers. ``train`` is the clean training set the attacker holds; draws are keyed by ``seed``.
+
+        Raises:
+            BadInput: the settings do not suit images of this shape.
+        """
 
     def victim(self, net: Network, recipe: Recipe, crafted: Crafted, plan: Plan, seed: int) -> Classifier:
         """The module that trains the victim: plain unless the attacker controls training (``power`` TRAINING).
@@ -145,6 +166,29 @@ class Attack(Spec, ABC):
     def finished(self, victim: Classifier, crafted: Crafted) -> Crafted:
         """The triggers after training, for attacks that learn them jointly with the victim."""
         return crafted
+
+
+def _mix(state: Tensor) -> Tensor:
+    """SplitMix64's finaliser on int64: products wrap as unsigned ones do, and the masks make the shifts logical."""
+    state = (state ^ ((state >> 30) & 0x3FFFFFFFF)) * (0xBF58476D1CE4E5B9 - 2**64)
+    state = (state ^ ((state >> 27) & 0x1FFFFFFFFF)) * (0x94D049BB133111EB - 2**64)
+    return state ^ ((state >> 31) & 0x1FFFFFFFF)
+
+
+def uniforms(key: int, index: Tensor, count: int) -> Tensor:
+    """``count`` uniforms in [0, 1) per sample, float32 (N, count), looked up rather than drawn.
+
+    The value depends on (key, index, position) alone: not on the batch, its order, the device or the number of workers, and no
+    table as large as the data set is kept. SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) used as a counter-based generator; the
+    upper 24 bits, so that every device holds the same floats.
+
+    Args:
+        key: in [0, 2**63), as :func:`models.spec.derive_seed` gives it.
+        index: int64 (N,), which samples.
+    """
+    position = torch.arange(count, device=index.device) * (0x9E3779B97F4A7C15 - 2**64)
+    bits = _mix(_mix(index + key)[:, None] + position)
+    return ((bits >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24
 
 
 def apply(trigger: Trigger, images: Tensor, index: Tensor, batch: int = 1000) -> Tensor:
@@ -160,27 +204,28 @@ def poison(train: ImageSet, attack: Attack, crafted: Crafted, plan: Plan, seed: 
     """The static poisoned set; for training-control attacks, the set they would export.
 
     ``round(rate * N)`` samples are drawn uniformly from all classes (clean label: from the target class, never more than it
-    holds), cover samples from the rest. The same (data, plan, seed) draw the same samples for every attack and backbone.
+    holds), cover samples from the rest. The same (data, plan, seed) draw the same samples for every attack and backbone, and a
+    higher rate keeps the samples of a lower one.
+
+    Raises:
+        BadInput: the target does not exist, or a clean-label attack is asked for all-to-all.
     """
+    if attack.clean_label and plan.label_mode == "all-to-all":
+        raise BadInput(f"{attack.name}: label_mode = 'all-to-all' would need wrong labels; clean-label attacks are 'all-to-one'")
     size = len(train)
-    if plan.target >= train.num_classes:
-        raise ValueError(f"target {plan.target} does not exist: the data has classes 0 to {train.num_classes - 1}")
+    attacker_labels = plan.relabel(train.labels, train.num_classes)
     order = torch.randperm(size, generator=generator(seed, "poison-indices"))
     eligible = order[train.labels[order] == plan.target] if attack.clean_label else order
-    chosen = eligible[: round(plan.rate * size)]
     role = torch.zeros(size, dtype=torch.int8)
-    role[chosen] = Role.POISON
-    cover_rate = plan.rate * attack.cover_share if plan.cover_rate is None else plan.cover_rate
-    if crafted.cover is not None and cover_rate > 0:
-        rest = order[role[order] == Role.CLEAN]
-        role[rest[: round(cover_rate * size)]] = Role.COVER
+    role[eligible[: round(plan.rate * size)]] = Role.POISON
     images, labels = train.images.clone(), train.labels.clone()
     poisoned = torch.nonzero(role == Role.POISON).flatten()
     images[poisoned] = apply(crafted.train, train.images[poisoned], poisoned)
-    if not attack.clean_label:
-        labels[poisoned] = plan.relabel(train.labels[poisoned], train.num_classes)
-    covers = torch.nonzero(role == Role.COVER).flatten()
+    labels[poisoned] = attacker_labels[poisoned]
     if crafted.cover is not None:
+        rest = order[role[order] == Role.CLEAN]
+        role[rest[: round(attack.cover_rate(plan) * size)]] = Role.COVER
+        covers = torch.nonzero(role == Role.COVER).flatten()
         images[covers] = apply(crafted.cover, train.images[covers], covers)
     return PoisonedSet(ImageSet(images, labels, train.num_classes), role, train.labels.clone())
 

@@ -1,0 +1,178 @@
+"""WaNet. Nguyen and Tran, "WaNet - Imperceptible Warping-based Backdoor Attack", ICLR 2021, arXiv 2102.10369.
+
+The trigger is a smooth, barely visible warp of the whole image, the same for every image. The attacker runs the training: in every
+batch some images are warped and relabelled, and twice as many are warped by the same field plus per-pixel noise and keep their
+label, so that only the exact warp, and not its artefacts, opens the backdoor. At test time the warp sends any image to the target.
+
+Needs: control of the training (``mode="static"``: the training data alone). Edits: pixel positions of poisoned and cover images;
+labels of poisoned ones. Dial: the plan's rate; a rate is not comparable with a static attack's, since another share of the data is
+poisoned in every epoch and nearly every image is seen triggered in the end.
+Deviations from the paper: images are warped in [0, 1] and rounded to 8 bits, not after normalisation; shares hold on average
+(``rounding``), not rounded down per batch; the two axes of images that are not square are displaced by the same number of pixels;
+augmentation follows the warp, as in the authors' code, but is the recipe's. The static mode fixes the poisoned samples once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import grid_sample, interpolate
+
+from attacks.base import Attack, Crafted, Plan, Power, Role, uniforms
+from models.backbone import Network
+from models.classifier import Classifier
+from models.images import ImageSet, quantise, to_float
+from models.spec import check, derive_seed, generator
+from models.training import Recipe
+
+__all__ = ["DynamicVictim", "WaNet", "batch_roles", "identity", "smooth_field", "warp"]
+
+Rounding = Literal["stochastic", "floor"]
+
+MEAN_FIELD = 0.79
+"""Mean |field| that ``renorm`` sets: its mean over seeds at k = 4, where upsampling has lowered it from the control points' 1."""
+
+
+def smooth_field(control: Tensor, height: int, width: int) -> Tensor:
+    """Eq. 2-3: control points (2, k, k) [x, y], brought to mean |value| 1, upsampled bicubically to (1, H, W, 2)."""
+    unit = control / control.abs().mean()
+    field = interpolate(unit[None], size=(height, width), mode="bicubic", align_corners=True)
+    return field.permute(0, 2, 3, 1).contiguous()
+
+
+def identity(height: int, width: int) -> Tensor:
+    """The sampling grid that changes nothing, float (1, H, W, 2) [x, y] in [-1, 1], corners aligned."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    return torch.stack([x, y], dim=2)[None]
+
+
+def warp(images: Tensor, grid: Tensor) -> Tensor:
+    """Images float (N, C, H, W) sampled bilinearly at ``grid`` (1 or N, H, W, 2) in [-1, 1]."""
+    grid = grid.to(images.device).expand(len(images), -1, -1, -1)
+    return grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=True).clamp(0.0, 1.0)
+
+
+def batch_roles(draws: Tensor, rate: float, cover_rate: float, rounding: Rounding) -> Tensor:
+    """Roles int8 (B,) of one batch: the samples with the lowest ``draws[:, 0]`` are poisoned, the next ones covers.
+
+    ``stochastic``: ``floor(B * share + u)`` of each with u = ``draws[0, 1]``, so that the shares hold on average. ``floor``:
+    ``floor(B * rate)`` and its multiple, as in the authors' code; where that rounds to nothing, one sample with probability
+    ``B * rate``, as in BackdoorBench.
+
+    Args:
+        draws: float (B, 2), uniforms in [0, 1) of each sample.
+        rate, cover_rate: shares in [0, 1]; covers stop where the batch is full.
+    """
+    size, lift = len(draws), float(draws[0, 1])
+    if rounding == "stochastic":
+        poisons, covers = int(size * rate + lift), int(size * cover_rate + lift)
+    else:
+        poisons = int(size * rate) or int(size * rate + lift)
+        covers = int(poisons * cover_rate / rate) if rate else 0
+    order = torch.argsort(draws[:, 0], stable=True)
+    role = torch.zeros(size, dtype=torch.int8, device=draws.device)
+    role[order[:poisons]] = Role.POISON
+    role[order[poisons : poisons + covers]] = Role.COVER
+    return role
+
+
+class DynamicVictim(Classifier):
+    """Trains on the clean set and poisons a share of every batch before augmentation; other samples in every epoch.
+
+    Who is poisoned is looked up by (seed, epoch, index). ``realised`` holds what was really done.
+    """
+
+    def __init__(
+        self, net: Network, recipe: Recipe, crafted: Crafted, plan: Plan, seed: int, *, cover_rate: float, rounding: Rounding
+    ) -> None:
+        super().__init__(net, recipe)
+        self.crafted, self.plan, self.cover_rate, self.rounding = crafted, plan, cover_rate, rounding
+        self.key = derive_seed(seed, "dynamic-roles")
+        self.counts = dict.fromkeys(Role, 0)
+        self.before_augment = self.poison_batch
+
+    @property
+    def realised(self) -> dict[str, float]:
+        """Poisoned and cover samples as shares of all samples seen so far, in [0, 1]; zeros before training."""
+        seen = max(1, sum(self.counts.values()))
+        return {"poison": self.counts[Role.POISON] / seen, "cover": self.counts[Role.COVER] / seen}
+
+    def poison_batch(self, images: Tensor, labels: Tensor, index: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        """The attacker's batch: see :data:`models.images.BeforeAugment`. Triggered images are rounded to 8 bits."""
+        visit = index + ((epoch + 1) << 32)  # another number for the same sample in every epoch: other draws, other noise
+        role = batch_roles(uniforms(self.key, visit, 2), self.plan.rate, self.cover_rate, self.rounding)
+        images, labels = images.clone(), labels.clone()
+        poisoned, covers = role == Role.POISON, role == Role.COVER
+        images[poisoned] = to_float(quantise(self.crafted.train(images[poisoned], visit[poisoned])))
+        labels[poisoned] = self.plan.relabel(labels[poisoned], self._num_classes())
+        if self.crafted.cover is not None:
+            images[covers] = to_float(quantise(self.crafted.cover(images[covers], visit[covers])))
+        for kind in Role:
+            self.counts[kind] += int((role == kind).sum())
+        return images, labels
+
+    def _num_classes(self) -> int:
+        last = self.net.head[-1]
+        assert isinstance(last, nn.Linear)
+        return last.out_features
+
+
+@dataclass(frozen=True)
+class WaNet(Attack):
+    """x' = x sampled at clamp(identity + s * field / size); covers are sampled at that grid plus U(-1, 1) / size per pixel.
+
+    Attributes:
+        k: control points per side (Sec. 4.1: 4).
+        s: strength of the warp (Sec. 4.1: 0.5); the mean displacement is about 0.39 s pixels per axis at any image size.
+        mode: ``dynamic`` (the authors' protocol) or ``static`` (poisoned once, data only).
+        rounding: shares per batch in dynamic mode: ``stochastic`` (ours) or ``floor`` (authors' code).
+        renorm: rescale the field to the same mean displacement for every seed (ours; off, as in the paper): unscaled, the
+            strongest of 60 seeds displaces about 1.6 times as far as the weakest.
+    """
+
+    name: ClassVar[str] = "wanet"
+    cover_share: ClassVar[float] = 2.0  # authors' code: cross_ratio 2
+
+    k: int = 4
+    s: float = 0.5
+    mode: Literal["dynamic", "static"] = "dynamic"
+    rounding: Rounding = "stochastic"
+    renorm: bool = False
+
+    def __post_init__(self) -> None:
+        check(self, "k", 2 <= self.k <= 64, "between 2 and 64 control points")
+        check(self, "s", 0 < self.s <= 16, "a strength in (0, 16]")
+        check(self, "mode", self.mode in ("dynamic", "static"), "'dynamic' or 'static'")
+        check(self, "rounding", self.rounding in ("stochastic", "floor"), "'stochastic' or 'floor'")
+
+    @property
+    def power(self) -> Power:
+        return Power.TRAINING if self.mode == "dynamic" else Power.DATA
+
+    def craft(self, train: ImageSet, plan: Plan, seed: int, surrogate: Network | None = None) -> Crafted:
+        """One warp for training and test, drawn from ``seed``; covers add noise looked up by index."""
+        _, height, width = train.shape
+        control = torch.rand(2, self.k, self.k, generator=generator(seed, "wanet-control")) * 2 - 1
+        field = smooth_field(control, height, width)
+        if self.renorm:
+            field = field * (MEAN_FIELD / field.abs().mean())
+        size = torch.tensor([width, height], dtype=torch.float32)
+        grid = (identity(height, width) + self.s * field / size).clamp(-1, 1)
+        key = derive_seed(seed, "wanet-cover")
+
+        def trigger(images: Tensor, index: Tensor) -> Tensor:
+            return warp(images, grid)
+
+        def cover(images: Tensor, index: Tensor) -> Tensor:
+            jitter = uniforms(key, index, height * width * 2).view(-1, height, width, 2) * 2 - 1
+            return warp(images, (grid.to(jitter.device) + jitter / size.to(jitter.device)).clamp(-1, 1))
+
+        return Crafted(train=trigger, test=trigger, cover=cover)
+
+    def victim(self, net: Network, recipe: Recipe, crafted: Crafted, plan: Plan, seed: int) -> Classifier:
+        if self.mode == "static":
+            return super().victim(net, recipe, crafted, plan, seed)
+        return DynamicVictim(net, recipe, crafted, plan, seed, cover_rate=self.cover_rate(plan), rounding=self.rounding)

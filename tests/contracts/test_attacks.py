@@ -1,0 +1,164 @@
+"""What every attack of the catalogue keeps to, with its default settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from attacks import ATTACKS
+from attacks.base import Attack, Crafted, Plan, PoisonedSet, Power, Role, Trigger, apply, poison, poison_test
+from models.images import ImageSet, quantise, to_float
+from models.spec import lookup
+
+SHAPES = [(3, 32, 32), (1, 16, 16), (3, 64, 64), (3, 24, 40), (1, 40, 24)]
+PLAN = Plan(rate=0.1, target=1)
+
+
+def pictures(shape: tuple[int, int, int], count: int = 60, classes: int = 5) -> ImageSet:
+    draw = torch.Generator().manual_seed(8)
+    images = torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=draw)
+    return ImageSet(images, torch.arange(count) % classes, classes)
+
+
+def triggers(crafted: Crafted) -> list[Trigger]:
+    return [trigger for trigger in (crafted.train, crafted.test, crafted.cover) if trigger is not None]
+
+
+def poisoned(attack: Attack, data: ImageSet, plan: Plan = PLAN, seed: int = 0) -> PoisonedSet:
+    return poison(data, attack, attack.craft(data, plan, seed), plan, seed)
+
+
+@pytest.fixture(params=ATTACKS, ids=lambda kind: kind.name)
+def attack(request) -> Attack:
+    return request.param()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_triggers_keep_shape_range_and_dtype_and_change_something(attack, shape) -> None:
+    data = pictures(shape, count=4)
+    images = to_float(data.images)
+    for trigger in triggers(attack.craft(data, PLAN, 0)):
+        kept = images.clone()
+        result = trigger(images, torch.arange(4))
+        assert torch.equal(images, kept), "a trigger must not write into its input"
+        assert result.shape == images.shape
+        assert result.dtype == torch.float32
+        assert float(result.min()) >= 0
+        assert float(result.max()) <= 1
+        stored = quantise(result)
+        assert all(not torch.equal(one, other) for one, other in zip(stored, data.images, strict=True))
+        assert torch.equal(quantise(to_float(stored)), stored)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+def test_a_batch_equals_its_images_one_by_one(attack, shape) -> None:
+    data = pictures(shape, count=6)
+    images, index = to_float(data.images), torch.tensor([3, 0, 50, 7, 1, 20])
+    for trigger in triggers(attack.craft(data, PLAN, 0)):
+        together = trigger(images, index)
+        alone = torch.cat([trigger(images[i : i + 1], index[i : i + 1]) for i in range(6)])
+        assert torch.equal(together, alone)
+        assert torch.equal(apply(trigger, data.images, index, batch=4), apply(trigger, data.images, index))
+
+
+def test_crafting_twice_gives_the_same_triggers(attack) -> None:
+    data = pictures((3, 16, 16))
+    index = torch.arange(60)
+    one, other = (triggers(attack.craft(data, PLAN, 3)) for _ in range(2))
+    for first, second in zip(one, other, strict=True):
+        assert torch.equal(apply(first, data.images, index), apply(second, data.images, index))
+
+
+def test_drawing_leaves_the_global_generator_alone(attack) -> None:
+    data = pictures((3, 16, 16))
+    before = torch.random.get_rng_state()
+    poisoned(attack, data)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_poisoning_replaces_samples_and_keeps_roles_apart(attack) -> None:
+    data = pictures((3, 16, 16))
+    result = poisoned(attack, data)
+    visible, role = result.visible, result.role
+    assert len(visible) == len(data)
+    assert visible.num_classes == data.num_classes
+    assert set(role.unique().tolist()) <= {int(one) for one in Role}
+    ceiling = int((data.labels == PLAN.target).sum()) if attack.clean_label else len(data)
+    assert int((role == Role.POISON).sum()) == min(round(PLAN.rate * len(data)), ceiling)
+    assert int((role == Role.COVER).sum()) == round(PLAN.rate * attack.cover_share * len(data))
+    assert torch.equal(result.true_labels, data.labels)
+    clean = role == Role.CLEAN
+    assert torch.equal(visible.images[clean], data.images[clean])
+    changed = (visible.images != data.images).flatten(1).any(1)
+    assert torch.equal(changed, ~clean)
+    assert torch.equal(visible.labels[role != Role.POISON], data.labels[role != Role.POISON])
+    assert (visible.labels[role == Role.POISON] == PLAN.target).all()
+
+
+def test_clean_label_attacks_touch_only_the_target_class(attack) -> None:
+    data = pictures((3, 16, 16))
+    result = poisoned(attack, data, Plan(rate=1.0, target=1))
+    if attack.clean_label:
+        assert torch.equal(result.role == Role.POISON, data.labels == 1)
+        assert torch.equal(result.visible.labels, data.labels)
+    else:
+        assert (result.role == Role.POISON).all()
+        assert (result.visible.labels == 1).all()
+
+
+def test_attacks_of_one_label_kind_poison_the_same_samples(attack) -> None:
+    data = pictures((3, 16, 16))
+    twins = [kind() for kind in ATTACKS if kind.clean_label == attack.clean_label]
+    chosen = poisoned(attack, data).role == Role.POISON
+    assert all(torch.equal(poisoned(twin, data).role == Role.POISON, chosen) for twin in twins)
+
+
+def test_the_test_set_leaves_the_target_class_out(attack) -> None:
+    data = pictures((3, 16, 16))
+    result = poison_test(data, attack.craft(data, PLAN, 0), PLAN)
+    assert sorted(set(result.true_labels.tolist())) == [0, 2, 3, 4]
+    assert (result.target_labels == PLAN.target).all()
+    if not attack.clean_label:
+        plan = Plan(label_mode="all-to-all")
+        every = poison_test(data, attack.craft(data, plan, 0), plan)
+        assert len(every.images) == len(data)
+        assert set(every.target_labels.tolist()) == set(range(5))
+        relabelled = poisoned(attack, data, plan)
+        moved = relabelled.role == Role.POISON
+        assert torch.equal(relabelled.visible.labels[moved], (data.labels[moved] + 1) % 5)
+
+
+def changes(attack: Attack) -> list[Attack]:
+    """The attack with each numeric setting nudged in turn, skipping nudges its range refuses."""
+    found = []
+    for field in dataclasses.fields(attack):
+        value = getattr(attack, field.name)
+        if isinstance(value, (bool, int, float)):
+            nudged = (not value) if isinstance(value, bool) else value + 1 if isinstance(value, int) else value * 0.9
+            found.append(dataclasses.replace(attack, **{field.name: nudged}))
+    return found
+
+
+def test_the_spec_is_json_and_changes_with_every_setting(attack) -> None:
+    spec = attack.spec()
+    assert json.loads(json.dumps(spec)) == spec
+    assert spec["name"] == attack.name
+    variants = changes(attack)
+    assert variants
+    assert len({json.dumps(one.spec(), sort_keys=True) for one in [attack, *variants]}) == len(variants) + 1
+
+
+def test_settings_are_frozen_and_power_is_readable(attack) -> None:
+    assert attack.power in Power
+    assert attack == type(attack)()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(attack, dataclasses.fields(attack)[0].name, 1)
+
+
+def test_every_attack_is_found_by_its_name() -> None:
+    names = [kind.name for kind in ATTACKS]
+    assert names == ["badnets", "blended", "sig", "wanet"]
+    assert [lookup("attack", ATTACKS, name) for name in names] == list(ATTACKS)
