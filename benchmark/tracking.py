@@ -58,18 +58,19 @@ class CellLog:
     Attributes:
         key: the cell's key, unique in the matrix. job_type: the defense. name: what the run list shows.
         config: the cell's spec and axes, JSON values.
-        summary: its rows by selection; nesting is flattened, ``{"validation": {"asr": 0.1}}`` -> ``validation/asr``.
-        curve: its candidates in the order of the dial, one mapping each; every one is a step of ``curve/...``. A key ``dial``,
-            if there, becomes the axis.
+        summary: its rows, each naming its ``selection``; the column ``asr`` of the row chosen by validation is logged as
+            ``validation/asr``. A mapping is logged as it is, nesting flattened the same way.
+        curve: its candidates in the order of the dial, one mapping each; every one is a step of ``curve/...`` (numbers only).
+            The key ``dial``, if every candidate has it, is the axis.
 
-    Values that are None or NaN were not measured and are left out.
+    Values that are None or NaN were not measured and are left out; so are columns that only repeat the config.
     """
 
     key: str
     job_type: str
     name: str
     config: Mapping[str, Any]
-    summary: Mapping[str, Any] = field(default_factory=dict)
+    summary: Mapping[str, Any] | Sequence[Mapping[str, Any]] = field(default_factory=dict)
     curve: Sequence[Mapping[str, Any]] = ()
 
 
@@ -164,8 +165,10 @@ def dashboard_command(folder: Path) -> list[str]:
 
 def _cell_run(matrix: str, cell: CellLog) -> _Run:
     config = {"matrix": matrix, "cell": cell.key, **_plain(cell.config)}
-    summary = dict(_flat(_plain(cell.summary)))
-    curve = [dict(_flat(_plain(point))) for point in cell.curve]
+    rows = cell.summary
+    by_selection = rows if isinstance(rows, Mapping) else {str(row["selection"]): _new(row, config) for row in rows}
+    summary = dict(_flat(_plain(by_selection)))
+    curve = [{name: value for name, value in _new(point, config).items() if not isinstance(value, str)} for point in cell.curve]
 
     def fill(run: Any) -> None:
         if curve:
@@ -230,6 +233,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and math.isinf(value):
         return str(value)
     return value if isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _new(row: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of ``row`` that the config does not hold already, as JSON values."""
+    plain: dict[str, Any] = _plain(row)
+    return {name: value for name, value in plain.items() if name != "selection" and config.get(name) != value}
 
 
 def _flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -101,6 +101,26 @@ def test_a_row_can_be_got_back_from_an_offline_run(tmp_path: Path) -> None:
     assert dashboard_command(folder) == [sys.executable, "-m", "wandb", "leet", str(folder / "wandb")]
 
 
+def test_rows_are_told_apart_by_selection_and_repeat_nothing_of_the_config(tmp_path: Path) -> None:
+    axes = {"defense": "clp", "seed": 0, "dial_name": "u"}
+    rows = [{**axes, "selection": how, "acc": acc, "ra": math.nan} for how, acc in (("default", 0.5), ("oracle", 0.75))]
+    curve = [{**axes, "dial": 3.0, "is_default": True, "acc": 0.5, "note": "words"}]
+    log_matrix("tiny", [CellLog("c0", "clp", "one", {"defense": "clp", "seed": 0}, rows, curve)], {}, [], tmp_path)
+    run = runs(tmp_path)["one"]
+    assert {name: value for name, value in run["summary"].items() if not name.startswith("_")} == {
+        "default/acc": 0.5,
+        "default/dial_name": "u",
+        "oracle/acc": 0.75,
+        "oracle/dial_name": "u",
+    }
+    (point,) = run["history"]
+    assert {name: value for name, value in point.items() if name.startswith("curve/")} == {
+        "curve/dial": 3,
+        "curve/is_default": True,
+        "curve/acc": 0.5,
+    }
+
+
 def test_what_is_logged_is_not_logged_again_and_what_changed_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log_matrix("tiny", CELLS, {}, [], tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}

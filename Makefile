@@ -1,0 +1,72 @@
+# levelfield. `make` alone prints the targets; every target that needs the environment makes it first.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+
+PYTHON ?= python3
+MATRIX ?= quick
+ARGS ?=
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+RUN := $(VENV)/bin/python
+LEVELFIELD := $(RUN) -m benchmark
+
+.PHONY: help install benchmark tables plots report paper dashboard test check lint fix clean
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "  MATRIX=quick (a name in benchmark/matrices/ or a .toml file), PYTHON=python3 (3.11 or newer), ARGS= (passed on)"
+
+install: $(STAMP) ## make .venv with the tested versions (the other targets do this when it is missing or stale)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "levelfield needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1 || true). Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; \
+	  exit 2; }
+	@echo "Installing into $(VENV) (once; torch is a large download) ..."
+	@$(RUN) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+benchmark: $(STAMP) ## run MATRIX, then draw its tables, plots and report (issued again: resumes, repeats nothing)
+	@$(LEVELFIELD) run --matrix $(MATRIX) $(ARGS)
+
+tables: $(STAMP) ## tables of MATRIX from its stored rows
+	@$(LEVELFIELD) tables --matrix $(MATRIX) $(ARGS)
+
+plots: $(STAMP) ## plots of MATRIX from its stored rows
+	@$(LEVELFIELD) plots --matrix $(MATRIX) $(ARGS)
+
+report: $(STAMP) ## report of MATRIX from its stored rows
+	@$(LEVELFIELD) report --matrix $(MATRIX) $(ARGS)
+
+paper: $(STAMP) ## tables, plots and report of everything under results/, from stored rows, touching no model
+	@found=; for rows in results/*/rows.csv; do \
+	  [ -f "$$rows" ] || continue; found=yes; matrix=$$(basename "$$(dirname "$$rows")"); \
+	  for verb in tables plots report; do $(LEVELFIELD) $$verb --matrix "$$matrix"; done; \
+	done; [ -n "$$found" ] || { echo "results/ holds no rows yet: run 'make benchmark' first" >&2; exit 2; }
+
+dashboard: $(STAMP) ## look at the W&B runs of this machine in the terminal (no network, no account)
+	@$(LEVELFIELD) dashboard $(ARGS)
+
+test: $(STAMP) ## the tests (ARGS="-k badnets" picks some)
+	@$(RUN) -m pytest -q $(ARGS)
+
+check: lint test ## lint, types, import contracts, then the tests
+
+lint: $(STAMP) ## lint, types and import contracts alone
+	@$(RUN) -m ruff check .
+	@$(RUN) -m mypy
+	@$(VENV)/bin/lint-imports --no-logo
+
+fix: $(STAMP) ## repair what the linter can repair by itself
+	@$(RUN) -m ruff check --fix .
+
+clean: ## remove caches of tools (the environment .venv and the store of trained stages .cache stay)
+	@rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage htmlcov build dist *.egg-info
+	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './.git/*' -prune -exec rm -rf {} +
