@@ -1,0 +1,159 @@
+"""The command line: verbs and filters. Numbers stand in matrix files, never in flags."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+
+from models.spec import BadInput
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode=None
+)
+console = Console(soft_wrap=True)
+
+MatrixOption = Annotated[str, typer.Option("--matrix", "-m", help="A shipped matrix by name, or a .toml file.")]
+ResultsOption = Annotated[Path, typer.Option("--results", help="Folder of results.", envvar="LEVELFIELD_RESULTS")]
+CacheOption = Annotated[
+    Path, typer.Option("--cache", help="Folder of the store, decoded images and tracking runs.", envvar="LEVELFIELD_CACHE")
+]
+OnlyOption = Annotated[
+    Optional[str],  # noqa: UP007, UP045 - typer reads the annotation at run time
+    typer.Option("--only", help="Run a slice, e.g. attack=badnets,seed=0; axes: backbone, attack, seed, track, scope, defense."),
+]
+RESULTS, CACHE = Path("results"), Path(".cache")
+
+
+@app.command()
+def run(
+    matrix: MatrixOption = "quick",
+    only: OnlyOption = None,
+    processes: Annotated[int, typer.Option(min=0, help="Stages at once; 0 = one per core. Never changes a row.")] = 0,
+    track: Annotated[bool, typer.Option("--wandb/--no-wandb", help="Log every cell to Weights & Biases (offline by default).")] = True,
+    results: ResultsOption = RESULTS,
+    cache: CacheOption = CACHE,
+) -> None:
+    """Run a matrix: implant, defend, score; then tables, plots, report and the leaderboard."""
+    from benchmark.matrix import find_matrix, load_matrix
+    from benchmark.run import run_matrix
+
+    loaded = load_matrix(find_matrix(matrix))
+    try:
+        outcome = run_matrix(loaded, results=results, cache=cache, console=console, only=only, processes=processes or None)
+    except KeyboardInterrupt:
+        console.print("\ninterrupted; every finished stage is stored: issue the same command again to go on")
+        raise typer.Exit(130) from None
+    from benchmark.present import present
+
+    present(outcome.folder, loaded, cache=cache, console=console, track=track)
+
+
+def _stored(matrix: str | None, results: Path) -> list[Path]:
+    """The result folders meant: one by name, or all that hold rows."""
+    from models.spec import nearest
+
+    if not results.is_dir():
+        raise BadInput(f"{results}: no such folder; run a matrix first")
+    every = sorted(folder for folder in results.iterdir() if (folder / "rows.csv").is_file())
+    if matrix is None:
+        return every
+    found = [folder for folder in every if folder.name == matrix]
+    if not found:
+        raise BadInput(f"{results}: no results of a matrix {matrix!r}{nearest(matrix, [folder.name for folder in every])}")
+    return found
+
+
+StoredOption = Annotated[
+    Optional[str],  # noqa: UP007, UP045 - typer reads the annotation at run time
+    typer.Option("--matrix", "-m", help="One matrix; without it, every matrix with stored rows."),
+]
+
+
+@app.command()
+def tables(matrix: StoredOption = None, results: ResultsOption = RESULTS) -> None:
+    """Regenerate tables from stored rows, touching no model."""
+    from benchmark.present import draw_tables
+
+    for folder in _stored(matrix, results):
+        draw_tables(folder, console)
+
+
+@app.command()
+def plots(matrix: StoredOption = None, results: ResultsOption = RESULTS) -> None:
+    """Regenerate figures from stored rows, touching no model."""
+    from benchmark.present import draw_plots
+
+    for folder in _stored(matrix, results):
+        draw_plots(folder, console)
+
+
+@app.command()
+def report(matrix: StoredOption = None, results: ResultsOption = RESULTS) -> None:
+    """Regenerate each result folder's README.md from stored rows."""
+    from benchmark.present import draw_report
+
+    for folder in _stored(matrix, results):
+        draw_report(folder, console)
+
+
+@app.command("list")
+def list_() -> None:
+    """List matrices, data sets, backbones, attacks, defenses and tracks."""
+    from benchmark.present import catalogue
+
+    catalogue(console)
+
+
+@app.command()
+def show(matrix: MatrixOption = "quick", results: ResultsOption = RESULTS) -> None:
+    """Print the leaderboards of stored rows."""
+    from benchmark.present import leaderboard
+
+    for folder in _stored(matrix, results):
+        leaderboard(folder, console)
+
+
+@app.command()
+def dashboard(cache: CacheOption = CACHE) -> None:
+    """Look at the W&B runs of this machine in the terminal; needs no network and no account."""
+    import subprocess
+
+    from benchmark.tracking import dashboard_command
+
+    raise typer.Exit(subprocess.call(dashboard_command(cache / "wandb")))
+
+
+@app.command("show-my-model")
+def show_my_model(
+    checkpoint: Annotated[Path, typer.Option(help="safetensors, or a torch state dict (read with weights only).")],
+    backbone: Annotated[str, typer.Option(help="Its architecture, by name; width and head size are read off the weights.")],
+    dataset: Annotated[str, typer.Option(help="Data set by name, or folder:PATH of class folders.")],
+    attack: Annotated[
+        Optional[str],  # noqa: UP007, UP045 - typer reads the annotation at run time
+        typer.Option(help="Attack suspected or known; without one, only ACC is measured."),
+    ] = None,
+    matrix: Annotated[str, typer.Option("--matrix", "-m", help="Whose defenses, attack settings and clean budget to use.")] = "my-model",
+    results: ResultsOption = RESULTS,
+    cache: CacheOption = CACHE,
+) -> None:
+    """Run the post-training defenses on a checkpoint of yours; writes a table and the cleaned weights."""
+    from benchmark.mymodel import defend_checkpoint
+
+    defend_checkpoint(checkpoint, backbone, dataset, attack, matrix, results=results, cache=cache, console=console)
+
+
+def main() -> None:
+    """Entry point: a BadInput is one line and exit status 2."""
+    try:
+        app()
+    except BadInput as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""Running stages: several processes on this machine, one thread each.
+
+A stage is a victim or a cell, named by its place in the matrix; the store is the hand-over between them, so who ran what, in which
+order and how often it was interrupted cannot change a row.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from models.spec import BadInput
+
+__all__ = ["Failure", "Stage", "Watcher", "cores", "run_stages", "single_thread"]
+
+ATTEMPTS = 3
+"""How often a stage is tried when the process that runs it dies (out of memory, say)."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One piece of work: which list of the matrix it stands in, where, what it is called, and what must stand before it."""
+
+    kind: Literal["victim", "cell"]
+    number: int
+    label: str
+    after: tuple[int, ...] = ()
+    """Positions, in the list of stages, of the stages that must have finished."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A stage that raised: its position, and why in one line."""
+
+    position: int
+    reason: str
+
+
+class Watcher(Protocol):
+    """Hears what happens; the progress display implements it."""
+
+    def started(self, worker: int, label: str) -> None: ...
+    def finished(self, worker: int, label: str, kind: str) -> None: ...
+    def note(self, line: str) -> None: ...
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def single_thread() -> None:
+    """One thread for all arithmetic: the number of threads changes the bits, and more threads than free cores collapse."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+# -- inside a worker -----------------------------------------------------------------------------------------------------------
+
+_state: dict[str, Any] = {}
+
+
+def _start(path: str, store: str, cache: str, news: Any, parent: int) -> None:
+    single_thread()
+    from benchmark.matrix import load_matrix
+    from benchmark.store import Store
+
+    def report(line: str) -> None:
+        news.put((os.getpid(), "note", line, ""))
+
+    _state.update(matrix=load_matrix(Path(path)), store=Store(Path(store), report), cache=Path(cache), news=news)
+    if parent:
+        threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+
+
+def _die_with(parent: int) -> None:
+    """A worker whose parent was killed must not go on working in secret."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _work(kind: str, number: int, label: str) -> None:
+    from benchmark.cell import run_cell, run_victim
+
+    news, matrix = _state["news"], _state["matrix"]
+    news.put((os.getpid(), "started", label, kind))
+    try:
+        if kind == "victim":
+            scenarios = victims_of(matrix)
+            run_victim(scenarios[number], _state["store"], _state["cache"])
+        else:
+            run_cell(matrix.cells[number], _state["store"], _state["cache"])
+    finally:
+        news.put((os.getpid(), "finished", label, kind))
+
+
+def victims_of(matrix: Any) -> list[Any]:
+    """Every victim a matrix needs, benign twins first, each once, in matrix order."""
+    seen: dict[str, Any] = {}
+    from models.spec import canonical
+
+    for scenario in [s.twin() for s in matrix.scenarios] + list(matrix.scenarios):
+        seen.setdefault(canonical(scenario.spec()), scenario)
+    return list(seen.values())
+
+
+# -- in the parent -------------------------------------------------------------------------------------------------------------
+
+
+class _Inline:
+    """The queue's place when there is one process only: news go straight to the watcher."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self.watcher = watcher
+
+    def put(self, item: tuple[int, str, str, str]) -> None:
+        _tell(self.watcher, item)
+
+
+def _tell(watcher: Watcher, item: tuple[int, str, str, str]) -> None:
+    worker, what, text, kind = item
+    if what == "started":
+        watcher.started(worker, text)
+    elif what == "finished":
+        watcher.finished(worker, text, kind)
+    else:
+        watcher.note(text)
+
+
+def _why(error: BaseException) -> str:
+    last = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(last[-1].filename).name}:{last[-1].lineno})" if last else ""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}{place}"
+
+
+def run_stages(
+    stages: Sequence[Stage], matrix_path: Path, store: Path, cache: Path, watcher: Watcher, processes: int
+) -> list[Failure]:
+    """Runs every stage once the stages it waits for have finished; a stage after a failed one is not run.
+
+    Raises:
+        BadInput: something a person must mend (a full disk, a missing data set); what is stored stays.
+    """
+    arguments = (str(matrix_path), str(store), str(cache))
+    if processes == 1:
+        return _run_inline(stages, arguments, watcher)
+    return _run_pool(stages, arguments, watcher, processes)
+
+
+def _run_inline(stages: Sequence[Stage], arguments: tuple[str, str, str], watcher: Watcher) -> list[Failure]:
+    _start(*arguments, _Inline(watcher), 0)
+    failures: dict[int, Failure] = {}
+    for position, stage in enumerate(stages):
+        blocked = [failures[i] for i in stage.after if i in failures]
+        if blocked:
+            failures[position] = Failure(position, blocked[0].reason)
+            continue
+        try:
+            _work(stage.kind, stage.number, stage.label)
+        except BadInput:
+            raise
+        except Exception as error:  # noqa: BLE001 - one cell's failure must not end the others
+            failures[position] = Failure(position, _why(error))
+    return list(failures.values())
+
+
+def _run_pool(stages: Sequence[Stage], arguments: tuple[str, str, str], watcher: Watcher, processes: int) -> list[Failure]:
+    context = multiprocessing.get_context("spawn")
+    news: Any = context.SimpleQueue()
+    done: set[int] = set()
+    failures: dict[int, Failure] = {}
+    tries = dict.fromkeys(range(len(stages)), 0)
+    waiting = deque(range(len(stages)))
+    pool = None
+    running: dict[Future[None], int] = {}
+
+    def drain() -> None:
+        while not news.empty():
+            _tell(watcher, news.get())
+
+    try:
+        while waiting or running:
+            if pool is None:
+                pool = ProcessPoolExecutor(processes, context, initializer=_start, initargs=(*arguments, news, os.getpid()))
+            try:
+                for _ in range(len(waiting)):
+                    if len(running) >= processes:
+                        break
+                    position = waiting.popleft()
+                    stage = stages[position]
+                    blocked = [failures[i] for i in stage.after if i in failures]
+                    if blocked:
+                        failures[position] = Failure(position, blocked[0].reason)
+                    elif all(i in done for i in stage.after):
+                        running[pool.submit(_work, stage.kind, stage.number, stage.label)] = position
+                    else:
+                        waiting.append(position)
+                finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+                drain()
+                for future in finished:
+                    position = running.pop(future)
+                    error = future.exception()
+                    if error is None:
+                        done.add(position)
+                    elif isinstance(error, BrokenProcessPool):
+                        running[future] = position
+                        raise error
+                    elif isinstance(error, BadInput):
+                        raise error
+                    else:
+                        failures[position] = Failure(position, _why(error))
+            except BrokenProcessPool:
+                pool.shutdown(wait=True, cancel_futures=True)
+                pool = None
+                for position in running.values():
+                    tries[position] += 1
+                    if tries[position] >= ATTEMPTS:
+                        failures[position] = Failure(position, f"its process died {ATTEMPTS} times (out of memory?)")
+                    else:
+                        waiting.appendleft(position)
+                running.clear()
+                watcher.note("a worker process died; its stages are tried again")
+    finally:
+        if pool is not None:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+        drain()
+    return list(failures.values())
+
+

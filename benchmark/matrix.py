@@ -1,0 +1,352 @@
+"""A matrix: TOML -> checked settings -> cells. Every number of a run stands in such a file; no flag sets one.
+
+A matrix names one data set, backbones, a recipe, attacks, seeds, and defenses with the tracks and scopes they enter. Its cells are
+the product. A table's keys beside ``name`` are the fields of that method's dataclass (units and ranges stand there); keys the
+benchmark itself reads are listed in the ``*Table`` classes below.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import math
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from attacks import ATTACKS
+from attacks.base import Attack, Plan
+from benchmark.datasets import DatasetSpec
+from benchmark.selection import TAU
+from benchmark.tracks import CONTROL, Track, track_named
+from defenses import DEFENSES
+from defenses.base import Defense, Scope
+from models import BACKBONES
+from models.backbone import Backbone
+from models.spec import BadInput, Spec, digest, lookup, nearest
+from models.training import Recipe
+
+__all__ = ["Cell", "Matrix", "Scenario", "find_matrix", "load_matrix", "matrix_names", "settings_hash"]
+
+FOLDER = Path(__file__).parent / "matrices"
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class DatasetTable(_Table):
+    """``[dataset]``: ``clean_fraction`` of the training images is held out of the attacker's set as the clean budget."""
+
+    source: str = "digits"
+    clean_fraction: float = Field(default=0.05, gt=0, lt=1)
+    train_limit: int | None = None
+    test_limit: int | None = None
+    size: int | None = None
+
+
+class MatrixTable(_Table):
+    """The file's top level. Method tables stay open here and are checked against their own dataclass."""
+
+    title: str
+    about: str = ""
+    seeds: list[int] = Field(min_length=1)
+    tau: float = Field(default=TAU, ge=0, le=1)
+    plugins: list[str] = []
+    dataset: DatasetTable = DatasetTable()
+    recipe: dict[str, Any] = {}
+    backbone: list[dict[str, Any]] = Field(min_length=1)
+    attack: list[dict[str, Any]] = Field(min_length=1)
+    defense: list[dict[str, Any]] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """The attacked world; knows no defense. ``attack`` None = the benign twin."""
+
+    dataset: DatasetSpec
+    clean_fraction: float
+    backbone: Backbone
+    backbone_label: str
+    recipe: Recipe
+    attack: Attack | None
+    attack_label: str
+    plan: Plan
+    seed: int
+
+    def spec(self) -> dict[str, Any]:
+        """What determines the trained victim: labels are left out."""
+        return {
+            "dataset": self.dataset.spec(),
+            "clean_fraction": self.clean_fraction,
+            "backbone": self.backbone.spec(),
+            "recipe": self.recipe.spec(),
+            "attack": self.attack.spec() if self.attack else None,
+            "plan": self.plan.spec() if self.attack else None,
+            "seed": self.seed,
+        }
+
+    def twin(self) -> Scenario:
+        """The same world without the attack."""
+        return dataclasses.replace(self, attack=None, attack_label="none")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One meeting: a scenario, a defense, the track it enters and the scope it may edit."""
+
+    scenario: Scenario
+    defense: Defense
+    defense_label: str
+    track: Track
+    scope: Scope
+    preset: str
+    tau: float
+
+    def spec(self) -> dict[str, Any]:
+        return {
+            "scenario": self.scenario.spec(),
+            "defense": self.defense.spec(),
+            "track": self.track.spec(),
+            "scope": self.scope.value,
+            "tau": self.tau,
+        }
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A checked matrix. ``scenarios`` and ``cells`` are in table order; ``settings`` is the file's text."""
+
+    name: str
+    path: Path
+    title: str
+    about: str
+    settings: str
+    scenarios: tuple[Scenario, ...]
+    cells: tuple[Cell, ...]
+    plugins: tuple[tuple[str, str], ...]
+    """(file name, sha256) of every plug-in file that was loaded."""
+
+
+def matrix_names() -> list[str]:
+    """The matrices that ship with the benchmark."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def find_matrix(name: str) -> Path:
+    """A shipped matrix by name, or any ``.toml`` file by path.
+
+    Raises:
+        BadInput: no such matrix, with the nearest right name.
+    """
+    if name.endswith(".toml"):
+        if Path(name).is_file():
+            return Path(name)
+        raise BadInput(f"{name}: no such matrix file{nearest(Path(name).stem, matrix_names())}")
+    if name not in matrix_names():
+        raise BadInput(f"unknown matrix {name!r}{nearest(name, matrix_names())}")
+    return FOLDER / f"{name}.toml"
+
+
+def load_matrix(path: Path) -> Matrix:
+    """Reads and checks a matrix file.
+
+    Raises:
+        BadInput: not readable, not TOML, an unknown key or name, a wrong type or a number out of range; one line that names the
+            file, the place, the value and the nearest right one.
+    """
+    try:
+        settings = path.read_text(encoding="utf-8")
+        raw = tomllib.loads(settings)
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        raise BadInput(f"{path}: cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(f"{path}: not TOML: {error}") from error
+    try:
+        table = MatrixTable.model_validate(raw)
+    except ValidationError as error:
+        raise BadInput(f"{path}: {_first(error, MatrixTable)}") from error
+    if len(set(table.seeds)) != len(table.seeds):
+        raise BadInput(f"{path}: seeds {table.seeds} name one seed twice")
+    plugins, found = _plugins(path, table.plugins)
+    try:
+        scenarios, cells = _expand(table, found)
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from error
+    return Matrix(path.stem, path, table.title, table.about, settings, scenarios, cells, plugins)
+
+
+def _first(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first complaint of pydantic, as one line that names the place, the value and the nearest right key."""
+    problem = error.errors()[0]
+    place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        owner = DatasetTable if problem["loc"][0] == "dataset" and len(problem["loc"]) > 1 else model
+        return f"unknown key {place!r}{nearest(str(problem['loc'][-1]), owner.model_fields)}"
+    given = "" if problem["type"] == "missing" else f" (got {problem['input']!r})"
+    return f"{place}: {problem['msg'].lower()}{given}"
+
+
+Found = dict[type, list[type]]
+
+
+def _plugins(path: Path, files: Sequence[str]) -> tuple[tuple[tuple[str, str], ...], Found]:
+    """Loads the files a matrix names (code, run as code) and collects the methods they define."""
+    found: Found = {Backbone: [], Attack: [], Defense: []}
+    loaded = []
+    for name in files:
+        file = path.parent / name
+        if not file.is_file():
+            raise BadInput(f"{path}: plugins: {name}: no such file beside the matrix")
+        hashed = hashlib.sha256(file.read_bytes()).hexdigest()
+        loaded.append((name, hashed))
+        module_name = f"levelfield_plugin_{hashed[:12]}"
+        module = sys.modules.get(module_name)
+        if module is None:
+            spec = importlib.util.spec_from_file_location(module_name, file)
+            if spec is None or spec.loader is None:
+                raise BadInput(f"{path}: plugins: {name}: not a Python file")
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[module_name] = module
+            spec.loader.exec_module(module)
+        for entry in vars(module).values():
+            for base, entries in found.items():
+                if isinstance(entry, type) and issubclass(entry, base) and entry.__module__ == module_name:
+                    entries.append(entry)
+    return tuple(loaded), found
+
+
+S = TypeVar("S", bound=Spec)
+
+
+def _make(kind: str, cls: type[S], settings: Mapping[str, Any]) -> S:
+    """An instance of a method's dataclass from a table; unknown keys and wrong types are named."""
+    hints = get_type_hints(cls)
+    fields = {f.name: hints[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    values = {}
+    for key, value in settings.items():
+        if key not in fields:
+            raise BadInput(f"{kind} {cls.name}: unknown key {key!r}{nearest(key, fields)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise BadInput(f"{kind} {cls.name}: {key} = {value!r} is not a finite number")
+        try:
+            # Strict, so that "3" is not 3; a TOML list may become a tuple, which strictness would refuse.
+            values[key] = TypeAdapter(fields[key]).validate_python(value, strict=not isinstance(value, list))
+        except ValidationError as error:
+            raise BadInput(f"{kind} {cls.name}: {key} = {value!r}: {error.errors()[0]['msg'].lower()}") from error
+    return cls(**values)
+
+
+def _take(table: dict[str, Any], key: str, kind: type[Any], default: Any, where: str) -> Any:
+    value = table.pop(key, default)
+    if value is not default and not isinstance(value, kind):
+        raise BadInput(f"{where}: {key} = {value!r} should be a {kind.__name__}")
+    return value
+
+
+def _named(kind: str, table: dict[str, Any], number: int) -> str:
+    if not isinstance(table.get("name"), str):
+        raise BadInput(f"{kind} number {number}: 'name' is missing")
+    return str(table.pop("name"))
+
+
+def _recipe(*tables: Mapping[str, Any]) -> Recipe:
+    merged: dict[str, Any] = {}
+    for table in tables:
+        merged |= table
+    return _make("recipe", Recipe, merged)
+
+
+def _unique(kind: str, labels: Sequence[str]) -> None:
+    for label in labels:
+        if labels.count(label) > 1:
+            raise BadInput(f"two {kind}s are called {label!r}: give one of them a label")
+
+
+def _expand(table: MatrixTable, found: Found) -> tuple[tuple[Scenario, ...], tuple[Cell, ...]]:
+    dataset = _make("dataset", DatasetSpec, table.dataset.model_dump(exclude={"clean_fraction"}, exclude_none=True))
+    backbones = []
+    for number, entry in enumerate(map(dict, table.backbone), 1):
+        name = _named("backbone", entry, number)
+        recipe = _take(entry, "recipe", dict, {}, f"backbone {name}")
+        label = _take(entry, "label", str, None, f"backbone {name}")
+        backbone = _make("backbone", lookup("backbone", [*BACKBONES, *found[Backbone]], name), entry)
+        backbones.append((label or f"{name}-w{backbone.width}", backbone, recipe))
+    _unique("backbone", [label for label, _, _ in backbones])
+    attacks = []
+    for number, entry in enumerate(map(dict, table.attack), 1):
+        name = _named("attack", entry, number)
+        cls = lookup("attack", [*ATTACKS, *found[Attack]], name)
+        recipe = _take(entry, "recipe", dict, {}, f"attack {name}")
+        label = _take(entry, "label", str, None, f"attack {name}")
+        rates = _take(entry, "rates", list, None, f"attack {name}")
+        plan_keys = {f.name for f in dataclasses.fields(Plan)} & entry.keys()
+        planned = {key: entry.pop(key) for key in plan_keys}
+        if rates is not None and "rate" in planned:
+            raise BadInput(f"attack {name}: give either rate or rates")
+        known = {f.name for f in dataclasses.fields(cls)} | {f.name for f in dataclasses.fields(Plan)}  # type: ignore[arg-type]
+        for key in entry:
+            if key not in known:
+                raise BadInput(f"attack {name}: unknown key {key!r}{nearest(key, [*known, 'recipe', 'label', 'rates'])}")
+        attack = _make("attack", cls, entry)
+        for rate in rates if rates is not None else [planned.get("rate", Plan.rate)]:
+            plan = _make(f"attack {name}:", Plan, {**planned, "rate": rate})
+            mode = " all-to-all" if plan.label_mode == "all-to-all" else ""
+            many = f" {100 * plan.rate:g} %" if rates is not None and len(rates) > 1 else ""
+            attacks.append((f"{label or name + mode}{many}", attack, plan, recipe))
+    _unique("attack", [label for label, _, _, _ in attacks])
+    defenses = []
+    for number, entry in enumerate(map(dict, table.defense), 1):
+        name = _named("defense", entry, number)
+        where = f"defense {name}"
+        label = _take(entry, "label", str, None, where)
+        preset = _take(entry, "preset", str, "", where)
+        defense_cls = lookup("defense", [*DEFENSES, *found[Defense]], name)
+        track_names = _take(entry, "tracks", list, ["control"] if defense_cls.control else None, where)
+        scope_names = _take(entry, "scopes", list, ["whole"], where)
+        if not track_names:
+            raise BadInput(f"{where}: 'tracks' is missing: say what it is granted, e.g. tracks = [\"model+clean\"]")
+        tracks = [track_named(str(track)) for track in track_names]
+        if CONTROL in tracks and not defense_cls.control:
+            raise BadInput(f"{where}: the track 'control' grants what no defender has and is for controls only")
+        if "like_settings" in entry and isinstance(entry["like_settings"], dict):
+            entry["like_settings"] = [list(pair) for pair in entry["like_settings"].items()]
+        defense = _make("defense", defense_cls, entry)
+        scopes = []
+        for scope in scope_names:
+            if scope not in [s.value for s in Scope]:
+                raise BadInput(f"{where}: unknown scope {scope!r}{nearest(str(scope), [s.value for s in Scope])}")
+            if Scope(scope) not in defense.scopes:
+                raise BadInput(f"{where}: it has no scope {scope!r}; it has {', '.join(s.value for s in defense.scopes)}")
+            scopes.append(Scope(scope))
+        defenses.append((label or name, defense, preset, tracks, scopes))
+    _unique("defense", [label for label, *_ in defenses])
+    scenarios = []
+    for backbone_label, backbone, backbone_recipe in backbones:
+        for attack_label, attack, plan, attack_recipe in attacks:
+            recipe = _recipe(table.recipe, backbone_recipe, attack_recipe)
+            scenarios += [
+                Scenario(
+                    dataset, table.dataset.clean_fraction, backbone, backbone_label, recipe, attack, attack_label, plan, seed
+                )
+                for seed in table.seeds
+            ]
+    cells = tuple(
+        Cell(scenario, defense, label, track, scope, preset, table.tau)
+        for scenario in scenarios
+        for label, defense, preset, tracks, scopes in defenses
+        for track in tracks
+        for scope in scopes
+    )
+    return tuple(scenarios), cells
+
+
+def settings_hash(matrix: Matrix) -> str:
+    """sha256 over everything the cells say: the identity of a matrix's results."""
+    return digest([cell.spec() for cell in matrix.cells])

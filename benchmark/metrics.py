@@ -1,0 +1,84 @@
+"""ACC, ASR, RA, DER and the attack-validity gate: defined once, with the sets they are measured on.
+
+All are shares in [0, 1].
+
+* ACC: clean test images classified correctly, all of them.
+* ASR: triggered test images *whose true class is not the target* classified as the target.
+* RA (robust accuracy): the same triggered images classified as their true class; hence ASR + RA <= 1.
+* DER (defense effectiveness rating; Zhu et al., ICCV 2023, arXiv 2304.11823, eq. 7):
+  ``(max(0, ASR_before - ASR_after) - max(0, ACC_before - ACC_after) + 1) / 2``. Printed, never ranked on: it rewards broken models.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attacks.base import PoisonedTest
+from models.backbone import Network
+from models.images import ImageSet
+from models.training import predict
+
+__all__ = ["IMPLANTED_ASR", "MAX_ACC_LOSS", "Gate", "Score", "der", "gate", "score"]
+
+IMPLANTED_ASR = 0.5
+"""An attack counts as implanted from this ASR on (design, section 5)."""
+MAX_ACC_LOSS = 0.02
+"""... and only while the victim's ACC stays within this of its benign twin's."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one network scores on the test sets; ASR and RA are NaN where no attack is named."""
+
+    acc: float
+    asr: float = math.nan
+    ra: float = math.nan
+
+
+def _share(hits: Tensor) -> float:
+    return float(hits.double().mean()) if len(hits) else math.nan
+
+
+def score(net: Network, test: ImageSet, triggered: PoisonedTest | None) -> Score:
+    """ACC on ``test``; ASR and RA on ``triggered``, in one pass over each set."""
+    acc = _share(predict(net, test.images) == test.labels)
+    if triggered is None or not len(triggered.images):
+        return Score(acc)
+    said = predict(net, triggered.images)
+    return Score(acc, _share(said == triggered.target_labels), _share(said == triggered.true_labels))
+
+
+def der(before: Score, after: Score) -> float:
+    """Defense effectiveness rating in [0, 1]; 0.5 = nothing changed. NaN without an attack."""
+    return (max(0.0, before.asr - after.asr) - max(0.0, before.acc - after.acc) + 1) / 2 if not math.isnan(after.asr) else math.nan
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Whether an attack worked, so that a defense can be credited for removing it."""
+
+    implanted: bool
+    words: str
+
+
+def gate(victim: Score, benign_acc: float) -> Gate:
+    """``implanted`` = ASR >= 50 % and ACC within 2 points of the benign twin (same data, backbone, recipe, seed)."""
+    reasons = []
+    # Shares are ratios of small integers: a tolerance far below one image keeps 2.0 points from reading as 2.0000001.
+    if not victim.asr >= IMPLANTED_ASR:
+        reasons.append(f"ASR {100 * victim.asr:.1f} < {100 * IMPLANTED_ASR:.0f}")
+    if not benign_acc - victim.acc <= MAX_ACC_LOSS + 1e-9:
+        reasons.append(f"ACC {100 * (benign_acc - victim.acc):.1f} points below the benign twin")
+    words = "implanted" if not reasons else "not implanted: " + "; ".join(reasons)
+    return Gate(not reasons, words + "; no literature reference for this profile")
+
+
+def val_accuracy(net: Network, validation: ImageSet | None) -> float:
+    """Accuracy on the validation part of the clean budget; NaN where the track grants none."""
+    if validation is None:
+        return math.nan
+    return _share(torch.eq(predict(net, validation.images), validation.labels))

@@ -1,0 +1,189 @@
+"""From stored rows to everything people look at: tables, figures, report page, console leaderboard, W&B."""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from benchmark.files import write_text
+from benchmark.rows import Curve, Row, Timing, read
+from models.spec import BadInput
+
+__all__ = ["catalogue", "draw_plots", "draw_report", "draw_tables", "leaderboard", "present"]
+
+Frames = tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]
+
+
+def _frames(folder: Path) -> Frames:
+    return read(folder / "rows.csv", Row), read(folder / "curves.csv", Curve), read(folder / "timings.csv", Timing)
+
+
+def _title(folder: Path) -> str:
+    """The matrix's title, from the copy of its settings beside the rows."""
+    settings = folder / "matrix.toml"
+    if not settings.is_file():
+        return folder.name
+    try:
+        return str(tomllib.loads(settings.read_text(encoding="utf-8")).get("title", folder.name))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"{settings}: cannot be read: {error}") from error
+
+
+def draw_tables(folder: Path, console: Console) -> None:
+    """Writes ``tables/`` beside the rows."""
+    from benchmark.tables import write_tables
+
+    written = write_tables(*_frames(folder), folder / "tables", _title(folder))
+    console.print(f"{len(written)} tables in {folder / 'tables'}", highlight=False)
+
+
+def draw_plots(folder: Path, console: Console) -> None:
+    """Writes ``plots/`` beside the rows (the trigger gallery needs the stored victims: it is drawn at the end of a run)."""
+    from benchmark.plots import write_plots
+
+    written = write_plots(*_frames(folder), folder / "plots", _title(folder))
+    console.print(f"{len(written)} figures in {folder / 'plots'}", highlight=False)
+
+
+def draw_report(folder: Path, console: Console) -> None:
+    """Writes the folder's README.md."""
+    from benchmark.report import write_report
+
+    write_report(folder, *_frames(folder), _title(folder))
+    console.print(f"report: {folder / 'README.md'}", highlight=False)
+
+
+def leaderboard(folder: Path, console: Console) -> None:
+    """Prints the leaderboards of a result folder."""
+    from benchmark.tables import console_leaderboard
+
+    rows, _, _ = _frames(folder)
+    for table in console_leaderboard(rows):
+        console.print(table)
+    bad = rows[(rows["status"] == "failed") & (rows["selection"] == "default")]
+    if len(bad):
+        console.print(f"[red]{len(bad)} failed cells[/]; first: {bad.iloc[0]['defense']}: {bad.iloc[0]['reason']}", highlight=False)
+
+
+def _fingerprint(folder: Path) -> str:
+    """What the pictures are made of: the three files and the code that draws them."""
+    content = hashlib.sha256()
+    for name in ("rows.csv", "curves.csv", "timings.csv", "matrix.toml"):
+        content.update((folder / name).read_bytes())
+    for module in sorted(Path(__file__).parent.glob("*.py")):
+        content.update(module.read_bytes())
+    return content.hexdigest()
+
+
+def present(folder: Path, matrix: Any, *, cache: Path, console: Console, track: bool) -> None:
+    """Everything after the rows. Where rows and drawing code are what they were, pictures are left as they stand."""
+    stamp = cache / "drawn" / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.txt"
+    made_of = _fingerprint(folder)
+    drawn = [folder / "README.md", folder / "plots", folder / "tables"]
+    if not (stamp.is_file() and stamp.read_text() == made_of and all(path.exists() for path in drawn)):
+        draw_tables(folder, console)
+        draw_plots(folder, console)
+        _gallery(folder, matrix, cache)
+        draw_report(folder, console)
+        write_text(stamp, made_of)
+    leaderboard(folder, console)
+    if track:
+        _track(folder, matrix, cache, console)
+    console.print(f"report: {folder / 'README.md'}", highlight=False)
+
+
+def _gallery(folder: Path, matrix: Any, cache: Path) -> None:
+    """Clean, triggered and amplified difference of a few test images per attack, from the first backbone and seed."""
+    from benchmark.cell import read_victim, world
+    from benchmark.plots import trigger_gallery
+    from benchmark.store import Store
+
+    store = Store(cache / "store")
+    first = matrix.scenarios[0]
+    seen: list[tuple[Any, str]] = []
+    items: list[tuple[str, np.ndarray, np.ndarray]] = []
+    for scenario in matrix.scenarios:
+        kind = (scenario.attack.spec(), scenario.plan.label_mode)
+        if scenario.seed != first.seed or scenario.backbone_label != first.backbone_label or kind in seen:
+            continue
+        victim = read_victim(scenario, store, cache)
+        if victim.triggered is None:
+            continue
+        seen.append(kind)
+        source = victim.triggered.source[:4]
+        clean = world(scenario, cache).data.test.images[source]
+        items.append((scenario.attack_label, clean.numpy(), victim.triggered.images[:4].numpy()))
+    if items:
+        trigger_gallery(items, folder / "plots" / "gallery")
+
+
+def _track(folder: Path, matrix: Any, cache: Path, console: Console) -> None:
+    from benchmark.tracking import CellLog, log_matrix
+
+    rows, curves, _ = _frames(folder)
+    specs = {cell_log_name(cell): cell for cell in matrix.cells}
+    by_cell = {key: group for key, group in curves.groupby("cell", sort=False)}
+    logs = []
+    for key, group in rows.groupby("cell", sort=False):
+        first = group.iloc[0]
+        name = f"{first['backbone']}/{first['attack']}/{first['seed']}/{first['track']}/{first['scope']}/{first['defense']}"
+        cell = specs.get(name)
+        axes = {column: _plain(first[column]) for column in ("matrix", "dataset", "backbone", "attack", "rate", "seed", "track", "scope", "defense", "cell")}
+        curve = by_cell.get(key)
+        logs.append(
+            CellLog(
+                key=str(key),
+                job_type=str(first["defense"]),
+                name=name,
+                config={**axes, "spec": cell.spec() if cell else {}},
+                summary=[{column: _plain(value) for column, value in record.items()} for record in group.to_dict("records")],
+                curve=[] if curve is None else [{c: _plain(v) for c, v in record.items()} for record in curve.to_dict("records")],
+            )
+        )
+    tables = {path.stem: pd.read_csv(path) for path in sorted((folder / "tables").glob("leaderboard*.csv"))}
+    line = log_matrix(matrix.name, logs, tables, sorted((folder / "plots").glob("*.png")), cache / "wandb")
+    console.print(line, highlight=False)
+
+
+def cell_log_name(cell: Any) -> str:
+    """The name a cell's tracking run carries, the same from settings and from rows."""
+    s = cell.scenario
+    return f"{s.backbone_label}/{s.attack_label}/{s.seed}/{cell.track.name}/{cell.scope.value}/{cell.defense_label}"
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def catalogue(console: Console) -> None:
+    """Prints everything a matrix may name."""
+    from attacks import ATTACKS
+    from benchmark.datasets import DATASETS
+    from benchmark.matrix import FOLDER, matrix_names
+    from benchmark.tracks import TRACKS
+    from defenses import DEFENSES
+    from models import BACKBONES
+
+    def head(cls: type) -> str:
+        module = __import__(cls.__module__, fromlist=["__doc__"]).__doc__ or ""
+        return str(module.strip().splitlines()[0])
+
+    def table(title: str, lines: list[tuple[str, str]]) -> None:
+        grid = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+        for name, words in lines:
+            grid.add_row(f"[bold]{name}[/]", words)
+        console.print(grid)
+
+    table("matrices", [(name, str(tomllib.loads((FOLDER / f"{name}.toml").read_text())["title"])) for name in matrix_names()])
+    table("data sets", list(DATASETS.items()))
+    table("backbones", [(cls.name, head(cls)) for cls in BACKBONES])
+    table("attacks", [(cls.name, head(cls)) for cls in ATTACKS])
+    table("defenses", [(cls.name + (" (control)" if cls.control else ""), head(cls)) for cls in DEFENSES])
+    table("tracks", [(track.name, track.title) for track in TRACKS])

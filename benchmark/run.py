@@ -1,0 +1,270 @@
+"""One command: matrix -> stages -> rows -> tables, plots, report, tracking.
+
+Issuing the same command again resumes: finished stages are read from the store, and files whose content stays the same are not
+touched.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from benchmark import rows as files
+from benchmark.cell import CellResult, cell_key, cell_rows, victim_key
+from benchmark.datasets import Dataset, load
+from benchmark.executors import Failure, Stage, cores, run_stages, victims_of
+from benchmark.files import write_text
+from benchmark.matrix import Cell, Matrix, Scenario, settings_hash
+from benchmark.progress import RunProgress
+from benchmark.rows import Curve, Row, Timing
+from benchmark.store import Entry, Store
+from models.spec import BadInput, canonical, nearest
+
+__all__ = ["Filter", "Outcome", "collect", "parse_only", "run_matrix"]
+
+VERSIONED = ("torch", "torchvision", "pytorch-lightning", "numpy", "scipy", "scikit-learn", "pandas", "safetensors")
+Filter = Mapping[str, str]
+AXES: dict[str, Callable[[Cell], str]] = {
+    "backbone": lambda cell: cell.scenario.backbone_label,
+    "attack": lambda cell: cell.scenario.attack_label,
+    "seed": lambda cell: str(cell.scenario.seed),
+    "track": lambda cell: cell.track.name,
+    "scope": lambda cell: cell.scope.value,
+    "defense": lambda cell: cell.defense_label,
+}
+
+
+def parse_only(matrix: Matrix, only: str | None) -> Filter:
+    """``"attack=badnets,seed=0"`` -> a filter over the matrix's cells.
+
+    Raises:
+        BadInput: an unknown axis, or a value no cell has, with the nearest right one.
+    """
+    chosen: dict[str, str] = {}
+    for part in (only or "").split(","):
+        if not part.strip():
+            continue
+        axis, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or axis not in AXES:
+            raise BadInput(f"--only {part.strip()!r}: write axis=value{nearest(axis, AXES)}")
+        values = list(dict.fromkeys(AXES[axis](cell) for cell in matrix.cells))
+        if value not in values:
+            raise BadInput(f"--only {axis}={value}: matrix {matrix.name!r} has none{nearest(value, values)}")
+        chosen[axis] = value
+    return chosen
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left: the three files' folder, and how the cells ended."""
+
+    folder: Path
+    results: list[CellResult]
+    computed: int
+    changed: bool
+    """Whether rows.csv or curves.csv changed."""
+
+
+def run_matrix(
+    matrix: Matrix,
+    *,
+    results: Path,
+    cache: Path,
+    console: Console,
+    only: str | None = None,
+    processes: int | None = None,
+    order: Callable[[list[Stage]], list[Stage]] | None = None,
+) -> Outcome:
+    """Runs what is missing and writes rows.csv, curves.csv, timings.csv, manifest.json and a copy of the matrix.
+
+    Args:
+        results: folder of results; the matrix gets a folder of its name in it.
+        cache: the store, decoded images and tracking runs live here.
+        only: see :func:`parse_only`; rows of other cells that stand in rows.csv are kept.
+        processes: how many stages run at once (default: one per core); never changes a row.
+        order: permutes the cells' order of execution (for tests); never changes a row.
+
+    Raises:
+        BadInput: see the message; everything already computed stays in the store.
+    """
+    chosen = parse_only(matrix, only)
+    folder = results / matrix.name
+    _writable(folder)
+    _writable(cache)
+    store = Store(cache / "store", lambda line: console.print(f"[yellow]note:[/] {line}", highlight=False))
+    cells = [cell for cell in matrix.cells if all(AXES[axis](cell) == value for axis, value in chosen.items())]
+    datasets = _datasets(matrix, cache, console)
+    failures = _execute(matrix, cells, store, cache, datasets, console, processes, order)
+    collected = collect(matrix, cells, store, datasets, failures)
+    changed = _write(matrix, folder, collected, datasets, whole=not chosen)
+    return Outcome(folder, [result for result, _ in collected], sum(new for _, new in collected), changed)
+
+
+def _writable(folder: Path) -> None:
+    """Says at once, not after an hour, that a folder cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot be made: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise BadInput(f"{folder}: cannot be written: permission denied")
+    probe = folder / ".levelfield-probe.tmp"
+    write_text(probe, "x")
+    probe.unlink(missing_ok=True)
+
+
+def _datasets(matrix: Matrix, cache: Path, console: Console) -> dict[str, Dataset]:
+    """Every data set of the matrix, by its spec's canonical text; decoded here once, before any worker wants it."""
+    found: dict[str, Dataset] = {}
+    for scenario in matrix.scenarios:
+        key = canonical(scenario.dataset)
+        if key not in found:
+            found[key] = load(scenario.dataset, cache, lambda line: console.print(line, style="dim", highlight=False))
+    return found
+
+
+def _execute(
+    matrix: Matrix,
+    cells: Sequence[Cell],
+    store: Store,
+    cache: Path,
+    datasets: Mapping[str, Dataset],
+    console: Console,
+    processes: int | None,
+    order: Callable[[list[Stage]], list[Stage]] | None,
+) -> dict[str, str]:
+    """Runs the stages that are not stored; returns the reasons of those that failed, by key."""
+
+    def print_of(scenario: Scenario) -> str:
+        return datasets[canonical(scenario.dataset)].fingerprint
+
+    numbers = {id(cell): number for number, cell in enumerate(matrix.cells)}
+    wanted = {canonical(world.spec()) for cell in cells for world in (cell.scenario.twin(), cell.scenario)}
+    stages: list[Stage] = []
+    place: dict[str, int] = {}
+    for number, scenario in enumerate(victims_of(matrix)):
+        key = victim_key(scenario, print_of(scenario))
+        if canonical(scenario.spec()) in wanted and store.read("victim", key, tensors=False) is None:
+            place[key] = len(stages)
+            stages.append(Stage("victim", number, f"train {scenario.backbone_label} / {scenario.attack_label} / seed {scenario.seed}"))
+    todo = []
+    for cell in cells:
+        if store.read("defended", cell_key(cell, print_of(cell.scenario)), tensors=False) is None:
+            victim = victim_key(cell.scenario, print_of(cell.scenario))
+            after = (place[victim],) if victim in place else ()
+            label = f"{cell.defense_label} ({cell.scope.value}) on {cell.scenario.backbone_label} / {cell.scenario.attack_label} / seed {cell.scenario.seed}"
+            todo.append(Stage("cell", numbers[id(cell)], label, after))
+    victims = len(stages)
+    stages += order(todo) if order else todo
+    if not stages:
+        return {}
+    count = min(processes or cores(), len(stages))
+    console.print(
+        f"{matrix.name}: {victims} models to train, {len(todo)} defense cells to run ({len(cells) - len(todo)} already stand); "
+        f"{count} process{'es' if count > 1 else ''}, one thread each",
+        highlight=False,
+    )
+    with RunProgress(console, victims, len(todo)) as progress:
+        failed = run_stages(stages, matrix.path, store.root, cache, progress, count)
+    every = victims_of(matrix)
+
+    def key_of(failure: Failure) -> str:
+        stage = stages[failure.position]
+        if stage.kind == "victim":
+            return victim_key(every[stage.number], print_of(every[stage.number]))
+        cell = matrix.cells[stage.number]
+        return cell_key(cell, print_of(cell.scenario))
+
+    return {key_of(failure): failure.reason for failure in failed}
+
+
+def collect(
+    matrix: Matrix, cells: Sequence[Cell], store: Store, datasets: Mapping[str, Dataset], failures: Mapping[str, str]
+) -> list[tuple[CellResult, bool]]:
+    """Rows of every cell, in matrix order, from the store; cells that failed outright become rows with their reason."""
+    results = []
+    outcomes: dict[str, Entry] = {}
+
+    def stored(stage: str, key: str) -> Entry:
+        if key not in outcomes:
+            reason = failures.get(key, "interrupted before it ran")
+            empty = {"status": "failed", "reason": reason, "candidates": [], "units": 0}
+            costs = {"seconds": math.nan, "peak_mib": math.nan, "victim_seconds": math.nan}
+            outcomes[key] = store.read(stage, key, tensors=False) or Entry({**empty, **costs}, {})
+        return outcomes[key]
+
+    for cell in cells:
+        fingerprint = datasets[canonical(cell.scenario.dataset)].fingerprint
+        key = cell_key(cell, fingerprint)
+        entry = stored("defended", key)
+        victim = stored("victim", victim_key(cell.scenario, fingerprint))
+        twin = stored("victim", victim_key(cell.scenario.twin(), fingerprint))
+        name = datasets[canonical(cell.scenario.dataset)].name
+        results.append((cell_rows(matrix.name, name, cell, fingerprint, entry, victim, twin), key in failures))
+    return results
+
+
+def _write(
+    matrix: Matrix, folder: Path, collected: Sequence[tuple[CellResult, bool]], datasets: Mapping[str, Dataset], *, whole: bool
+) -> bool:
+    results = [result for result, _ in collected]
+    rows: list[Row] = [row for result in results for row in result.rows]
+    curves: list[Curve] = [curve for result in results for curve in result.curves]
+    timings: list[Timing] = [result.timing for result in results]
+    if not whole:
+        known = [cell_key(cell, datasets[canonical(cell.scenario.dataset)].fingerprint)[:12] for cell in matrix.cells]
+        rows, curves, timings = (
+            _merge(folder / "rows.csv", Row, rows, known),
+            _merge(folder / "curves.csv", Curve, curves, known),
+            _merge(folder / "timings.csv", Timing, timings, known),
+        )
+    changed = files.write(folder / "rows.csv", Row, rows)
+    changed |= files.write(folder / "curves.csv", Curve, curves)
+    files.write(folder / "timings.csv", Timing, timings)
+    write_text(folder / "matrix.toml", matrix.settings)
+    write_text(folder / "manifest.json", json.dumps(manifest(matrix, datasets), indent=2, sort_keys=True) + "\n")
+    return changed
+
+
+def _merge(path: Path, kind: type[Any], new: list[Any], known: Sequence[str]) -> list[Any]:
+    """New rows, and those in the file of other cells the matrix still has, in matrix order."""
+    if not path.is_file():
+        return new
+    fresh = {row.cell for row in new}
+    table = files.read(path, kind)
+    old = [kind(**record) for record in table.to_dict("records") if record["cell"] in known and record["cell"] not in fresh]
+    place = {cell: position for position, cell in enumerate(known)}
+    return sorted([*new, *old], key=lambda row: place[row.cell])
+
+
+def manifest(matrix: Matrix, datasets: Mapping[str, Dataset]) -> dict[str, Any]:
+    """What somebody needs to get the same rows: settings, versions, data, arithmetic. No dates, no host."""
+    return {
+        "matrix": matrix.name,
+        "settings": settings_hash(matrix),
+        "cells": len(matrix.cells),
+        "datasets": {
+            dataset.name: {"fingerprint": dataset.fingerprint, "train": len(dataset.train), "test": len(dataset.test)}
+            for dataset in datasets.values()
+        },
+        "plugins": [{"file": name, "sha256": hashed} for name, hashed in matrix.plugins],
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}},
+        "arithmetic": {
+            "device": "cuda" if torch.cuda.is_available() else "cpu",
+            "machine": platform.machine(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "threads": 1,
+            "precision": "float32",
+            "memory_format": "channels_last",
+        },
+    }

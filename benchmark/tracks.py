@@ -1,0 +1,72 @@
+"""Tracks: what a defender is granted. Nothing is ranked across them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from defenses.base import Defense, DefenderView, Knowledge, Scope
+from models.backbone import Network
+from models.spec import BadInput, nearest
+from models.training import Recipe
+
+__all__ = ["CONTROL", "TRACKS", "Track", "track_named", "view_for"]
+
+
+@dataclass(frozen=True)
+class Track:
+    """A threat model: its name, what it grants, and both in words."""
+
+    name: str
+    grants: Knowledge
+    title: str
+
+    def spec(self) -> dict[str, Any]:
+        return {"name": self.name, "grants": self.grants.words}
+
+
+TRACKS: tuple[Track, ...] = (
+    Track("model", Knowledge.MODEL, "the model, no data"),
+    Track("model+clean", Knowledge.MODEL | Knowledge.CLEAN, "the model and a small clean labelled budget"),
+    Track("model+train", Knowledge.MODEL | Knowledge.TRAIN, "the model and the poisoned training set, nothing trusted"),
+    Track("train", Knowledge.TRAIN, "the poisoned training set alone"),
+    Track("train+clean", Knowledge.TRAIN | Knowledge.CLEAN, "the poisoned training set and a small clean labelled budget"),
+    Track("train+extractor", Knowledge.TRAIN | Knowledge.EXTRACTOR, "the poisoned training set and a trusted extractor"),
+)
+CONTROL = Track("control", ~Knowledge.NONE, "controls: granted what no defender has, never ranked")
+
+
+def track_named(name: str) -> Track:
+    """Raises BadInput, with the nearest right name, when there is no such track."""
+    for track in (*TRACKS, CONTROL):
+        if track.name == name:
+            return track
+    raise BadInput(f"unknown track {name!r}{nearest(name, [track.name for track in TRACKS])}")
+
+
+def view_for(
+    track: Track,
+    defense: Defense,
+    scope: Scope,
+    sources: Mapping[Knowledge, Callable[[], object]],
+    *,
+    fresh: Callable[[int], Network],
+    num_classes: int,
+    seed: int,
+    recipe: Recipe,
+) -> DefenderView:
+    """The view of ``defense`` on ``track``: only what is granted is ever put within reach of the object."""
+    reachable = {what: source for what, source in sources.items() if what in track.grants}
+    return DefenderView(
+        granted=track.grants,
+        declared=defense.needs,
+        sources=reachable,
+        fresh=fresh,
+        num_classes=num_classes,
+        seed=seed,
+        scope=scope,
+        recipe=recipe,
+    )
+
+
