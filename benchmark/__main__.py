@@ -11,9 +11,7 @@ from rich.console import Console
 
 from models.spec import BadInput
 
-app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode=None
-)
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode=None)
 console = Console(soft_wrap=True)
 
 MatrixOption = Annotated[str, typer.Option("--matrix", "-m", help="A shipped matrix by name, or a .toml file.")]
@@ -22,7 +20,7 @@ CacheOption = Annotated[
     Path, typer.Option("--cache", help="Folder of the store, decoded images and tracking runs.", envvar="LEVELFIELD_CACHE")
 ]
 OnlyOption = Annotated[
-    Optional[str],  # noqa: UP007, UP045 - typer reads the annotation at run time
+    Optional[str],  # noqa: UP045 - typer reads the annotation at run time
     typer.Option("--only", help="Run a slice, e.g. attack=badnets,seed=0; axes: backbone, attack, seed, track, scope, defense."),
 ]
 RESULTS, CACHE = Path("results"), Path(".cache")
@@ -33,7 +31,7 @@ def run(
     matrix: MatrixOption = "quick",
     only: OnlyOption = None,
     processes: Annotated[int, typer.Option(min=0, help="Stages at once; 0 = one per core. Never changes a row.")] = 0,
-    track: Annotated[bool, typer.Option("--wandb/--no-wandb", help="Log every cell to Weights & Biases (offline by default).")] = True,
+    wandb: Annotated[bool, typer.Option(help="Log every cell to Weights & Biases (offline by default).")] = True,
     results: ResultsOption = RESULTS,
     cache: CacheOption = CACHE,
 ) -> None:
@@ -49,7 +47,7 @@ def run(
         raise typer.Exit(130) from None
     from benchmark.present import present
 
-    present(outcome.folder, loaded, cache=cache, console=console, track=track)
+    present(outcome.folder, loaded, cache=cache, console=console, track=wandb)
 
 
 def _stored(matrix: str | None, results: Path) -> list[Path]:
@@ -68,7 +66,7 @@ def _stored(matrix: str | None, results: Path) -> list[Path]:
 
 
 StoredOption = Annotated[
-    Optional[str],  # noqa: UP007, UP045 - typer reads the annotation at run time
+    Optional[str],  # noqa: UP045 - typer reads the annotation at run time
     typer.Option("--matrix", "-m", help="One matrix; without it, every matrix with stored rows."),
 ]
 
@@ -133,10 +131,12 @@ def show_my_model(
     backbone: Annotated[str, typer.Option(help="Its architecture, by name; width and head size are read off the weights.")],
     dataset: Annotated[str, typer.Option(help="Data set by name, or folder:PATH of class folders.")],
     attack: Annotated[
-        Optional[str],  # noqa: UP007, UP045 - typer reads the annotation at run time
+        Optional[str],  # noqa: UP045 - typer reads the annotation at run time
         typer.Option(help="Attack suspected or known; without one, only ACC is measured."),
     ] = None,
-    matrix: Annotated[str, typer.Option("--matrix", "-m", help="Whose defenses, attack settings and clean budget to use.")] = "my-model",
+    matrix: Annotated[
+        str, typer.Option("--matrix", "-m", help="Whose defenses, attack settings and clean budget to use.")
+    ] = "my-model",
     results: ResultsOption = RESULTS,
     cache: CacheOption = CACHE,
 ) -> None:

@@ -34,7 +34,10 @@ from models.spec import BadInput, derive_seed, digest
 from models.training import Diverged, fit
 from models.units import unit_layers
 
-__all__ = ["CellResult", "cell_key", "cell_rows", "run_cell", "run_victim", "victim_key"]
+__all__ = [
+    "CellResult", "Victim", "World", "cell_key", "cell_rows", "defend", "measured_from", "read_victim", "run_cell", "run_victim",
+    "victim_key", "world",
+]  # fmt: skip
 
 REVISION = 1
 """Raised when this file changes what the same settings give."""
@@ -225,7 +228,7 @@ def run_cell(cell: Cell, store: Store, cache: Path) -> None:
     start = time.perf_counter()
     reset_peak()
     if victim.outcome["status"] == "ok":
-        outcome = _defend(cell, w, victim)
+        outcome = defend(cell, w, victim)
     else:
         outcome = _stopped("failed", f"no victim: {victim.outcome['reason']}")
     outcome |= {"seconds": time.perf_counter() - start, "peak_mib": peak_mib(), "victim_seconds": victim.outcome["seconds"]}
@@ -236,7 +239,8 @@ def _stopped(status: str, reason: str) -> dict[str, Any]:
     return {"status": status, "reason": reason, "candidates": [], "units": 0}
 
 
-def _defend(cell: Cell, w: World, victim: Victim) -> dict[str, Any]:
+def defend(cell: Cell, w: World, victim: Victim, keep: list[Network] | None = None) -> dict[str, Any]:
+    """Builds the view, lets the defense yield, scores what it yields. ``keep`` receives every candidate's network, if given."""
     defense, scenario = cell.defense, cell.scenario
     missing = defense.needs & ~cell.track.grants
     if missing:
@@ -261,6 +265,8 @@ def _defend(cell: Cell, w: World, victim: Victim) -> dict[str, Any]:
     measured: list[dict[str, Any]] = []
     try:
         for candidate, cost in _metered_candidates(defense.candidates(view)):
+            if keep is not None:
+                keep.append(candidate.model)
             measured.append(
                 {
                     "dial": candidate.dial,
@@ -312,6 +318,21 @@ def _score_of(stored: dict[str, Any]) -> Score:
     return Score(_nan(stored["acc"]), _nan(stored["asr"]), _nan(stored["ra"]))
 
 
+def measured_from(c: dict[str, Any]) -> Measured:
+    """A candidate's stored scores, as the selection rules read them."""
+    return Measured(
+        dial=c["dial"],
+        is_default=c["is_default"],
+        strength=c["strength"],
+        pruned=c["pruned"],
+        note=c["note"],
+        score=_score_of(c),
+        val_acc=_nan(c["val_acc"]),
+        forward=c["forward"],
+        backward=c["backward"],
+    )
+
+
 # -- rows ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -325,9 +346,7 @@ class CellResult:
     timing: Timing
 
 
-def cell_rows(
-    matrix: str, dataset: str, cell: Cell, fingerprint: str, outcome: Entry, victim: Entry, twin: Entry
-) -> CellResult:
+def cell_rows(matrix: str, dataset: str, cell: Cell, fingerprint: str, outcome: Entry, victim: Entry, twin: Entry) -> CellResult:
     """Rows of a cell from stored outcomes alone: its own, its victim's and its benign twin's. ``dataset``: its name in rows."""
     scenario, out, vic = cell.scenario, outcome.outcome, victim.outcome
     key = cell_key(cell, fingerprint)
@@ -343,15 +362,12 @@ def cell_rows(
         "defense": cell.defense_label,
         "cell": key[:12],
     }
-    assert set(axes) == {f for f in Key.__dataclass_fields__}
+    assert set(axes) == set(Key.__dataclass_fields__)
     before = _score_of(vic) if vic["status"] == "ok" else Score(math.nan)
     benign = _nan(twin.outcome.get("acc"))
     verdict = gate(before, benign)
     before_val = _nan(vic.get("val_acc")) if Knowledge.CLEAN in cell.track.grants else math.nan
-    measured = [
-        Measured(c["dial"], c["is_default"], c["strength"], c["pruned"], c["note"], _score_of(c), _nan(c["val_acc"]), c["forward"], c["backward"])
-        for c in out["candidates"]
-    ]  # fmt: skip
+    measured = [measured_from(candidate) for candidate in out["candidates"]]
     common = {
         "target": scenario.plan.target,
         "label_mode": scenario.plan.label_mode,
@@ -380,16 +396,34 @@ def cell_rows(
             forward, backward = _cost(how, measured, chosen)
             spent = Cost(forward, backward)
             row |= {
-                "acc": m.score.acc, "asr": m.score.asr, "ra": m.score.ra, "der": der(before, m.score),
-                "dial": _nan(m.dial), "pruned": m.pruned, "val_acc": m.val_acc, "note": "; ".join([*notes, *([m.note] if m.note else [])]),
-                "samples_forward": forward, "samples_backward": backward, "cost_epochs": spent.epochs(vic["train_size"]),
-            }  # fmt: skip
+                "acc": m.score.acc,
+                "asr": m.score.asr,
+                "ra": m.score.ra,
+                "der": der(before, m.score),
+                "dial": _nan(m.dial),
+                "pruned": m.pruned,
+                "val_acc": m.val_acc,
+                "note": "; ".join([*notes, *([m.note] if m.note else [])]),
+                "samples_forward": forward,
+                "samples_backward": backward,
+                "cost_epochs": spent.epochs(vic["train_size"]),
+            }
         rows.append(Row(**row))
     curves = [
-        Curve(**axes, dial_name=cell.defense.dial_name, dial=_nan(m.dial), is_default=m.is_default, strength=m.strength, pruned=m.pruned,
-              acc=m.score.acc, asr=m.score.asr, ra=m.score.ra, val_acc=m.val_acc)
+        Curve(
+            **axes,
+            dial_name=cell.defense.dial_name,
+            dial=_nan(m.dial),
+            is_default=m.is_default,
+            strength=m.strength,
+            pruned=m.pruned,
+            acc=m.score.acc,
+            asr=m.score.asr,
+            ra=m.score.ra,
+            val_acc=m.val_acc,
+        )
         for m in measured
-    ]  # fmt: skip
+    ]
     timing = Timing(**axes, seconds=out["seconds"], peak_mib=out["peak_mib"], victim_seconds=out["victim_seconds"])
     return CellResult(key, rows, curves, timing)
 
@@ -424,4 +458,3 @@ def peak_mib() -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-

@@ -240,5 +240,3 @@ def _run_pool(stages: Sequence[Stage], arguments: tuple[str, str, str], watcher:
                 process.terminate()
         drain()
     return list(failures.values())
-
-

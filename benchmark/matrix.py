@@ -225,10 +225,15 @@ def _plugins(path: Path, files: Sequence[str]) -> tuple[tuple[tuple[str, str], .
 S = TypeVar("S", bound=Spec)
 
 
+def _fields(cls: type[Spec]) -> dict[str, Any]:
+    """A method's settings and their types."""
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+
+
 def _make(kind: str, cls: type[S], settings: Mapping[str, Any]) -> S:
     """An instance of a method's dataclass from a table; unknown keys and wrong types are named."""
-    hints = get_type_hints(cls)
-    fields = {f.name: hints[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = _fields(cls)
     values = {}
     for key, value in settings.items():
         if key not in fields:
@@ -276,24 +281,24 @@ def _expand(table: MatrixTable, found: Found) -> tuple[tuple[Scenario, ...], tup
         name = _named("backbone", entry, number)
         recipe = _take(entry, "recipe", dict, {}, f"backbone {name}")
         label = _take(entry, "label", str, None, f"backbone {name}")
-        backbone = _make("backbone", lookup("backbone", [*BACKBONES, *found[Backbone]], name), entry)
+        backbone: Backbone = _make("backbone", lookup("backbone", [*BACKBONES, *found[Backbone]], name), entry)
         backbones.append((label or f"{name}-w{backbone.width}", backbone, recipe))
     _unique("backbone", [label for label, _, _ in backbones])
     attacks = []
+    plan_fields = {f.name for f in dataclasses.fields(Plan)}
     for number, entry in enumerate(map(dict, table.attack), 1):
         name = _named("attack", entry, number)
-        cls = lookup("attack", [*ATTACKS, *found[Attack]], name)
+        cls: type[Attack] = lookup("attack", [*ATTACKS, *found[Attack]], name)
         recipe = _take(entry, "recipe", dict, {}, f"attack {name}")
         label = _take(entry, "label", str, None, f"attack {name}")
         rates = _take(entry, "rates", list, None, f"attack {name}")
-        plan_keys = {f.name for f in dataclasses.fields(Plan)} & entry.keys()
-        planned = {key: entry.pop(key) for key in plan_keys}
+        planned = {key: entry.pop(key) for key in plan_fields & entry.keys()}
         if rates is not None and "rate" in planned:
             raise BadInput(f"attack {name}: give either rate or rates")
-        known = {f.name for f in dataclasses.fields(cls)} | {f.name for f in dataclasses.fields(Plan)}  # type: ignore[arg-type]
+        known = {*_fields(cls), *plan_fields, "recipe", "label", "rates"}
         for key in entry:
             if key not in known:
-                raise BadInput(f"attack {name}: unknown key {key!r}{nearest(key, [*known, 'recipe', 'label', 'rates'])}")
+                raise BadInput(f"attack {name}: unknown key {key!r}{nearest(key, sorted(known))}")
         attack = _make("attack", cls, entry)
         for rate in rates if rates is not None else [planned.get("rate", Plan.rate)]:
             plan = _make(f"attack {name}:", Plan, {**planned, "rate": rate})
@@ -307,7 +312,7 @@ def _expand(table: MatrixTable, found: Found) -> tuple[tuple[Scenario, ...], tup
         where = f"defense {name}"
         label = _take(entry, "label", str, None, where)
         preset = _take(entry, "preset", str, "", where)
-        defense_cls = lookup("defense", [*DEFENSES, *found[Defense]], name)
+        defense_cls: type[Defense] = lookup("defense", [*DEFENSES, *found[Defense]], name)
         track_names = _take(entry, "tracks", list, ["control"] if defense_cls.control else None, where)
         scope_names = _take(entry, "scopes", list, ["whole"], where)
         if not track_names:
@@ -332,9 +337,7 @@ def _expand(table: MatrixTable, found: Found) -> tuple[tuple[Scenario, ...], tup
         for attack_label, attack, plan, attack_recipe in attacks:
             recipe = _recipe(table.recipe, backbone_recipe, attack_recipe)
             scenarios += [
-                Scenario(
-                    dataset, table.dataset.clean_fraction, backbone, backbone_label, recipe, attack, attack_label, plan, seed
-                )
+                Scenario(dataset, table.dataset.clean_fraction, backbone, backbone_label, recipe, attack, attack_label, plan, seed)
                 for seed in table.seeds
             ]
     cells = tuple(

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmark.files import write_text
-from benchmark.rows import Curve, Row, Timing, read
+from benchmark.rows import Curve, Key, Row, Timing, read
 from models.spec import BadInput
 
 __all__ = ["catalogue", "draw_plots", "draw_report", "draw_tables", "leaderboard", "present"]
@@ -129,13 +129,13 @@ def _track(folder: Path, matrix: Any, cache: Path, console: Console) -> None:
 
     rows, curves, _ = _frames(folder)
     specs = {cell_log_name(cell): cell for cell in matrix.cells}
-    by_cell = {key: group for key, group in curves.groupby("cell", sort=False)}
+    by_cell = dict(list(curves.groupby("cell", sort=False)))
     logs = []
     for key, group in rows.groupby("cell", sort=False):
         first = group.iloc[0]
         name = f"{first['backbone']}/{first['attack']}/{first['seed']}/{first['track']}/{first['scope']}/{first['defense']}"
         cell = specs.get(name)
-        axes = {column: _plain(first[column]) for column in ("matrix", "dataset", "backbone", "attack", "rate", "seed", "track", "scope", "defense", "cell")}
+        axes = {column: _plain(first[column]) for column in Key.__dataclass_fields__}
         curve = by_cell.get(key)
         logs.append(
             CellLog(
@@ -143,13 +143,17 @@ def _track(folder: Path, matrix: Any, cache: Path, console: Console) -> None:
                 job_type=str(first["defense"]),
                 name=name,
                 config={**axes, "spec": cell.spec() if cell else {}},
-                summary=[{column: _plain(value) for column, value in record.items()} for record in group.to_dict("records")],
-                curve=[] if curve is None else [{c: _plain(v) for c, v in record.items()} for record in curve.to_dict("records")],
+                summary=_records(group),
+                curve=[] if curve is None else _records(curve),
             )
         )
     tables = {path.stem: pd.read_csv(path) for path in sorted((folder / "tables").glob("leaderboard*.csv"))}
     line = log_matrix(matrix.name, logs, tables, sorted((folder / "plots").glob("*.png")), cache / "wandb")
     console.print(line, highlight=False)
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(column): _plain(value) for column, value in record.items()} for record in table.to_dict("records")]
 
 
 def cell_log_name(cell: Any) -> str:

@@ -54,8 +54,8 @@ class RunProgress:
 
     def _picture(self) -> Group:
         lines = [
-            Text(f"  worker {number + 1}: {label}  ({time.monotonic() - since:.0f} s)", style="dim", no_wrap=True, overflow="ellipsis")
-            for number, (label, since) in enumerate(self.now.values())
+            Text(f"  worker {place}: {label}  ({time.monotonic() - since:.0f} s)", style="dim", no_wrap=True, overflow="ellipsis")
+            for place, (label, since) in enumerate(self.now.values(), 1)
         ]
         return Group(self.bars, *lines)
 
@@ -80,5 +80,6 @@ class RunProgress:
             return
         self.told = time.monotonic()
         running = "; ".join(label for label, _ in self.now.values())
-        done = ", ".join(f"{self.counts[kind]}/{self.totals[kind]} {name}" for kind, name in (("victim", "models"), ("cell", "cells")))
+        names = {"victim": "models", "cell": "cells"}
+        done = ", ".join(f"{self.counts[kind]}/{self.totals[kind]} {name}" for kind, name in names.items())
         self.console.print(f"[{self.told - self.begun:5.0f} s] {done}; running: {running or 'none'}", highlight=False, markup=False)

@@ -140,16 +140,17 @@ def read(path: Path, kind: type[T]) -> pd.DataFrame:
     """
     if not path.is_file():
         raise BadInput(f"{path}: no such file; run the matrix first")
-    kinds = {"str": str, "bool": str, "int": "int64", "float": "float64"}
     wanted = {f.name: str(f.type) for f in fields(kind)}
+    numbers = {"int": "int64", "float": "float64"}
+    types: dict[Any, Any] = {name: numbers.get(text, "str") for name, text in wanted.items()}
+    # Only numbers may be missing: a defense called "nan" is a name.
+    missing_as: dict[Any, Any] = {name: [""] for name, text in wanted.items() if text == "float"}
     try:
         header = pd.read_csv(path, nrows=0)
         missing = [name for name in wanted if name not in header.columns]
         if missing:
             raise BadInput(f"{path}: column {missing[0]!r} is missing")
-        table = pd.read_csv(path, dtype={name: kinds[text] for name, text in wanted.items()}, keep_default_na=False, na_values={
-            name: [""] for name, text in wanted.items() if text == "float"
-        })  # fmt: skip
+        table = pd.read_csv(path, dtype=types, keep_default_na=False, na_values=missing_as)
     except (ValueError, pd.errors.ParserError) as error:
         if isinstance(error, BadInput):
             raise

@@ -156,13 +156,13 @@ def _execute(
         key = victim_key(scenario, print_of(scenario))
         if canonical(scenario.spec()) in wanted and store.read("victim", key, tensors=False) is None:
             place[key] = len(stages)
-            stages.append(Stage("victim", number, f"train {scenario.backbone_label} / {scenario.attack_label} / seed {scenario.seed}"))
+            stages.append(Stage("victim", number, f"train {_label(scenario)}"))
     todo = []
     for cell in cells:
         if store.read("defended", cell_key(cell, print_of(cell.scenario)), tensors=False) is None:
             victim = victim_key(cell.scenario, print_of(cell.scenario))
             after = (place[victim],) if victim in place else ()
-            label = f"{cell.defense_label} ({cell.scope.value}) on {cell.scenario.backbone_label} / {cell.scenario.attack_label} / seed {cell.scenario.seed}"
+            label = f"{cell.defense_label} ({cell.scope.value}) on {_label(cell.scenario)}"
             todo.append(Stage("cell", numbers[id(cell)], label, after))
     victims = len(stages)
     stages += order(todo) if order else todo
@@ -186,6 +186,10 @@ def _execute(
         return cell_key(cell, print_of(cell.scenario))
 
     return {key_of(failure): failure.reason for failure in failed}
+
+
+def _label(scenario: Scenario) -> str:
+    return f"{scenario.backbone_label} / {scenario.attack_label} / seed {scenario.seed}"
 
 
 def collect(
@@ -242,7 +246,8 @@ def _merge(path: Path, kind: type[Any], new: list[Any], known: Sequence[str]) ->
         return new
     fresh = {row.cell for row in new}
     table = files.read(path, kind)
-    old = [kind(**record) for record in table.to_dict("records") if record["cell"] in known and record["cell"] not in fresh]
+    records: list[dict[str, Any]] = table.to_dict("records")  # type: ignore[assignment]
+    old = [kind(**record) for record in records if record["cell"] in known and record["cell"] not in fresh]
     place = {cell: position for position, cell in enumerate(known)}
     return sorted([*new, *old], key=lambda row: place[row.cell])
 

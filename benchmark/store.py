@@ -60,21 +60,26 @@ class Store:
         except FileNotFoundError:
             return None
         except ValueError:
-            return self._set_aside(folder, "entry.json is not readable")
+            self._set_aside(folder, "entry.json is not readable")
+            return None
         content = written.get("content") if isinstance(written, dict) else None
         if not isinstance(content, dict) or hashlib.sha256(canonical(content).encode()).hexdigest() != written.get("sha256"):
-            return self._set_aside(folder, "entry.json does not match its checksum")
+            self._set_aside(folder, "entry.json does not match its checksum")
+            return None
         if content["key"] != key or content["stage"] != stage:
-            return self._set_aside(folder, "the entry belongs to another key")
+            self._set_aside(folder, "the entry belongs to another key")
+            return None
         if not tensors or content["tensors"] is None:
             return Entry(content["outcome"], {})
         try:
             raw = (folder / "tensors.safetensors").read_bytes()
             if hashlib.sha256(raw).hexdigest() != content["tensors"]:
-                return self._set_aside(folder, "tensors.safetensors does not match its checksum")
+                self._set_aside(folder, "tensors.safetensors does not match its checksum")
+                return None
             return Entry(content["outcome"], load(raw))
         except (FileNotFoundError, SafetensorError) as error:
-            return self._set_aside(folder, f"tensors.safetensors: {error}")
+            self._set_aside(folder, f"tensors.safetensors: {error}")
+            return None
 
     def write(
         self, stage: str, key: str, spec: Any, outcome: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from defenses.base import Defense, DefenderView, Knowledge, Scope
+from defenses.base import DefenderView, Defense, Knowledge, Scope
 from models.backbone import Network
 from models.spec import BadInput, nearest
 from models.training import Recipe
@@ -68,5 +68,3 @@ def view_for(
         scope=scope,
         recipe=recipe,
     )
-
-
