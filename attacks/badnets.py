@@ -51,7 +51,7 @@ class BadNets(Attack):
     """x' = x outside the patch, the patch inside, in every channel.
 
     Attributes:
-        patch: ``white-corner`` (BackdoorBench, config/attack) or ``grid-corner`` (the ANP, ABL and RNP codes).
+        patch: ``white-corner`` (BackdoorBench) or ``grid-corner`` (the ANP, ABL and RNP codes).
         size: pixels a side on images up to 32 pixels (BackdoorBench: 3); ``round(size * S / 32)`` where the shorter side S is more.
         margin: pixels between the patch and the image's edges, scaled like ``size`` (BackdoorBench: 0).
     """

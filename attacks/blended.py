@@ -68,7 +68,7 @@ class Blended(Attack):
 
     Attributes:
         alpha: blend ratio in (0, 1] (BackdoorBench: 0.2).
-        pattern: ``cartoon`` (for images with 1 or 3 channels; grey is its luminance) or ``noise`` (Sec. 5).
+        pattern: ``cartoon`` (for images with 1 or 3 channels; grey is its luminance) or ``noise`` (the paper's other picture).
         pattern_seed: which cartoon or noise (ours). It is a setting: every run of the benchmark shares one picture, as with a file.
     """
 

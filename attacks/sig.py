@@ -5,8 +5,8 @@ A clean-label attack: only images of the target class are touched, and they keep
 stripes) is added to them, which the network learns as evidence for the class. At test time the stripes send any image there.
 
 Needs: the training data. Edits: pixels of target-class images; no label. Dial: the plan's rate, at most the target class's share.
-Deviations from the paper: the same amplitude at training and test, as in BackdoorBench (the paper may raise it at test); rates are
-shares of the whole training set, not of the target class.
+Deviations from the paper: the same amplitude at training and test, as in BackdoorBench; rates are shares of the whole training
+set, not of the target class.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class SIG(Attack):
 
     Attributes:
         delta: amplitude in units of the image range [0, 1] (BackdoorBench: 40/255).
-        frequency: cycles across the image (Sec. 4; BackdoorBench: 6).
+        frequency: cycles across the image (BackdoorBench: 6).
     """
 
     name: ClassVar[str] = "sig"

@@ -37,7 +37,7 @@ MEAN_FIELD = 0.79
 
 
 def smooth_field(control: Tensor, height: int, width: int) -> Tensor:
-    """Eq. 2-3: control points (2, k, k) [x, y], brought to mean |value| 1, upsampled bicubically to (1, H, W, 2)."""
+    """Control points (2, k, k) [x, y], brought to mean |value| 1, upsampled bicubically to (1, H, W, 2)."""
     unit = control / control.abs().mean()
     field = interpolate(unit[None], size=(height, width), mode="bicubic", align_corners=True)
     return field.permute(0, 2, 3, 1).contiguous()
@@ -125,8 +125,8 @@ class WaNet(Attack):
     """x' = x sampled at clamp(identity + s * field / size); covers are sampled at that grid plus U(-1, 1) / size per pixel.
 
     Attributes:
-        k: control points per side (Sec. 4.1: 4).
-        s: strength of the warp (Sec. 4.1: 0.5); the mean displacement is about 0.39 s pixels per axis at any image size.
+        k: control points per side (authors' code: 4).
+        s: strength of the warp (authors' code: 0.5); the mean displacement is about 0.39 s pixels per axis at any image size.
         mode: ``dynamic`` (the authors' protocol) or ``static`` (poisoned once, data only).
         rounding: shares per batch in dynamic mode: ``stochastic`` (ours) or ``floor`` (authors' code).
         renorm: rescale the field to the same mean displacement for every seed (ours; off, as in the paper): unscaled, the
