@@ -216,7 +216,7 @@ def _arguments(matrix: str, job_type: str, name: str, config: Mapping[str, Any])
 def _identity(name: str, content: object) -> str:
     """A readable run id that changes with the content; the run's folder ends in it."""
     words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:48]
-    return f"{words}-{digest(content)[:8]}"
+    return f"{words}-{digest(content)[:12]}"
 
 
 def _plain(value: Any) -> Any:
