@@ -10,8 +10,8 @@ Needs: model, clean budget. Edits: gamma of batch-norm channels (beta stays, so 
 bias of convs without a norm and of the head's hidden units (scope HEAD: these alone, features frozen in evaluation mode).
 Dial: threshold on m, over all layers jointly; m <= threshold is pruned. Default 0.2 (ours, following secondary sources: the
 released script prints a sweep and leaves the choice to the reader).
-Deviations from the paper: none in the optimisation. ``project=False`` is the released code, where a random start plus one sign step
-reaches 2 eps; ``project=True`` is the constraint as written.
+Deviations from the paper: the head's hidden units, which its victims do not have, are masked too. ``project=False`` is the released
+code, where a random start plus one sign step reaches 2 eps; ``project=True`` is the constraint as written.
 """
 
 from __future__ import annotations

@@ -50,11 +50,11 @@ class Knowledge(enum.Flag):
         return " + ".join((flag.name or "").lower() for flag in self) or "nothing"
 
 
-class Withheld(PermissionError):  # noqa: N818 - it names what happened
+class Withheld(PermissionError):
     """A defense reached for something its track does not grant, or that it had not declared it needs."""
 
 
-class Inapplicable(ValueError):  # noqa: N818 - it names what happened
+class Inapplicable(ValueError):
     """A defense cannot run on this network or view, for a reason that is no fault of its own (say, no hidden units)."""
 
 

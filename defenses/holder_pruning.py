@@ -101,7 +101,8 @@ def holder_constants(
                     b = a + radius * direction
                     if clip:
                         b = b.clamp(0, 1) if space == "pixel" else b.clamp(min=0)
-                    apart = length(stages(b)[0] - z) if distance == "feature" else length(b - a)
+                    moved, _ = stages(b)
+                    apart = length(moved - z if distance == "feature" else b - a)
                     for name, output in seen.items():
                         change = (output - before[name]).flatten(2) if output.ndim > 2 else (output - before[name])[..., None]
                         size = torch.linalg.vector_norm(change, dim=2, dtype=torch.float64)

@@ -5,10 +5,10 @@ activation on clean samples and pruned in ascending order. Pruning goes on until
 
 Needs: model, clean budget. Edits: the units of the last convolution (of the head's hidden layers at scope HEAD).
 Dial: share of those units pruned; default = the largest whose validation accuracy is within ``tau`` of the victim's.
-Deviations from the paper: it fixes the number of pruned units by hand for each network; the tolerance ``tau`` and the stop on a
-validation part of the same clean budget are ours (public code stops on test accuracy). In residual nets "the last convolution" is
-the last one larger than 1x1, with its norm, measured before the shortcut is added: the shortcut itself stays. With several hidden
-layers in the head, each is sorted by itself.
+Deviations from the paper: the released code fixes the number of pruned units by hand for each network; the tolerance ``tau`` and
+the stop on a validation part of the same clean budget are ours (BackdoorBench stops on test accuracy). In residual nets "the last
+convolution" is the last one larger than 1x1, with its norm, measured before the shortcut is added: the shortcut itself stays. With
+several hidden layers in the head, each is sorted by itself.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def mean_activations(net: Network, layers: Sequence[UnitLayer], images: Tensor, 
     total = {layer.name: torch.zeros(layer.size, dtype=torch.float64) for layer in layers}
     with capture(net, layers) as seen:
         for start in range(0, len(images), batch):
-            net(to_float(images[start : start + batch].to(device)))
+            net(to_float(images[start : start + batch].to(device)).contiguous(memory_format=torch.channels_last))
             for name, output in seen.items():
                 total[name] += output.reshape(*output.shape[:2], -1).double().mean(2).sum(0).cpu()
     return {name: value / len(images) for name, value in total.items()}

@@ -52,19 +52,23 @@ def make_view(
     granted: Knowledge = ALL,
     seed: int = 3,
     validation: ImageSet | None = None,
+    clean: ImageSet | None = None,
+    train: ImageSet | None = None,
+    recipe: Recipe | None = None,
 ) -> DefenderView:
     victim = make_net() if net is None else net
-    parts = make_data(1), make_data(2, 12) if validation is None else validation
+    parts = make_data(1) if clean is None else clean, make_data(2, 12) if validation is None else validation
+    poisoned = make_data(3, 32) if train is None else train
     sources = {
         Knowledge.MODEL: lambda: victim,
         Knowledge.CLEAN: lambda: parts,
-        Knowledge.TRAIN: lambda: make_data(3, 32),
+        Knowledge.TRAIN: lambda: poisoned,
         Knowledge.EXTRACTOR: lambda: victim,
         Knowledge.ROLES: lambda: make_data(4, 32),
     }
     return DefenderView(
         granted=granted, declared=defense.needs, sources=sources, fresh=make_net, num_classes=4, seed=seed, scope=scope,
-        recipe=Recipe(epochs=1, batch=8, crop=1),
+        recipe=recipe or Recipe(epochs=1, batch=8, crop=1),
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from defenses.anp import ANP, ascend, scaled
 from defenses.base import Inapplicable, Scope
 from models.images import to_float
 from models.spec import BadInput, generator
+from models.training import Recipe
 from models.units import UnitLayer, unit_layers
 
 QUICK = {"iterations": 6, "batch": 8}
@@ -92,17 +94,58 @@ def test_the_range_of_the_perturbation(project, bound, steps):
         assert float(value.abs().max()) > 0.95 * bound
 
 
+@pytest.mark.parametrize("alpha", [0.2, 0.9])
 @pytest.mark.parametrize("scope", [Scope.HEAD, Scope.WHOLE])
-def test_learned_masks_equal_a_loop_without_perturbation(net_of, view_of, scope):
-    """One iteration at eps 0: m = clip(1 - lr * dCE/dm), whatever alpha is; the gradient by finite differences."""
-    defense = ANP(eps=0.0, iterations=1, batch=8, lr=0.5)
-    view = view_of(defense, scope=scope)
-    mask = learned(defense, view)
-    assert 0 <= float(mask.min()) < 1
-    assert float(mask.max()) == 1.0
-    assert torch.equal(mask, learned(defense, view_of(defense, scope=scope)))
-    other = ANP(eps=0.0, iterations=1, batch=8, lr=0.5, alpha=0.9)
-    torch.testing.assert_close(mask, learned(other, view_of(other, scope=scope)))
+def test_two_iterations_equal_finite_differences(net_of, data_of, view_of, scope, alpha):
+    """At eps 0 alpha drops out: v <- 0.9 v + dL/dm, m <- clip(m - lr v, 0, 1); the batch is one image, repeated."""
+    defense, data = ANP(eps=0.0, iterations=2, batch=4, lr=0.5, alpha=alpha), data_of(1).subset(torch.tensor([1, 1, 1]))
+    view = view_of(defense, scope=scope, clean=data, recipe=Recipe(crop=0, flip=False))
+    found = learned(defense, view)
+    net = net_of().double().train(scope is Scope.WHOLE)
+    layers, x, y = unit_layers(net, scope), to_float(data.images).double(), data.labels
+
+    @torch.no_grad()
+    def loss(mask):
+        return float(nn.functional.cross_entropy(functional_call(net, scaled(net, layers, mask), (x,)), y))
+
+    mask = torch.ones(len(found), dtype=torch.float64)
+    velocity = torch.zeros_like(mask)
+    for _ in range(2):
+        slope = [(loss(mask + 1e-6 * unit) - loss(mask - 1e-6 * unit)) / 2e-6 for unit in torch.eye(len(mask)).double()]
+        velocity = 0.9 * velocity + torch.tensor(slope).double()
+        mask = (mask - 0.5 * velocity).clamp(0, 1)
+    torch.testing.assert_close(found.double(), mask, rtol=1e-4, atol=1e-5)
+    assert float(mask.min()) < 0.99
+
+
+@pytest.mark.parametrize("scope", [Scope.HEAD, Scope.WHOLE])
+def test_the_worst_case_is_learned_against(net_of, data_of, view_of, scope):
+    """One iteration by the formula: uniform start, sign step by eps, then alpha L(m) + (1 - alpha) L(m + delta, xi); all slopes by
+    finite differences in float64."""
+    defense, data = ANP(iterations=1, batch=4, lr=0.5), data_of(1).subset(torch.tensor([1, 1, 1]))
+    view = view_of(defense, scope=scope, clean=data, recipe=Recipe(crop=0, flip=False))
+    found = learned(defense, view)
+    net = net_of().double().train(scope is Scope.WHOLE)
+    layers, x, y = unit_layers(net, scope), to_float(data.images).double(), data.labels
+    units = len(found)
+    draw = generator(view.seed, "anp", "draws")
+    torch.randint(0, 3, (4,), generator=draw)  # the batch
+    delta, xi = (0.4 * (2 * torch.rand((2, units), generator=draw) - 1)).double()
+
+    @torch.no_grad()
+    def loss(scale, shift):
+        return float(nn.functional.cross_entropy(functional_call(net, scaled(net, layers, scale, shift), (x,)), y))
+
+    def slopes(of):
+        return torch.tensor([(of(1e-6 * unit) - of(-1e-6 * unit)) / 2e-6 for unit in torch.eye(units).double()]).double()
+
+    one = torch.ones(units).double()
+    up = slopes(lambda step: loss(one + delta + step, xi)), slopes(lambda step: loss(one + delta, xi + step))
+    signs = [torch.where(slope.abs() > 1e-9, slope.sign(), 0.0) for slope in up]
+    delta, xi = delta + 0.4 * signs[0], xi + 0.4 * signs[1]
+    slope = slopes(lambda step: 0.2 * loss(one + step, 0 * xi) + 0.8 * loss(one + delta + step, xi))
+    torch.testing.assert_close(found.double(), (one - 0.5 * slope).clamp(0, 1), rtol=1e-4, atol=1e-5)
+    assert float(found.min()) < 0.99
 
 
 def test_learning_leaves_weights_alone_and_lowers_some_masks(net_of, view_of):
@@ -121,7 +164,7 @@ def test_pruned_sets_grow_with_the_threshold_and_are_written_to_the_victim(net_o
     offered = list(defense.candidates(view_of(defense, net)))
     assert [candidate.dial for candidate in offered] == [pytest.approx(0.05 * step) for step in range(19)]
     assert [candidate.dial for candidate in offered if candidate.is_default] == [0.2]
-    for fewer, more in zip(offered, offered[1:], strict=False):
+    for fewer, more in pairwise(offered):
         assert all(bool((~mask | more.masks[name]).all()) for name, mask in fewer.masks.items())
     assert offered[-1].pruned > 0
     last = offered[-1]

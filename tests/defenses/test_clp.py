@@ -39,7 +39,7 @@ def brute_force(net, layers, u):
                 square += np.linalg.svd(kernel.reshape(len(kernel), -1))[1].max() ** 2
             score = np.sqrt(square)
             if isinstance(module, nn.BatchNorm2d):
-                score *= abs(float(module.weight[k])) / np.sqrt(float(module.running_var[k]))
+                score *= abs(float(module.weight.detach()[k])) / np.sqrt(float(module.running_var[k]))
             scores.append(score)
         scores = np.array(scores)
         masks[layer.name] = scores > scores.mean() + u * scores.std(ddof=1)

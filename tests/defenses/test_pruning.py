@@ -69,17 +69,17 @@ def test_the_last_convolution_is_not_a_shortcut():
 
 @pytest.mark.parametrize("scope", [Scope.HEAD, Scope.WHOLE])
 def test_the_default_is_the_last_level_before_accuracy_gives_way(net_of, data_of, view_of, scope):
-    net, validation = net_of(), data_of(2, 40)
+    tau, net, validation = 0.11, net_of(5), data_of(2, 40)
     with torch.no_grad():  # labels the victim itself gives, so that pruning costs accuracy
         validation = type(validation)(validation.images, net(to_float(validation.images)).argmax(1), 4)
-    defense = Pruning(tau=0.25)
+    defense = Pruning(tau=tau)
     offered = list(defense.candidates(view_of(defense, net, scope, validation=validation)))
     shares = [candidate.dial for candidate in offered]
     assert shares == sorted(set(shares))
     assert shares[0] == 0
     twin = 0.0
     for candidate in offered:
-        if accuracy(candidate.model, validation) < 1 - 0.25:
+        if accuracy(candidate.model, validation) < 1 - tau:
             break
         twin = candidate.dial
     assert [candidate.dial for candidate in offered if candidate.is_default] == [twin]
@@ -145,3 +145,16 @@ def test_pruned_units_are_exactly_zero_after_fine_tuning(view_of, scope):
             assert not module.weight[mask].any()
             assert not module.bias[mask].any()
             assert module.weight[~mask].any()
+
+
+def test_units_before_a_shortcut_are_held_at_zero_too(view_of):
+    """No ReLU stands between such a unit and the sum, so its gradient is not zero and only holding keeps it pruned."""
+    net = ResNet8(width=2).build(4, (3, 8, 8), [0.5] * 3, [0.25] * 3, 0).eval()
+    defense = FinePruning(epochs=2, batch=8, lr=0.1, weight_decay=0.1, shares=(0.5,))
+    candidate = next(c for c in defense.candidates(view_of(defense, net)) if c.dial == 0.5)
+    ((name, mask),) = candidate.masks.items()
+    norm = candidate.model.get_submodule(name)
+    assert int(mask.sum()) == 4
+    assert not norm.weight[mask].any()
+    assert not norm.bias[mask].any()
+    assert not torch.equal(norm.weight[~mask], net.get_submodule(name).weight[~mask])

@@ -1,0 +1,173 @@
+"""What every defense of the catalogue must keep, whoever wrote it. A new one is tested here by being listed.
+
+``QUICK`` holds the settings that make a slow method tiny, and nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from torch import nn
+
+from defenses import DEFENSES
+from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge, Scope, Withheld
+from models.backbone import Network, Normalise
+from models.images import ImageSet
+from models.spec import canonical, generator
+from models.training import Recipe
+
+QUICK: Mapping[str, Mapping[str, object]] = {
+    "random-pruning": {"like_settings": (("u", 1.0),)},
+    "training-from-scratch": {"epochs": 1},
+    "fine-tuning": {"epochs": 1, "batch": 8},
+    "fine-pruning": {"epochs": 1, "batch": 8, "shares": (0.5,)},
+    "anp": {"iterations": 3, "batch": 8, "lr": 0.5},
+    "holder-pruning": {"estimator": "pixel-fgsm"},  # defined at both scopes
+}
+
+ALL = Knowledge.MODEL | Knowledge.CLEAN | Knowledge.TRAIN | Knowledge.EXTRACTOR | Knowledge.ROLES
+
+
+def fresh(seed: int) -> Network:
+    with torch.random.fork_rng(devices=[]):
+        return built(seed)
+
+
+def built(seed: int) -> Network:
+    features = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.Conv2d(4, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+    )  # fmt: skip
+    head = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 4))
+    net = Network(Normalise([0.5] * 3, [0.25] * 3), features, head)
+    draw = generator(seed, "contract")
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.4)
+    return net.eval()
+
+
+def data(seed: int, size: int) -> ImageSet:
+    draw = generator(seed, "contract data")
+    labels = torch.arange(size) % 4
+    images = torch.randint(0, 120, (size, 3, 8, 8), generator=draw) + 30 * labels.view(-1, 1, 1, 1)
+    return ImageSet(images.to(torch.uint8), labels, 4)
+
+
+VICTIM = fresh(0)
+
+
+def view_for(defense: Defense, scope: Scope, granted: Knowledge = ALL, victim: Network = VICTIM) -> DefenderView:
+    sources: dict[Knowledge, Callable[[], object]] = {
+        Knowledge.MODEL: lambda: victim,
+        Knowledge.CLEAN: lambda: (data(1, 24), data(2, 12)),
+        Knowledge.TRAIN: lambda: data(3, 32),
+        Knowledge.EXTRACTOR: lambda: victim,
+        Knowledge.ROLES: lambda: data(4, 28),
+    }
+    return DefenderView(
+        granted=granted, declared=defense.needs, sources=sources, fresh=fresh, num_classes=4, seed=7, scope=scope,
+        recipe=Recipe(epochs=1, batch=8, crop=1),
+    )  # fmt: skip
+
+
+TINY = [kind(**QUICK.get(kind.name, {})) for kind in DEFENSES]
+EACH = [pytest.param(defense, id=defense.name) for defense in TINY]
+CASES = [
+    pytest.param(defense, scope, id=f"{defense.name}-{scope.value}") for defense in TINY for scope in defense.scopes
+]
+
+
+def run(defense: Defense, scope: Scope) -> tuple[list[Candidate], DefenderView, Network]:
+    """All candidates, the view and the victim they came from; a documented refusal skips the case."""
+    victim = copy.deepcopy(VICTIM)
+    view = view_for(defense, scope, victim=victim)
+    try:
+        return list(defense.candidates(view)), view, victim
+    except Inapplicable as reason:
+        pytest.skip(str(reason))
+
+
+first_run = functools.cache(run)
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    left, right = a.state_dict(), b.state_dict()
+    return list(left) == list(right) and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_names_are_unique_and_the_table_of_quick_settings_is_not_stale():
+    names = [kind.name for kind in DEFENSES]
+    assert len(set(names)) == len(names)
+    assert set(QUICK) <= set(names)
+
+
+@pytest.mark.parametrize("kind", DEFENSES, ids=lambda kind: kind.name)
+def test_defaults_are_complete_and_speak_json(kind):
+    defense = kind()
+    spec = defense.spec()
+    assert json.loads(canonical(spec)) == spec
+    assert spec["name"] == kind.name
+    assert spec["revision"] >= 1
+    assert defense == kind()
+    assert kind.scopes
+    assert kind.__doc__
+
+
+@pytest.mark.parametrize("defense", EACH)
+def test_what_is_not_granted_is_withheld(defense):
+    for scope in defense.scopes:
+        if defense.needs:
+            with pytest.raises(Withheld):
+                list(defense.candidates(view_for(defense, scope, granted=Knowledge.NONE)))
+
+
+@pytest.mark.parametrize(("defense", "scope"), CASES)
+def test_candidates_keep_the_contract(defense, scope):
+    offered, view, victim = first_run(defense, scope)
+    assert view.used in defense.needs
+    assert sum(candidate.is_default for candidate in offered) == 1
+    assert same(victim, VICTIM), "the victim itself was changed"
+    dials = [candidate.dial for candidate in offered]
+    if len(offered) > 1 or defense.dial_name:
+        assert defense.dial_name, "a defense with a dial names it"
+        assert None not in dials
+        assert len(set(dials)) == len(dials), "each point of the dial once"
+    else:
+        assert dials == [None]
+    images = torch.rand((5, 3, 8, 8), generator=generator(0, "images"))
+    for candidate in offered:
+        model = candidate.model
+        assert not any(module.training for module in model.modules())
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+        with torch.no_grad():
+            logits = model(images)
+        assert logits.shape == (5, 4)
+        assert torch.isfinite(logits).all()
+        for name, mask in candidate.masks.items():
+            assert mask.dtype == torch.bool
+            assert len(mask) == len(model.get_submodule(name).weight)
+        if candidate.masks:
+            assert candidate.strength == candidate.pruned
+            assert not candidate.pruned or not same(model, VICTIM)
+        if scope is Scope.HEAD:
+            assert same(model.features, VICTIM.features), "scope HEAD edits the head alone, running statistics included"
+
+
+@pytest.mark.parametrize(("defense", "scope"), CASES)
+def test_the_same_view_gives_the_same_candidates(defense, scope):
+    first, _, _ = first_run(defense, scope)
+    torch.rand(17)  # the state of the global generator must not matter, and must be left alone
+    before = torch.random.get_rng_state()
+    second, _, _ = run(defense, scope)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        assert (a.dial, a.is_default, a.strength) == (b.dial, b.is_default, b.strength)
+        assert same(a.model, b.model)
