@@ -51,7 +51,8 @@ def calls(source: str) -> set[str]:
 def texts() -> Iterator[Path]:
     """Every text file of the project that is written by hand or committed as a result."""
     folders = [*PACKAGES, "tests", "results", ".ci"]
-    files = [*ROOT.iterdir(), *(path for folder in folders for path in (ROOT / folder).rglob("*"))]
+    top = [path for path in ROOT.iterdir() if path.name == ".gitignore" or not path.name.startswith(".")]
+    files = [*top, *(path for folder in folders for path in (ROOT / folder).rglob("*"))]
     binary = {".pyc", ".png", ".pdf", ".safetensors"}
     return (path for path in files if path.is_file() and path.suffix not in binary and path.stat().st_size < 2_000_000)
 
