@@ -46,6 +46,10 @@ class Failure:
     reason: str
 
 
+class StageError(RuntimeError):
+    """A stage raised; the message says why in one line. One cell's failure does not end the others."""
+
+
 class Watcher(Protocol):
     """Hears what happens; the progress display implements it."""
 
@@ -102,6 +106,11 @@ def _work(kind: str, number: int, label: str) -> None:
             run_victim(scenarios[number], _state["store"], _state["cache"])
         else:
             run_cell(matrix.cells[number], _state["store"], _state["cache"])
+    except BadInput:
+        raise
+    except Exception as error:
+        # Told here, where the traceback is whole, so that the reason reads the same in this process and across processes.
+        raise StageError(_why(error)) from error
     finally:
         news.put((os.getpid(), "finished", label, kind))
 
@@ -170,10 +179,8 @@ def _run_inline(stages: Sequence[Stage], arguments: tuple[str, str, str], watche
             continue
         try:
             _work(stage.kind, stage.number, stage.label)
-        except BadInput:
-            raise
-        except Exception as error:  # noqa: BLE001 - one cell's failure must not end the others
-            failures[position] = Failure(position, _why(error))
+        except StageError as error:
+            failures[position] = Failure(position, str(error))
     return list(failures.values())
 
 
@@ -218,10 +225,10 @@ def _run_pool(stages: Sequence[Stage], arguments: tuple[str, str, str], watcher:
                     elif isinstance(error, BrokenProcessPool):
                         running[future] = position
                         raise error
-                    elif isinstance(error, BadInput):
-                        raise error
+                    elif isinstance(error, StageError):
+                        failures[position] = Failure(position, str(error))
                     else:
-                        failures[position] = Failure(position, _why(error))
+                        raise error
             except BrokenProcessPool:
                 pool.shutdown(wait=True, cancel_futures=True)
                 pool = None

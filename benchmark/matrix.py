@@ -184,7 +184,8 @@ def load_matrix(path: Path) -> Matrix:
 
 def _first(error: ValidationError, model: type[BaseModel]) -> str:
     """The first complaint of pydantic, as one line that names the place, the value and the nearest right key."""
-    problem = error.errors()[0]
+    # A misspelt key is also a missing one: the misspelling is what the person wants to hear about.
+    problem = next((p for p in error.errors() if p["type"] == "extra_forbidden"), error.errors()[0])
     place = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         owner = DatasetTable if problem["loc"][0] == "dataset" and len(problem["loc"]) > 1 else model

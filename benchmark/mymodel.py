@@ -50,7 +50,9 @@ def _backbone(name: str, state: dict[str, Tensor], path: Path) -> Backbone:
             f"{path}: does not fit {name}: it has no 'features.*' conv or no 'head.*' layer; tensors there begin with "
             f"{', '.join(sorted({key.split('.')[0] for key in state})[:4])}"
         )
-    return cls(width=convs[0].shape[0], hidden=heads[0].shape[0] if len(heads) > 1 else 0)
+    # The stem is the conv with the fewest input channels: files keep tensors in any order.
+    stem = min(convs, key=lambda conv: conv.shape[1])
+    return cls(width=stem.shape[0], hidden=heads[0].shape[0] if len(heads) > 1 else 0)
 
 
 def defend_checkpoint(

@@ -1,0 +1,86 @@
+"""ACC, ASR, RA, DER and the gate against by-hand counts and torchmetrics."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torchmetrics.functional.classification import multiclass_accuracy
+
+from attacks.base import PoisonedTest
+from benchmark.metrics import Score, der, gate, score
+from models.backbone import Network, Normalise
+from models.images import ImageSet
+
+
+class Brightness(nn.Module):
+    """Features = mean brightness of each image, so that a hand can tell what is predicted."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean(dim=(1, 2, 3), keepdim=False)[:, None]
+
+
+def brightness_net(num_classes: int) -> Network:
+    """Predicts the class whose number is nearest to ``brightness * (num_classes - 1)``."""
+    head = nn.Linear(1, num_classes)
+    with torch.no_grad():
+        levels = torch.arange(num_classes) / (num_classes - 1)
+        head.weight[:, 0] = 2 * levels
+        head.bias[:] = -(levels**2)
+    return Network(Normalise([0.0], [1.0]), Brightness(), nn.Sequential(head)).eval()
+
+
+def flat(values: list[int]) -> torch.Tensor:
+    """One flat grey image per value."""
+    return torch.tensor(values, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 4, 4).contiguous()
+
+
+def test_acc_asr_ra_are_counted_on_their_own_sets() -> None:
+    net = brightness_net(3)
+    test = ImageSet(flat([0, 0, 128, 255, 255]), torch.tensor([0, 1, 1, 2, 0]), 3)
+    triggered = PoisonedTest(flat([0, 0, 128, 255]), torch.tensor([1, 2, 1, 2]), torch.tensor([0, 0, 0, 0]), torch.arange(4))
+    got = score(net, test, triggered)
+    # Predictions on the clean images are 0 0 1 2 2, on the triggered ones 0 0 1 2.
+    assert got == Score(acc=3 / 5, asr=2 / 4, ra=2 / 4)
+    assert got.asr + got.ra <= 1
+    twin = multiclass_accuracy(torch.tensor([0, 0, 1, 2, 2]), test.labels, num_classes=3, average="micro")
+    assert got.acc == pytest.approx(float(twin))
+
+
+def test_without_an_attack_only_acc_is_measured() -> None:
+    got = score(brightness_net(2), ImageSet(flat([0, 255]), torch.tensor([0, 1]), 2), None)
+    assert got.acc == 1
+    assert math.isnan(got.asr)
+    assert math.isnan(got.ra)
+    assert math.isnan(der(Score(1.0), got))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        (Score(0.9344, 0.9771, 0), Score(0.9244, 0.0491, 0), 0.9590),  # FT-SAM paper, Blended
+        (Score(0.9182, 0.9379, 0), Score(0.9221, 0.0163, 0), 0.9608),  # FT-SAM paper, BadNets: a gain of ACC counts for nothing
+        (Score(0.9, 0.5, 0), Score(0.9, 0.5, 0), 0.5),
+        (Score(0.9, 0.5, 0), Score(0.9, 0.8, 0), 0.5),
+    ],
+)
+def test_der_equals_published_figures(before: Score, after: Score, expected: float) -> None:
+    assert der(before, after) == pytest.approx(expected, abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("acc", "asr", "benign", "implanted", "word"),
+    [
+        (0.90, 0.50, 0.92, True, "implanted"),
+        (0.90, 0.49, 0.90, False, "ASR 49.0 < 50"),
+        (0.87, 0.99, 0.90, False, "ACC 3.0 points below"),
+        (0.95, 0.99, 0.90, True, "implanted"),
+        (math.nan, math.nan, 0.9, False, "not implanted"),
+    ],
+)
+def test_gate(acc: float, asr: float, benign: float, implanted: bool, word: str) -> None:
+    verdict = gate(Score(acc, asr, 0.0), benign)
+    assert verdict.implanted is implanted
+    assert word in verdict.words

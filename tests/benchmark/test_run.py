@@ -1,0 +1,245 @@
+"""The whole pipeline on a tiny matrix: the same rows, bit for bit, however they come about."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from benchmark.executors import Stage
+from benchmark.matrix import Matrix, load_matrix
+from benchmark.rows import Curve, Row, read
+from benchmark.run import Outcome, parse_only, run_matrix
+from models.spec import BadInput
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = """
+title = "tiny"
+plugins = ["odd.py"]
+seeds = [0]
+[dataset]
+source = "digits"
+clean_fraction = 0.2
+train_limit = 200
+test_limit = 60
+[recipe]
+epochs = 2
+batch = 32
+lr = 0.05
+crop = 1
+flip = false
+[[backbone]]
+name = "vgg11-bn"
+width = 2
+hidden = 8
+[[attack]]
+name = "badnets"
+[[attack]]
+name = "sig"
+rate = 0.05
+[[defense]]
+name = "none"
+[[defense]]
+name = "clp"
+tracks = ["model", "model+clean"]
+scopes = ["head", "whole"]
+[[defense]]
+name = "fine-tuning"
+tracks = ["model+clean"]
+epochs = 1
+[[defense]]
+name = "greedy"
+tracks = ["model"]
+[[defense]]
+name = "greedy"
+label = "undeclared"
+tracks = ["model+clean"]
+declare = false
+[[defense]]
+name = "broken"
+tracks = ["model"]
+"""
+ODD = '''
+"""Defenses that misbehave."""
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+from defenses.base import Candidate, DefenderView, Defense, Knowledge
+
+@dataclass(frozen=True)
+class Greedy(Defense):
+    """Reaches for the clean budget, declared or not."""
+    name: ClassVar[str] = "greedy"
+    declare: bool = True
+
+    @property
+    def needs(self) -> Knowledge:
+        return Knowledge.MODEL | (Knowledge.CLEAN if self.declare else Knowledge.NONE)
+
+    def candidates(self, view: DefenderView) -> Iterator[Candidate]:
+        len(view.clean)
+        yield Candidate(view.model)
+
+@dataclass(frozen=True)
+class Broken(Defense):
+    """Raises."""
+    name: ClassVar[str] = "broken"
+
+    @property
+    def needs(self) -> Knowledge:
+        return Knowledge.MODEL
+
+    def candidates(self, view: DefenderView) -> Iterator[Candidate]:
+        raise RuntimeError("no luck")
+        yield
+'''
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
+    folder = tmp_path_factory.mktemp("matrix")
+    (folder / "odd.py").write_text(ODD)
+    (folder / "tiny.toml").write_text(TINY)
+    return load_matrix(folder / "tiny.toml")
+
+
+def go(matrix: Matrix, folder: Path, **options: object) -> Outcome:
+    console = Console(file=io.StringIO())
+    return run_matrix(matrix, results=folder / "results", cache=folder / "cache", console=console, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def once(matrix: Matrix, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference: one process, matrix order."""
+    folder = tmp_path_factory.mktemp("once")
+    go(matrix, folder, processes=1)
+    return folder
+
+
+def rows_of(folder: Path) -> pd.DataFrame:
+    return read(folder / "results" / "tiny" / "rows.csv", Row)
+
+
+def content(folder: Path) -> tuple[bytes, ...]:
+    return tuple((folder / "results" / "tiny" / name).read_bytes() for name in ("rows.csv", "curves.csv", "manifest.json"))
+
+
+def test_every_cell_has_a_row_per_selection_in_matrix_order(matrix: Matrix, once: Path) -> None:
+    rows = rows_of(once)
+    assert len(rows) == 3 * len(matrix.cells)
+    assert list(rows["defense"][::3]) == [cell.defense_label for cell in matrix.cells]
+    done = rows[rows["status"] == "ok"]
+    assert done[["acc", "asr", "ra", "cost_epochs", "acc_benign", "asr_undefended"]].notna().all(axis=None)
+    assert (done["asr"] + done["ra"] <= 1 + 1e-9).all()
+    undefended = rows[rows["defense"] == "none"]
+    assert (undefended["acc"] == undefended["acc_undefended"]).all()
+
+
+def test_refusals_and_failures_have_their_reason_and_do_not_stop_others(once: Path) -> None:
+    rows = rows_of(once).set_index(["defense", "selection"]).sort_index()
+    greedy = rows.loc[("greedy", "default")].iloc[0]
+    assert greedy["status"] == "refused"
+    assert "withholds clean" in greedy["reason"]
+    undeclared = rows.loc[("undeclared", "default")].iloc[0]
+    assert undeclared["status"] == "refused"
+    assert "declares only model" in undeclared["reason"]
+    broken = rows.loc[("broken", "default")].iloc[0]
+    assert broken["status"] == "failed"
+    assert "RuntimeError: no luck" in broken["reason"]
+    no_data = rows.loc[("clp", "validation")]
+    assert set(no_data["status"]) == {"ok", "refused"}
+    assert "no clean images to validate on" in no_data[no_data["status"] == "refused"]["reason"].iloc[0]
+
+
+def test_curves_hold_every_candidate(once: Path) -> None:
+    curves = read(once / "results" / "tiny" / "curves.csv", Curve)
+    clp = curves[(curves["defense"] == "clp") & (curves["attack"] == "badnets") & (curves["scope"] == "whole")]
+    assert len(clp) == 2 * 8
+    assert clp.groupby("cell")["is_default"].sum().eq(1).all()
+
+
+def test_again_computes_nothing_and_touches_no_file(matrix: Matrix, once: Path) -> None:
+    folder = once / "results" / "tiny"
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    outcome = go(matrix, once, processes=1)
+    assert not outcome.changed
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+@pytest.mark.slow
+def test_two_processes_shuffled_give_the_same_bytes(matrix: Matrix, once: Path, tmp_path: Path) -> None:
+    def backwards(stages: list[Stage]) -> list[Stage]:
+        return stages[::-1]
+
+    go(matrix, tmp_path, processes=2, order=backwards)
+    assert content(tmp_path) == content(once)
+
+
+@pytest.mark.slow
+def test_kill_nine_in_mid_run_then_the_same_command(matrix: Matrix, once: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmark", "run", "-m", str(matrix.path), "--processes", "2", "--no-wandb",
+               "--results", str(tmp_path / "results"), "--cache", str(tmp_path / "cache")]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    store = tmp_path / "cache" / "store"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None and len(list(store.rglob("entry.json"))) < 4:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    stood = len(list(store.rglob("entry.json")))
+    assert stood >= 4
+    assert not (tmp_path / "results" / "tiny" / "rows.csv").exists()
+    go(matrix, tmp_path, processes=1)
+    assert content(tmp_path) == content(once)
+
+
+def test_a_flipped_byte_in_the_store_is_named_and_recomputed(matrix: Matrix, once: Path) -> None:
+    expected = content(once)
+    entry = sorted((once / "cache" / "store" / "defended").rglob("entry.json"))[0]
+    raw = bytearray(entry.read_bytes())
+    raw[100] ^= 1
+    entry.write_bytes(raw)
+    out = io.StringIO()
+    console = Console(file=out, width=200)
+    run_matrix(matrix, results=once / "results", cache=once / "cache", console=console, processes=1)
+    assert "damaged store entry defended/" in out.getvalue()
+    assert content(once) == expected
+
+
+def test_slices_merge_into_one_file(matrix: Matrix, once: Path, tmp_path: Path) -> None:
+    go(matrix, tmp_path, processes=1, only="attack=sig")
+    assert set(rows_of(tmp_path)["attack"]) == {"sig"}
+    go(matrix, tmp_path, processes=1, only="attack=badnets,defense=none")
+    go(matrix, tmp_path, processes=1, only="attack=badnets")
+    assert content(tmp_path) == content(once)
+
+
+def test_only_names_the_nearest(matrix: Matrix) -> None:
+    assert parse_only(matrix, "attack=sig, seed=0") == {"attack": "sig", "seed": "0"}
+    with pytest.raises(BadInput, match="did you mean 'attack'"):
+        parse_only(matrix, "atack=sig")
+    with pytest.raises(BadInput, match="did you mean 'badnets'"):
+        parse_only(matrix, "attack=badnet")
+
+
+def test_manifest_names_data_settings_and_arithmetic(once: Path) -> None:
+    manifest = json.loads((once / "results" / "tiny" / "manifest.json").read_text())
+    assert manifest["arithmetic"]["threads"] == 1
+    assert len(manifest["datasets"]["digits"]["fingerprint"]) == 64
+    assert manifest["plugins"][0]["file"] == "odd.py"
+    assert manifest["versions"]["torch"]
+
+
+def test_results_folder_that_cannot_be_written(matrix: Matrix, tmp_path: Path) -> None:
+    (tmp_path / "results").write_text("a file where a folder should be")
+    with pytest.raises(BadInput, match="results"):
+        go(matrix, tmp_path, processes=1)
