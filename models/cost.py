@@ -39,9 +39,8 @@ def metered(cost: Cost | None = None) -> Iterator[Cost]:
     try:
         yield meter
     finally:
-        _open.reverse()
-        _open.remove(meter)
-        _open.reverse()
+        # By identity: two meters that have counted the same are equal.
+        del _open[max(position for position, other in enumerate(_open) if other is meter)]
 
 
 def tally(batch: int, output: torch.Tensor) -> None:

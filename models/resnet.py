@@ -23,8 +23,23 @@ from models.backbone import Backbone, GlobalAverage, he_init
 __all__ = ["WRN16", "PreActResNet18", "ResNet8", "ResNet18", "ResNet20"]
 
 
-def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+
+
+class _Shortcut(nn.Conv2d):
+    """A 1x1 conv that reads every ``step``-th pixel: a strided 1x1 conv, written as slice and conv.
+
+    The strided form must be avoided: in channels_last and with fewer than 16 input channels, oneDNN writes its gradient past the
+    end of a buffer (uxlfoundation/oneDNN issue 6035), which crashes or, worse, only changes the weights.
+    """
+
+    def __init__(self, inputs: int, outputs: int, step: int) -> None:
+        super().__init__(inputs, outputs, 1, bias=False)
+        self.step = step
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, :, :: self.step, :: self.step])
 
 
 class _Block(nn.Module):
@@ -32,13 +47,13 @@ class _Block(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = _conv(inputs, outputs, 3, stride)
+        self.conv1 = _conv(inputs, outputs, stride)
         self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = _conv(outputs, outputs, 3)
+        self.conv2 = _conv(outputs, outputs)
         self.bn2 = nn.BatchNorm2d(outputs)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+            self.shortcut = nn.Sequential(_Shortcut(inputs, outputs, stride), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
@@ -51,10 +66,10 @@ class _PreActBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(inputs)
-        self.conv1 = _conv(inputs, outputs, 3, stride)
+        self.conv1 = _conv(inputs, outputs, stride)
         self.bn2 = nn.BatchNorm2d(outputs)
-        self.conv2 = _conv(outputs, outputs, 3)
-        self.shortcut = _conv(inputs, outputs, 1, stride) if stride != 1 or inputs != outputs else None
+        self.conv2 = _conv(outputs, outputs)
+        self.shortcut = _Shortcut(inputs, outputs, stride) if stride != 1 or inputs != outputs else None
 
     def forward(self, x: Tensor) -> Tensor:
         active = torch.relu(self.bn1(x))
@@ -69,7 +84,7 @@ class _Trunk(nn.Module):
     def __init__(self, channels: int, width: int, blocks: Sequence[int], *, preact: bool, last_norm: bool = False) -> None:
         super().__init__()
         kind = _PreActBlock if preact else _Block
-        self.conv1 = _conv(channels, width, 3)
+        self.conv1 = _conv(channels, width)
         self.bn1 = nn.Identity() if preact else nn.BatchNorm2d(width)
         self.act = nn.Identity() if preact else nn.ReLU()
         self.stages: list[str] = []

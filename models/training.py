@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import time
 import warnings
 from dataclasses import dataclass
@@ -135,7 +136,15 @@ def fit(module: Classifier, data: ImageSet, recipe: Recipe, seed: int) -> Fitted
             log_every_n_steps=module.total_steps + 1,
             inference_mode=False,
         )
-        trainer.fit(module, train_dataloaders=batches)
+        on_interrupt = signal.getsignal(signal.SIGINT)
+        try:
+            trainer.fit(module, train_dataloaders=batches)
+        except SystemExit as stop:
+            if not trainer.interrupted:
+                raise
+            # Lightning turns Ctrl-C into an exit and leaves further ones ignored; callers must see the interrupt itself.
+            signal.signal(signal.SIGINT, on_interrupt)
+            raise KeyboardInterrupt from stop
     net = net.to("cpu").eval()
     if not all(bool(torch.isfinite(value).all()) for value in net.state_dict().values()):
         raise Diverged(f"training diverged: weights are not finite after {recipe.epochs} epochs at lr {recipe.lr}")

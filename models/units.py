@@ -168,6 +168,7 @@ def weight_bounds(net: Network, layers: Sequence[UnitLayer], *, norm_epsilon: bo
             assert module.running_var is not None
             variance = module.running_var.cpu() + (module.eps if norm_epsilon else 0.0)
             bound = bound * (module.weight.detach().cpu() / variance.sqrt()).abs()
+            bound[variance == 0] = torch.inf
         scores[layer.name] = bound
     return scores
 
@@ -234,12 +235,14 @@ def density_valley(fallback_u: float = 3.0) -> Policy:
     The automatic reading of "the threshold is selected by analysing the density distribution of Hölder constants": Gaussian KDE of
     ``log(score + 1e-12)`` over units with a positive score, bandwidth ``0.9 min(std, IQR / 1.34) n^(-1/5)``, 512 grid points;
     threshold = the first local minimum right of the main mode that is followed by another mode, if its density is at most 0.8 of
-    that lower mode and at most 30 % of the units lie above. Otherwise ``mean + fallback_u std``. Dead units are never pruned.
+    that lower mode and at most 30 % of the units lie above. Otherwise, or with fewer than 8 such units, ``mean + fallback_u std``.
+    Infinite scores are pruned and left out of the density; dead units (score 0) are never pruned.
     """
 
     def policy(scores: Tensor) -> Tensor:
         alive = scores > 0
-        threshold = _valley(np.log(scores[alive].double().numpy() + 1e-12)) if int(alive.sum()) >= 8 else None
+        finite = scores[alive & torch.isfinite(scores)]
+        threshold = _valley(np.log(finite.double().numpy() + 1e-12)) if len(finite) >= 8 else None
         if threshold is None:
             return mean_std(fallback_u)(scores) & alive
         return alive & (torch.log(scores.double() + 1e-12) > threshold)
