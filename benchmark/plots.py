@@ -1,0 +1,654 @@
+"""Rows -> figures, each as PNG for reading and SVG for papers; a second run writes the same bytes.
+
+Shares are drawn in percent on axes from 0 to 100, a defense keeps its colour and marker in every figure of a matrix, and what is
+missing is marked with a letter instead of left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from benchmark import stats
+from benchmark.metrics import IMPLANTED_ASR, MAX_ACC_LOSS
+from benchmark.style import METRIC_COLOURS, Panels, figures, label, log_axis, looks, percent_axis, save, wrapped
+from benchmark.tables import gate_words, plain, slug
+from models.spec import BadInput
+
+__all__ = ["trigger_gallery", "write_plots"]
+
+_Entry = tuple[str, str]
+_WORDS = {"acc": "ACC", "asr": "ASR", "ra": "RA"}
+_ABBREVIATIONS = {"failed": "F", "refused": "R"}
+
+
+def _places(table: pd.DataFrame, *columns: str) -> list[tuple[str, ...]]:
+    """Distinct values of some columns, in matrix order."""
+    return list(dict.fromkeys(table[list(columns)].itertuples(index=False, name=None)))
+
+
+def _at(table: pd.DataFrame, **values: str) -> pd.DataFrame:
+    chosen = np.ones(len(table), dtype=bool)
+    for name, value in values.items():
+        chosen &= (table[name] == value).to_numpy()
+    return table.loc[chosen]
+
+
+def _ok_mean(table: pd.DataFrame, column: str) -> float:
+    good = table.loc[table["status"] == "ok", column]
+    return float(good.mean()) if len(good) else math.nan
+
+
+def _implanted(rows: pd.DataFrame) -> dict[tuple[str, ...], bool]:
+    found = stats.scenarios(rows)
+    return {(line["dataset"], line["backbone"], line["attack"]): bool(line["implanted"]) for _, line in found.iterrows()}
+
+
+def _counted(rows: pd.DataFrame) -> pd.DataFrame:
+    """Attacked rows without the seeds in which the attack of an implanted scenario did not implant, as in the leaderboards."""
+    live = _implanted(rows)
+    good = rows.groupby(stats.WORLD, sort=False)["implanted"].transform("max").astype(bool)
+    dead = [not live.get(place, True) for place in rows[stats.SCENARIO].itertuples(index=False, name=None)]
+    return rows.loc[(rows["attack"] != stats.NO_ATTACK) & (good | np.asarray(dead, dtype=bool))]
+
+
+def _cells(table: pd.DataFrame) -> dict[tuple[str, ...], pd.DataFrame]:
+    """The rows of each (dataset, backbone, attack, defense, scope)."""
+    groups = table.groupby([*stats.SCENARIO, *stats.ENTRY], sort=False)
+    return {tuple(map(str, np.atleast_1d(np.asarray(key, dtype=object)))): cell for key, cell in groups}
+
+
+def _names(rows: pd.DataFrame) -> dict[_Entry, str]:
+    every = stats.entries(rows)
+    return {entry: "undefended" if entry[0] == stats.UNDEFENDED else label(entry, every) for entry in every}
+
+
+def _ordered(rows: pd.DataFrame, track: str) -> list[_Entry]:
+    """The undefended model, the competing entries in matrix order, then the controls."""
+    table = stats.field(rows, track)
+    rank = {"reference": 0, "defense": 1, "control": 2}
+    roles = {(line[0], line[1]): rank[line[2]] for line in table[[*stats.ENTRY, "role"]].itertuples(index=False, name=None)}
+    return sorted(roles, key=lambda entry: roles[entry])
+
+
+# -- heat maps -----------------------------------------------------------------------------------------------------------------
+
+
+def _heatmap(plt: Any, rows: pd.DataFrame, track: str, metric: str, title: str) -> Any:
+    """Attack x defense, one panel per dataset and backbone; means over all seeds under the validation selection."""
+    import matplotlib as mpl
+    import seaborn
+    from matplotlib.patches import Patch, Rectangle
+
+    table = _counted(_at(stats.field(rows, track), selection="validation"))
+    cells = _cells(table)
+    order, names, implanted = _ordered(rows, track), _names(rows), _implanted(rows)
+    places, attacks = _places(table, "dataset", "backbone"), [name for (name,) in _places(table, "attack")]
+    cell = (0.78, 0.33)
+    size = (cell[0] * len(attacks), cell[1] * len(order))
+    entry_labels = [wrapped(names[entry], 24) for entry in order]
+    left = _margin([part for text in entry_labels for part in text.split("\n")])
+    columns = max(1, int((13.5 - left) // (size[0] + 0.2)))
+    attack_labels = [wrapped(plain(name), 11, 3) for name in attacks]
+    deep = max(text.count("\n") for text in attack_labels)
+    panels = Panels(plt, len(places), columns, size, (0.22, 0.95 + 0.14 * deep), (left, 0.9, 0.75, 0.95 + 0.14 * deep), title)
+    colours, scale = mpl.colormaps["YlOrRd" if metric == "asr" else "YlGnBu"], mpl.colors.Normalize(0, 100)
+    used: set[str] = set()
+    for position, (axis, (dataset, backbone)) in enumerate(zip(panels.axes, places, strict=True)):
+        grid = np.full((len(order), len(attacks)), np.nan)
+        for column, attack in enumerate(attacks):
+            live = implanted.get((dataset, backbone, attack), False)
+            for line, entry in enumerate(order):
+                mine = cells.get((dataset, backbone, attack, *entry), table.iloc[:0])
+                grid[line, column] = value = 100 * _ok_mean(mine, metric)
+                partial = len(mine) > 1 and not (mine["status"] == "ok").all()
+                text, shade = f"{value:.0f}" + ("*" if partial else ""), "#222222"
+                if math.isnan(value):
+                    text = _ABBREVIATIONS.get(mine["status"].iloc[0], "?") if len(mine) else "n"
+                    used.add(text)
+                elif partial:
+                    used.add("*")
+                if live and not math.isnan(value):
+                    red, green, blue, _ = colours(scale(value))
+                    shade = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.55 else "#222222"
+                axis.text(
+                    column + 0.5,
+                    line + 0.5,
+                    text,
+                    ha="center",
+                    va="center",
+                    fontsize=9,
+                    color=shade if live else "#777777",
+                    fontweight="bold" if math.isnan(value) else "normal",
+                    zorder=3,
+                )
+            if not live:
+                used.add("hatched")
+                axis.add_patch(
+                    Rectangle(
+                        (column, 0), 1, len(order), facecolor="#F1F1F1", edgecolor="#CFCFCF", hatch="////", linewidth=0, zorder=2
+                    )
+                )
+        seaborn.heatmap(
+            grid, mask=np.isnan(grid), ax=axis, cmap=colours, vmin=0, vmax=100, cbar=False, linewidths=1.5, linecolor="white",
+            xticklabels=False, yticklabels=False,
+        )  # fmt: skip
+        axis.set(
+            xlim=(0, len(attacks)), ylim=(len(order), 0), xticks=np.arange(len(attacks)) + 0.5, yticks=np.arange(len(order)) + 0.5
+        )
+        axis.xaxis.tick_top()
+        axis.set_xticklabels(attack_labels, rotation=0)
+        axis.set_yticklabels(entry_labels if panels.left_of_row(position) else [], rotation=0)
+        axis.tick_params(length=0)
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+        ends = [sum(entry[0] == stats.UNDEFENDED for entry in order)]
+        ends.append(len(order) - _controls(rows, track))
+        for end in ends:
+            if 0 < end < len(order):
+                axis.axhline(end, color="#333333", linewidth=1.2, zorder=4)
+        axis.set_title(f"{plain(dataset)}, {plain(backbone)}", pad=24 + 11 * deep, loc="left")
+    last = panels.axes[min(panels.columns, len(places)) - 1].get_position()
+    bar = panels.figure.add_axes((last.x1 + 0.18 / panels.width, last.y0, 0.13 / panels.width, last.height))
+    panels.figure.colorbar(mpl.cm.ScalarMappable(scale, colours), cax=bar, ticks=[0, 25, 50, 75, 100])
+    bar.set_ylabel(f"{_WORDS[metric]} in %" + (" (lower is better)" if metric == "asr" else " (higher is better)"))
+    bar.tick_params(length=0)
+    words = {"F": "F = failed", "R": "R = refused", "n": "n = not run", "?": "? = not measured", "*": "* = some seeds missing"}
+    handles = (
+        [Patch(facecolor="#F1F1F1", edgecolor="#BBBBBB", hatch="////", label="attack not implanted: not counted")]
+        if "hatched" in used
+        else []
+    )
+    handles += [Patch(facecolor="white", edgecolor="white", label=words[letter]) for letter in words if letter in used]
+    if handles:
+        panels.legend(handles, len(handles))
+    panels.footnote(
+        f"Means over seeds; validation selection; lines set off the undefended model (top) and the controls (bottom). "
+        f"{gate_words(rows)}."
+    )
+    return panels.figure
+
+
+def _controls(rows: pd.DataFrame, track: str) -> int:
+    table = stats.field(rows, track)
+    return len(stats.entries(table[table["role"] == "control"]))
+
+
+# -- accuracy against attack success -------------------------------------------------------------------------------------------
+
+
+def _scatter(plt: Any, rows: pd.DataFrame, track: str, title: str) -> Any:
+    """ACC against ASR, arrows from the undefended model; one panel per scenario."""
+    from matplotlib.lines import Line2D
+
+    table = _at(_counted(_at(stats.field(rows, track), selection="validation")), status="ok")
+    cells = _cells(table)
+    floor = max((start for start in (0, 50, 80, 90) if 100 * table["acc"].min() >= start + 1), default=0)
+    style, names, implanted = looks(rows), _names(rows), _implanted(rows)
+    order = [entry for entry in _ordered(rows, track) if entry in set(stats.entries(table))]
+    places = _places(table, *stats.SCENARIO)
+    by_backbone = len(_places(table, "attack")) <= 4
+    columns = len(_places(table, "attack")) if by_backbone else 4
+    legend_columns = 4 if columns > 2 else 3
+    below = 0.85 + 0.21 * math.ceil(len(order) / legend_columns)
+    panels = Panels(plt, len(places), columns, (2.35, 2.1), (0.25, 0.62), (0.7, 0.2, below, 0.7), title)
+    for position, (axis, place) in enumerate(zip(panels.axes, places, strict=True)):
+        here = table[(table[stats.SCENARIO] == list(place)).all(axis=1)]
+        start = (100 * float(here["asr_undefended"].mean()), 100 * float(here["acc_undefended"].mean()))
+        live = implanted.get(place, False)
+        for entry in order:
+            mine = cells.get((*place, *entry))
+            if mine is None:
+                continue
+            look, end = style[entry], (100 * float(mine["asr"].mean()), 100 * float(mine["acc"].mean()))
+            if entry[0] != stats.UNDEFENDED and math.dist(start, end) > 2:
+                axis.annotate(
+                    "",
+                    end,
+                    start,
+                    arrowprops={
+                        "arrowstyle": "-|>",
+                        "color": look.colour,
+                        "alpha": 0.45,
+                        "linewidth": 0.9,
+                        "shrinkA": 4,
+                        "shrinkB": 4,
+                        "mutation_scale": 8,
+                    },
+                    zorder=2,
+                )
+            axis.scatter(
+                *end,
+                s=95 if entry[0] == stats.UNDEFENDED else 34,
+                c=look.colour,
+                marker=look.marker,
+                edgecolors="white",
+                linewidths=0.6,
+                zorder=4 if entry[0] == stats.UNDEFENDED else 3,
+                clip_on=False,
+            )
+        percent_axis(axis.xaxis)
+        percent_axis(axis.yaxis, floor=floor)
+        if not live:
+            axis.set_facecolor("#EFEFEF")
+            axis.text(
+                50,
+                (100 + floor) / 2 - 0.2 * (100 - floor),
+                "attack not implanted:\nnot counted",
+                ha="center",
+                va="center",
+                color="#777777",
+                fontsize=9,
+            )
+        axis.set_title(wrapped(f"{plain(place[2])}, {plain(place[1])}", 30, 1), fontsize=9.5)
+        if not panels.left_of_row(position):
+            axis.set_yticklabels([])
+        else:
+            axis.set_ylabel("ACC in %" + (f" (from {floor} %)" if floor else ""))
+        if position + panels.columns >= len(places):
+            axis.set_xlabel("ASR in %")
+        else:
+            axis.set_xticklabels([])
+    handles = [
+        Line2D(
+            [],
+            [],
+            linestyle="",
+            marker=style[entry].marker,
+            color=style[entry].colour,
+            markeredgecolor="white",
+            markeredgewidth=0.6,
+            markersize=10 if entry[0] == stats.UNDEFENDED else 7,
+            label=wrapped(names[entry], 30, 1),
+        )
+        for entry in order
+    ]
+    panels.legend(handles, legend_columns)
+    crop = f" The ACC axis starts at {floor} %." if floor else ""
+    panels.footnote(
+        f"Means over seeds; validation selection; arrows start at the undefended model; the best corner is upper left.{crop}"
+    )
+    return panels.figure
+
+
+# -- dials ---------------------------------------------------------------------------------------------------------------------
+
+
+def _dial_mean(worlds: Sequence[pd.DataFrame], metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over seeds along the dial, on the union of their dial values within the range that all of them cover."""
+    paths = [world.groupby("dial")[metric].mean() for world in worlds]
+    low, high = max(path.index.min() for path in paths), min(path.index.max() for path in paths)
+    grid = np.unique(np.concatenate([path.index.to_numpy(np.float64) for path in paths]))
+    grid = grid[(grid >= low) & (grid <= high)]
+    return grid, np.mean([np.interp(grid, path.index.to_numpy(np.float64), path.to_numpy(np.float64)) for path in paths], axis=0)
+
+
+def _dials(plt: Any, rows: pd.DataFrame, curves: pd.DataFrame, track: str, title: str) -> Any | None:
+    """ACC, ASR and RA along each dial (across) for each defense that has one (down); None when none has."""
+    from matplotlib.lines import Line2D
+
+    live = {place for place, good in _implanted(rows).items() if good}
+    kept = [place in live for place in curves[stats.SCENARIO].itertuples(index=False, name=None)]
+    table = curves[np.asarray(kept, dtype=bool) & np.isfinite(curves["dial"].to_numpy()) & (curves["track"] == track).to_numpy()]
+    counted = set(_counted(rows)["cell"])
+    table = table[table["cell"].isin(counted)]
+    table = table.groupby([*stats.ENTRY, *stats.WORLD], sort=False).filter(lambda path: path["dial"].nunique() > 1)
+    if table.empty:
+        return None
+    order, names = stats.entries(table), _names(rows)
+    picks = _cells(_at(_counted(rows), track=track, status="ok"))
+    places = _places(table, *stats.SCENARIO)
+    attacks = [name for (name,) in _places(table, "attack")]
+    worlds = _places(table, "dataset", "backbone")
+    colours = dict(
+        zip(
+            attacks,
+            ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C510A", "#5E3C99"] * len(attacks),
+            strict=False,
+        )
+    )
+    strokes: dict[tuple[str, ...], Any] = dict(
+        zip(worlds, ["-", (0, (4, 1.6)), (0, (1, 1.2)), (0, (5, 1, 1, 1))] * len(worlds), strict=False)
+    )
+    marks = {"validation": "o", "default": "s", "oracle": "X"}
+    entries_in_legend = len(attacks) + len(worlds) * (len(worlds) > 1) + len(marks)
+    below = 0.85 + 0.21 * math.ceil(entries_in_legend / 5)
+    panels = Panels(plt, 3 * len(order), 3, (2.75, 1.75), (0.55, 0.72), (0.65, 0.2, below, 0.7), title)
+    for line, entry in enumerate(order):
+        mine = _at(table, defense=entry[0], scope=entry[1])
+        positive = mine["dial"][mine["dial"] > 0]
+        log = bool((mine["dial"] > 0).all() and positive.max() / positive.min() > 100)
+        for column, metric in enumerate(_WORDS):
+            axis = panels.axes[3 * line + column]
+            for place in places:
+                paths = [path for _, path in mine[(mine[stats.SCENARIO] == list(place)).all(axis=1)].groupby("seed", sort=True)]
+                if not paths:
+                    continue
+                grid, mean = _dial_mean(paths, metric)
+                axis.plot(grid, 100 * mean, color=colours[place[2]], linestyle=strokes[place[:2]], linewidth=1.4, alpha=0.9)
+                chosen = picks.get((*place, *entry), rows.iloc[:0])
+                chosen = chosen[np.isfinite(chosen["dial"])]
+                for selection, mark in marks.items():
+                    picked = _at(chosen, selection=selection)
+                    if len(picked):
+                        axis.plot(
+                            picked["dial"].mean(),
+                            100 * picked[metric].mean(),
+                            marker=mark,
+                            color=colours[place[2]],
+                            markersize=6,
+                            markeredgecolor="white",
+                            markeredgewidth=0.7,
+                            linestyle="",
+                            zorder=4,
+                            clip_on=False,
+                        )
+            percent_axis(axis.yaxis)
+            if log:
+                log_axis(axis)
+            if column == 0:
+                axis.set_ylabel("%")
+            axis.set_title(f"{wrapped(names[entry], 26, 1)}: {_WORDS[metric]}", fontsize=9.5)
+            axis.set_xlabel(wrapped(plain(mine["dial_name"].iloc[0]) or "dial", 42, 1))
+    handles = [Line2D([], [], color=colours[name], linewidth=2, label=wrapped(plain(name), 24, 1)) for name in attacks]
+    if len(worlds) > 1:
+        handles += [Line2D([], [], color="#444444", linestyle=strokes[world], label=plain(", ".join(world))) for world in worlds]
+    handles += [
+        Line2D([], [], color="#444444", marker=mark, linestyle="", markeredgecolor="white", label=name)
+        for name, mark in marks.items()
+    ]
+    panels.legend(handles, 5)
+    panels.footnote("Means over seeds, implanted scenarios. Markers: where each selection stands on average.")
+    return panels.figure
+
+
+# -- bars ----------------------------------------------------------------------------------------------------------------------
+
+
+def _bars(
+    axis: Any,
+    names: Sequence[str],
+    values: Sequence[float],
+    colours: Sequence[str],
+    offset: float = 0.0,
+    thick: float = 0.7,
+    **more: Any,
+) -> None:
+    heights = np.arange(len(names)) + offset
+    axis.barh(heights, [0 if math.isnan(value) else value for value in values], height=thick, color=colours, **more)
+    axis.set_yticks(np.arange(len(names)))
+    axis.set_yticklabels(names)
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(True, axis="x")
+
+
+def _margin(names: Sequence[str]) -> float:
+    return 0.35 + 0.073 * max(map(len, names), default=5)
+
+
+def _gaps(plt: Any, rows: pd.DataFrame, title: str) -> Any | None:
+    """Selection-gap bars with intervals: one panel per track that has a dial in it."""
+    from matplotlib.patches import Patch
+
+    found = [(track, gaps) for track in stats.tracks(rows) if len(gaps := stats.selection_gaps(rows, track))]
+    if not found:
+        return None
+    names = _names(rows)
+    texts = [[wrapped(names[entry], 28, 1) for entry in zip(gaps["defense"], gaps["scope"], strict=True)] for _, gaps in found]
+    left = _margin([name for part in texts for name in part])
+    panels = Panels(
+        plt,
+        len(found),
+        1,
+        (8.6 - left, 1.0),
+        (0.3, 0.95),
+        (left, 0.5, 1.15, 0.7),
+        title,
+        heights=[0.42 * len(gaps) + 0.1 for _, gaps in found],
+    )
+    ends = 100 * np.concatenate([gaps.filter(like="gap_").to_numpy(np.float64).ravel() for _, gaps in found])
+    reach, least = max(5.0, 1.12 * float(np.nanmax(ends))), min(0.0, 1.12 * float(np.nanmin(ends)))
+    shades = {"validation": "#0072B2", "default": "#E69F00"}
+    for axis, (track, gaps), text in zip(panels.axes, found, texts, strict=True):
+        for offset, (selection, shade) in zip((-0.19, 0.19), shades.items(), strict=True):
+            values = 100 * gaps[f"gap_{selection}"].to_numpy()
+            _bars(axis, text, list(values), [shade] * len(values), offset, 0.36)
+            for line, value in enumerate(values):
+                low, high = (100 * float(gaps[f"gap_{selection}_{end}"].iloc[line]) for end in ("low", "high"))
+                if not math.isnan(low):
+                    axis.plot([low, high], [line + offset] * 2, color="#222222", linewidth=1.2, solid_capstyle="butt")
+                edge = value if math.isnan(high) else max(value, high)
+                axis.text(edge + 0.008 * (reach - least), line + offset, f"{value:.1f}", va="center", fontsize=7.5, color="#333333")
+        axis.set_xlim(least, reach)
+        axis.axvline(0, color="#333333", linewidth=0.9)
+        axis.set_title(plain(track))
+        axis.set_xlabel("ASR above the oracle's, percentage points")
+    panels.legend([Patch(color=shade, label=f"{name} - oracle") for name, shade in shades.items()], 2)
+    panels.footnote("Implanted scenarios; lines: 95 % bootstrap intervals over seeds (none with a single seed).")
+    return panels.figure
+
+
+def _cost(plt: Any, rows: pd.DataFrame, timings: pd.DataFrame, track: str, title: str) -> Any | None:
+    """Standard epochs and seconds side by side, log scale where they span more than a factor of 30."""
+    table = stats.timing_summary(rows, timings)
+    table = _at(table, track=track)
+    table = table[table["defense"] != stats.UNDEFENDED]
+    if table.empty:
+        return None
+    style, names = looks(rows), _names(rows)
+    order = list(zip(table["defense"], table["scope"], strict=True))
+    texts = [wrapped(names[entry], 28, 1) for entry in order]
+    left = _margin(texts)
+    size = ((9.4 - left - 0.95) / 2, 0.3 * len(order) + 0.15)
+    panels = Panels(plt, 2, 2, size, (0.25, 0.3), (left, 0.7, 0.85, 0.5), title)
+    for position, (axis, column, words) in enumerate(
+        zip(panels.axes, ("cost_epochs", "seconds"), ("standard epochs (1 = one training epoch)", "seconds"), strict=True)
+    ):
+        values = table[column].to_numpy(np.float64)
+        _bars(axis, texts if position == 0 else [""] * len(texts), list(values), [style[entry].colour for entry in order])
+        positive = values[values > 0]
+        log = len(positive) > 1 and positive.max() / positive.min() > 30
+        if log:
+            log_axis(axis)
+            axis.set_xlim(10 ** math.floor(math.log10(positive.min())), positive.max() * 3)
+        else:
+            axis.locator_params(axis="x", nbins=5)
+            axis.set_xlim(0, max(positive.max(), 1e-9) * 1.2 if len(positive) else 1)
+        start = axis.get_xlim()[0]
+        for line, value in enumerate(values):
+            text = "not measured" if math.isnan(value) else f"{value:.3g}"
+            axis.annotate(
+                text,
+                (max(value, start) if not math.isnan(value) else start, line),
+                (3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+                color="#333333",
+            )
+        axis.set_xlabel(words + (", log scale" if log else ""))
+    panels.footnote(
+        "Medians over finished cells. Seconds are those of the machine that ran the matrix; epochs are the same on every machine."
+    )
+    return panels.figure
+
+
+def _attacks(plt: Any, rows: pd.DataFrame, title: str) -> Any | None:
+    """The undefended models: ACC, ASR and RA bars with a dot per seed, and the validity gate's two thresholds."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    attacked = rows[rows["attack"] != stats.NO_ATTACK]
+    if attacked.empty:
+        return None
+    worlds = attacked.groupby(stats.WORLD, sort=False).first().reset_index()
+    implanted = _implanted(rows)
+    places = _places(worlds, "dataset", "backbone")
+    widest = max(len(_at(worlds, dataset=d, backbone=b)["attack"].unique()) for d, b in places)
+    across = min(len(places), 2 if widest <= 6 else 1)
+    panels = Panels(plt, len(places), across, (max(3.2, 0.95 * widest), 2.2), (0.35, 1.05), (0.65, 0.2, 1.4, 0.7), title)
+    metrics = {"acc": "acc_undefended", "asr": "asr_undefended", "ra": "ra_undefended"}
+    for position, (axis, (dataset, backbone)) in enumerate(zip(panels.axes, places, strict=True)):
+        here = _at(worlds, dataset=dataset, backbone=backbone)
+        attacks = list(dict.fromkeys(here["attack"]))
+        for column, attack in enumerate(attacks):
+            mine = _at(here, attack=attack)
+            live = implanted.get((dataset, backbone, attack), False)
+            if not live:
+                axis.axvspan(
+                    column - 0.47, column + 0.47, facecolor="#F1F1F1", edgecolor="#CFCFCF", hatch="////", linewidth=0, zorder=0
+                )
+            for step, (metric, name) in enumerate(metrics.items()):
+                values = 100 * mine[name].dropna().to_numpy()
+                if len(values):
+                    x = column + 0.27 * (step - 1)
+                    axis.bar(x, values.mean(), width=0.25, color=METRIC_COLOURS[metric], alpha=0.9 if live else 0.4, zorder=2)
+                    axis.scatter(
+                        np.linspace(x - 0.06, x + 0.06, len(values)) if len(values) > 1 else [x],
+                        values,
+                        s=9,
+                        c="#111111",
+                        zorder=4,
+                        linewidths=0,
+                        clip_on=False,
+                    )
+            floor = 100 * (float(mine["acc_benign"].mean()) - MAX_ACC_LOSS)
+            if not math.isnan(floor):
+                axis.plot(
+                    [column - 0.41, column - 0.13], [floor] * 2, color="#111111", linewidth=1.6, zorder=5, solid_capstyle="butt"
+                )
+            axis.plot(
+                [column - 0.14, column + 0.14],
+                [100 * IMPLANTED_ASR] * 2,
+                color="#111111",
+                linewidth=1.2,
+                linestyle=(0, (2, 1)),
+                zorder=5,
+            )
+        percent_axis(axis.yaxis, "%" if panels.left_of_row(position) else "")
+        axis.set_ylim(0, 103)
+        axis.set_xlim(-0.55, widest - 0.45)
+        axis.set_xticks(range(len(attacks)))
+        axis.set_xticklabels([wrapped(plain(attack), 12, 3) for attack in attacks])
+        axis.tick_params(axis="x", length=0)
+        axis.set_title(f"{plain(dataset)}, {plain(backbone)}")
+    handles: list[Any] = [Patch(color=METRIC_COLOURS[metric], label=_WORDS[metric]) for metric in metrics]
+    handles += [
+        Line2D([], [], color="#111111", linewidth=1.6, label=f"least ACC: benign twin - {100 * MAX_ACC_LOSS:g} points"),
+        Line2D([], [], color="#111111", linewidth=1.2, linestyle=(0, (2, 1)), label=f"least ASR: {100 * IMPLANTED_ASR:g} %"),
+        Line2D([], [], color="#111111", marker="o", markersize=3, linestyle="", label="one seed"),
+        Patch(facecolor="#F1F1F1", edgecolor="#BBBBBB", hatch="////", label="not implanted"),
+    ]
+    panels.legend(handles, 4)
+    panels.footnote(f"{gate_words(rows)}.")
+    return panels.figure
+
+
+# -- everything ----------------------------------------------------------------------------------------------------------------
+
+
+def write_plots(rows: pd.DataFrame, curves: pd.DataFrame, timings: pd.DataFrame, folder: Path, title: str) -> list[Path]:
+    """Draws every figure of a matrix below ``folder/plots`` and returns the paths (PNG and SVG of each), in reading order.
+
+    Figures that would be empty (no dial anywhere, no timing) are not written.
+
+    Args:
+        rows, curves, timings: as :func:`benchmark.rows.read` returns them.
+        folder: the matrix's results folder. title: of the matrix, for the figures' titles.
+
+    Raises:
+        BadInput: the folder cannot be written.
+    """
+    written: list[Path] = []
+    place, head = folder / "plots", plain(title)
+    attacked = rows[rows["attack"] != stats.NO_ATTACK]
+    with figures() as plt:
+
+        def put(name: str, draw: Callable[..., Any], *given: Any) -> None:
+            figure = draw(plt, *given)
+            if figure is not None:
+                written.extend(save(figure, place / name))
+                plt.close(figure)
+
+        put("attacks", _attacks, rows, f"{head}: the undefended models")
+        for track in stats.tracks(rows):
+            words, tail = f"{head}: {plain(track)}", slug(track)
+            if len(attacked):
+                put(f"heatmap-asr-{tail}", _heatmap, rows, track, "asr", f"{words}, attack success rate")
+                put(f"heatmap-ra-{tail}", _heatmap, rows, track, "ra", f"{words}, robust accuracy")
+            if len(attacked[attacked["status"] == "ok"]):
+                put(f"scatter-{tail}", _scatter, rows, track, f"{words}, what is kept and what is removed")
+            if len(curves):
+                put(f"dials-{tail}", _dials, rows, curves, track, f"{words}, along the dial")
+            put(f"cost-{tail}", _cost, rows, timings, track, f"{words}, cost")
+        put("selection-gap", _gaps, rows, f"{head}: what choosing with the test set is worth")
+    return written
+
+
+def _amplification(difference: np.ndarray) -> int:
+    """The largest of 1, 2, 5, 10, 20, 50, 100 that keeps the difference within 255."""
+    peak = int(difference.max(initial=0))
+    return max((factor for factor in (1, 2, 5, 10, 20, 50, 100) if factor * peak <= 255), default=1)
+
+
+def _mosaic(images: np.ndarray, gap: int) -> np.ndarray:
+    """uint8 (k, C, H, W) side by side on white: (H, k * (W + gap) - gap, 3)."""
+    colour = np.repeat(images, 3, axis=1) if images.shape[1] == 1 else images
+    count, _, height, width = colour.shape
+    sheet = np.full((height, count * (width + gap) - gap, 3), 255, dtype=np.uint8)
+    for position, image in enumerate(colour):
+        start = position * (width + gap)
+        sheet[:, start : start + width] = image.transpose(1, 2, 0)
+    return sheet
+
+
+def trigger_gallery(items: Sequence[tuple[str, np.ndarray, np.ndarray]], path: Path) -> list[Path]:
+    """Every trigger as pixels: clean, triggered, and the absolute difference times a factor printed beside it.
+
+    Args:
+        items: (attack label, clean uint8 (k, C, H, W), triggered uint8 of the same shape), C = 1 or 3; every item the same shape.
+        path: the figure without its suffix (a suffix is replaced); written as PNG and SVG, which are returned.
+
+    Raises:
+        BadInput: an item is empty, not uint8, of another shape than its twin, or has neither 1 nor 3 channels.
+    """
+    for name, clean, triggered in items:
+        good = clean.dtype == triggered.dtype == np.uint8 and clean.ndim == 4 and clean.shape == triggered.shape and len(clean) > 0
+        if not good or clean.shape[1] not in (1, 3):
+            raise BadInput(
+                f"gallery of {name!r}: both uint8 (k, 1 or 3, H, W), not {clean.dtype} {clean.shape} and "
+                f"{triggered.dtype} {triggered.shape}"
+            )
+    if not items:
+        raise BadInput("a trigger gallery needs at least one attack")
+    count = max(len(clean) for _, clean, _ in items)
+    columns = max(1, min(len(items), 12 // max(count, 1)))
+    with figures() as plt:
+        panels = Panels(plt, len(items), columns, (0.72 * count, 3 * 0.72 + 0.1), (0.3, 0.72), (0.95, 0.25, 0.65, 0.7), "Triggers")
+        for position, (axis, (name, clean, triggered)) in enumerate(zip(panels.axes, items, strict=True)):
+            height = clean.shape[2]
+            gap = max(1, round(height / 16))
+            difference = np.abs(triggered.astype(np.int16) - clean.astype(np.int16))
+            factor = _amplification(difference)
+            strips = [_mosaic(part, gap) for part in (clean, triggered, (difference * factor).astype(np.uint8))]
+            blank = np.full((gap, strips[0].shape[1], 3), 255, dtype=np.uint8)
+            sheet = np.concatenate([strips[0], blank, strips[1], blank, strips[2]])
+            axis.imshow(sheet, interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([(height - 1) / 2 + row * (height + gap) for row in range(3)])
+            axis.set_yticklabels(["clean", "triggered", "difference"] if panels.left_of_row(position) else [])
+            axis.set_xlabel(f"difference \N{MULTIPLICATION SIGN} {factor}" if difference.any() else "no difference", fontsize=8.5)
+            axis.tick_params(length=0)
+            for spine in axis.spines.values():
+                spine.set_visible(False)
+            axis.set_title(wrapped(plain(name), max(12, 9 * count), 1))
+        panels.footnote(
+            "Absolute difference between triggered and clean image, multiplied as stated; pixels as the victim sees them (8 bit)."
+        )
+        return save(panels.figure, path.with_suffix(""))

@@ -1,0 +1,179 @@
+"""Rows -> the page people read first: ``results/<matrix>/README.md``. Every figure and sentence is computed; nothing is typed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from benchmark import stats
+from benchmark.files import write_text
+from benchmark.metrics import IMPLANTED_ASR, MAX_ACC_LOSS
+from benchmark.tables import (
+    NOTHING,
+    SELECTION_WORDS,
+    gate_words,
+    leaderboard_markdown,
+    markdown,
+    problems_markdown,
+    setting_words,
+    slug,
+    track_words,
+)  # fmt: skip
+
+__all__ = ["summary", "write_report"]
+
+_FIGURES = (
+    ("attacks", "The undefended models: did the attacks work?"),
+    ("triggers", "Triggers: clean, triggered, difference"),
+    ("selection-gap", "What choosing with the test set is worth"),
+)
+_TRACK_FIGURES = (
+    ("heatmap-ra", "Robust accuracy by attack and defense"),
+    ("heatmap-asr", "Attack success rate by attack and defense"),
+    ("scatter", "Accuracy against attack success, from the undefended model"),
+    ("dials", "Along the dial"),
+    ("cost", "Cost"),
+)
+
+
+def _figure(value: pd.Series) -> str:
+    """RA in percent with its interval."""
+    mean = f"{100 * value['ra']:.1f} %"
+    return mean if math.isnan(value["ra_low"]) else f"{mean} [{100 * value['ra_low']:.1f}, {100 * value['ra_high']:.1f}]"
+
+
+def _entry(line: pd.Series) -> str:
+    return f"{markdown(line['defense'])} ({markdown(line['scope'])})"
+
+
+def _with_figures(lines: pd.DataFrame) -> str:
+    return ", ".join(f"{_entry(line)} {_figure(line)}" for _, line in lines.iterrows())
+
+
+def summary(rows: pd.DataFrame, track: str) -> str:
+    """What the validation leaderboard of a track says, in plain sentences that claim no more than the intervals carry.
+
+    Names the entry of the best average rank, its RA, and how its interval lies to those of the controls.
+    """
+    board = stats.leaderboard(rows, track, "validation")
+    if board.empty:
+        return NOTHING
+    ranked = board[(board["place"] > 0) & (board["cells_ok"] > 0)]
+    if ranked.empty:
+        return "No competing defense finished a cell on an implanted scenario."
+    leaders = ranked[ranked["place"] == ranked["place"].min()]
+    best = leaders.iloc[0]
+    tied = f", tied with {' and '.join(_entry(line) for _, line in leaders.iloc[1:].iterrows())}" if len(leaders) > 1 else ""
+    of = f"{best['scenarios_ok']} of {int(stats.scenarios(rows)['implanted'].sum())} implanted scenarios"
+    said = [f"Best average rank by RA: **{_entry(best)}**{tied}, with RA {_figure(best)} over {of}."]
+    higher = ranked[(ranked["ra"] > best["ra"]) & (ranked["place"] > best["place"])]
+    if len(higher):
+        said.append(f"A higher mean RA, with a worse average rank: {_with_figures(higher)}.")
+    controls = board[(board["role"] == "control") & board["ra"].notna()]
+    if len(controls) and (math.isnan(best["ra_low"]) or bool(controls["ra_low"].isna().any())):
+        said.append(f"Controls: {_with_figures(controls)}. At least one scenario has a single seed, so no interval separates them.")
+    else:
+        above, below = best["ra_low"] > controls["ra_high"], best["ra_high"] < controls["ra_low"]
+        for words, mask in (("lies above that of", above), ("overlaps that of", ~above & ~below), ("lies below that of", below)):
+            if mask.any():
+                said.append(f"Its interval {words} {_with_figures(controls[mask])}.")
+    incomplete = ranked[ranked["cells_ok"] < ranked["cells"]]
+    if len(incomplete):
+        said.append(
+            f"Incomplete (a missing scenario counts as last place): {', '.join(_entry(line) for _, line in incomplete.iterrows())}."
+        )
+    return " ".join(said)
+
+
+def _reading(rows: pd.DataFrame) -> str:
+    seeds = rows.groupby(stats.SCENARIO, sort=False)["seed"].nunique()
+    few = f"With {int(seeds.min())} seeds" if seeds.min() > 1 else "With one seed there is no interval at all, and with a few"
+    return (
+        "## How to read this\n\n"
+        "- **ACC**: accuracy on the clean test images.\n"
+        "- **ASR**: share of triggered test images, those of the target class left out, classified as the target.\n"
+        "- **RA**: share of the same triggered images given their true class; ASR + RA is at most 100 %. Rankings use RA: a broken "
+        "model has a low ASR for free, but not a high RA.\n"
+        "- **DER**: (max(0, drop of ASR) - max(0, drop of ACC) + 1) / 2; printed, never ranked on.\n"
+        "- **dACC, dASR**: percentage points against the undefended model of the same scenario and seed.\n"
+        "- **Cost**: standard-epoch equivalents, 1 = forward and backward over the training set.\n"
+        f"- **Attack-validity gate**: an attacked model counts when its ASR is at least {100 * IMPLANTED_ASR:g} % and its ACC at "
+        f"most {100 * MAX_ACC_LOSS:g} points below its benign twin's; a scenario (dataset, backbone, attack) counts when more than "
+        "half of its seeds do. Only those enter a mean or a rank; the others are shown, marked.\n"
+        "- **Selection**: how one candidate was picked along a defense's dial. "
+        + "; ".join(SELECTION_WORDS[name] for name in stats.selections(rows) if name in SELECTION_WORDS)
+        + ".\n"
+        "- **Intervals**: seeds are averaged inside a scenario, then scenarios; brackets are 95 % percentile bootstrap intervals "
+        f"that resample seeds within scenarios. {few} they are rough and rather too narrow, and they say nothing about other "
+        "attacks or data.\n"
+        "- **Rank**: mean over implanted scenarios of the rank by RA inside the track. Refused and failed cells share the last "
+        "place and enter no mean. Controls are never ranked; tracks are never mixed.\n"
+    )
+
+
+def _links(names: Sequence[str], folder: str) -> str:
+    return ", ".join(f"[{Path(name).suffix[1:]}]({folder}/{name})" for name in names)
+
+
+def _picture(name: str, words: str, files: set[str]) -> str:
+    if f"plots/{name}.png" not in files:
+        return ""
+    vector = f" ([SVG](plots/{name}.svg))" if f"plots/{name}.svg" in files else ""
+    return f"**{words}**{vector}\n\n![{words}](plots/{name}.png)\n\n"
+
+
+def write_report(
+    folder: Path, rows: pd.DataFrame, title: str, *, files: Sequence[Path] | None = None, description: str = ""
+) -> Path:  # fmt: skip
+    """Writes ``folder/README.md`` and returns its path. No dates, no seconds: the same rows give the same bytes.
+
+    Args:
+        folder: the matrix's results folder. rows: as :func:`benchmark.rows.read` returns them. title: of the matrix.
+        files: what the tables and plots verbs wrote (paths below ``folder``); by default, what lies in ``tables`` and ``plots``.
+        description: a sentence from the matrix file, printed below the title.
+
+    Raises:
+        BadInput: the file cannot be written.
+    """
+    found = files if files is not None else [*folder.glob("tables/*"), *folder.glob("plots/*")]
+    have = {path.relative_to(folder).as_posix() for path in found}
+    text = [f"# {markdown(title)}\n"]
+    if description:
+        text.append(f"{markdown(description)}\n")
+    text.append("Generated from [rows.csv](rows.csv); nothing on this page is typed by hand.\n\n## What was run\n")
+    ran = {**setting_words(rows), "track": "; ".join(track_words(track) for track in stats.tracks(rows)),
+           "defense": ", ".join(dict.fromkeys(rows.loc[~rows["control"].astype(bool), "defense"])) or "none",
+           "control": ", ".join(dict.fromkeys(rows.loc[rows["control"].astype(bool), "defense"])) or "none",
+           "gate": gate_words(rows)}  # fmt: skip
+    text.append("| | |\n| :-- | :-- |\n" + "".join(f"| {name} | {markdown(words)} |\n" for name, words in ran.items()))
+    for name, words in _FIGURES[:2]:
+        text.append(_picture(name, words, have))
+    for track in stats.tracks(rows):
+        tail = slug(track)
+        text.append(f"## Track: {markdown(track_words(track))}\n\n{summary(rows, track)}\n")
+        board = stats.leaderboard(rows, track, "validation")
+        if len(board):
+            text.append(f"Validation selection; {gate_words(rows)}.\n\n{leaderboard_markdown(board, track)}")
+        lines = []
+        for selection in stats.selections(rows):
+            for kind, words in (("leaderboard", "leaderboard"), ("attacks", "every attack")):
+                stem = f"{kind}-{tail}-{selection}"
+                present = [f"{stem}{end}" for end in (".md", ".csv", ".tex") if f"tables/{stem}{end}" in have]
+                if present:
+                    lines.append(f"- {words}, {selection}: {_links(present, 'tables')}\n")
+        text.append("".join(lines))
+        text += [_picture(f"{name}-{tail}", f"{words}, {markdown(track)}", have) for name, words in _TRACK_FIGURES]
+    text.append(_picture(*_FIGURES[2], have))
+    others = [("attack-validity.md", "did the attacks work?"), ("selection-gap.md", "what choosing with the test set is worth"),
+              ("cost.md", "seconds, memory and epochs"), ("missing.md", "refused and failed cells")]  # fmt: skip
+    links = "".join(f"- [{words}](tables/{name})\n" for name, words in others if f"tables/{name}" in have)
+    if links:
+        text.append(f"## More tables\n\n{links}")
+    text.append(_reading(rows))
+    text.append(f"## Refused and failed cells\n\n{problems_markdown(rows)}")
+    path = folder / "README.md"
+    write_text(path, "\n".join(part.rstrip("\n") + "\n" for part in text if part))
+    return path

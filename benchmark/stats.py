@@ -1,0 +1,324 @@
+"""Numbers about numbers: scenarios, intervals, ranks, gaps. Pure functions of the tables :func:`benchmark.rows.read` returns.
+
+Vocabulary
+    scenario: (dataset, backbone, attack). world: a scenario with one seed, that is, one attacked model.
+    implanted: a world passes the attack-validity gate; a scenario is implanted when more than half of its worlds are. Aggregates
+    take implanted scenarios only, and in them implanted worlds only: no defense is credited for an attack that was never there.
+    entry: (defense, scope), one line of a table. field: the entries that stand in one track's tables; controls (and the
+    undefended model) measured in another track are repeated, and say where they come from.
+
+Seeds are averaged inside a scenario first, then scenarios are averaged: a scenario with more seeds weighs no more. Refused and
+failed cells never enter a mean; in the ranking of a scenario they share the last place, so failing never pays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats as scipy_stats
+
+__all__ = [
+    "ENTRY", "MIN_BLOCKS", "NO_ATTACK", "RANK_KEY", "SCENARIO", "SELECTIONS", "UNDEFENDED", "WORLD",
+    "Interval", "Significance", "average_ranks", "entries", "field", "implanted_worlds", "interval", "leaderboard", "problems",
+    "scenarios", "selection_gaps", "selections", "significance", "spread", "timing_summary", "tracks",
+]  # fmt: skip
+
+SCENARIO = ["dataset", "backbone", "attack"]
+WORLD = [*SCENARIO, "seed"]
+ENTRY = ["defense", "scope"]
+SELECTIONS = ("validation", "default", "oracle")
+"""In the order in which they are shown: the honest choice first."""
+UNDEFENDED = "none"
+"""Label of the defense that does nothing: the reference line of every table."""
+NO_ATTACK = "none"
+"""Label of the attack that does nothing; it is no scenario to defend and is never counted."""
+RANK_KEY = "ra"
+"""What is ranked on: RA, the share of triggered images given their true class. ASR + RA <= 1, so a high RA bounds the ASR, and a
+broken model, which has a low ASR for free, cannot score on it."""
+MIN_BLOCKS = 11
+"""Fewest implanted scenarios for which a rank test is reported; below, its chi-squared approximation is not to be trusted."""
+
+_RESAMPLES = 2000
+_METRICS = ("acc", "asr", "ra", "der", "d_acc", "d_asr", "d_ra")
+
+
+class Interval(NamedTuple):
+    """A mean with its 95 % interval; bounds are NaN when a scenario has a single seed (no spread can be seen)."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def interval(samples: Mapping[tuple[str, ...], Sequence[float]] | Sequence[Sequence[float]]) -> Interval:
+    """Mean over scenarios of the means over seeds, with a 95 % percentile interval.
+
+    Seeds are resampled within each scenario, independently (stratified bootstrap, ``scipy.stats.bootstrap``, 2,000 resamples,
+    fixed seed: the same samples give the same bits). It speaks of seeds alone: which attacks stand in the matrix is not random.
+
+    Args:
+        samples: one sequence of finite values per scenario, one value per seed; empty scenarios are left out.
+    """
+    groups = samples.values() if isinstance(samples, Mapping) else samples
+    data = [np.asarray(group, dtype=np.float64)[None, :] for group in groups if len(group)]
+    return Interval(*(float(part[0]) for part in _intervals(data))) if data else Interval(math.nan, math.nan, math.nan)
+
+
+def _intervals(data: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As :func:`interval`, for several metrics at once: one (metrics, seeds) array per scenario; the metrics share the draws."""
+
+    def statistic(*groups: np.ndarray, axis: int = -1) -> np.ndarray:
+        means: np.ndarray = np.stack([group.mean(axis=axis) for group in groups])
+        return np.asarray(means.mean(axis=0))
+
+    mean = statistic(*data)
+    if min(group.shape[-1] for group in data) < 2:
+        return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
+    result = scipy_stats.bootstrap(
+        data, statistic, n_resamples=_RESAMPLES, vectorized=True, axis=-1, method="percentile", rng=0
+    )  # fmt: skip
+    return mean, result.confidence_interval.low, result.confidence_interval.high
+
+
+def tracks(rows: pd.DataFrame) -> list[str]:
+    """Tracks in which something other than a control competes, in matrix order; all tracks when there are only controls."""
+    competing = rows[~_is_control(rows)]
+    return list(dict.fromkeys((competing if len(competing) else rows)["track"]))
+
+
+def selections(rows: pd.DataFrame) -> list[str]:
+    """The selections present, the honest one first."""
+    present = set(rows["selection"])
+    return [name for name in SELECTIONS if name in present]
+
+
+def entries(rows: pd.DataFrame) -> list[tuple[str, str]]:
+    """(defense, scope) pairs in matrix order."""
+    return list(dict.fromkeys(zip(rows["defense"], rows["scope"], strict=True)))
+
+
+def _is_control(rows: pd.DataFrame) -> pd.Series:
+    return rows["control"].astype(bool) | (rows["defense"] == UNDEFENDED)
+
+
+def field(rows: pd.DataFrame, track: str) -> pd.DataFrame:
+    """The rows of one track, then the controls it lacks, from the first track that has them.
+
+    Adds ``role`` (``defense`` | ``control`` | ``reference``) and ``source`` (the track a row was measured in).
+    """
+    own = rows[rows["track"] == track]
+    present = set(entries(own))
+    if any(defense == UNDEFENDED for defense, _ in present):
+        present |= {entry for entry in entries(rows) if entry[0] == UNDEFENDED}
+    borrowed = []
+    others = rows.loc[(rows["track"] != track) & _is_control(rows)]
+    for entry in entries(others):
+        if entry in present:
+            continue
+        lent = others[(others["defense"] == entry[0]) & (others["scope"] == entry[1])]
+        borrowed.append(lent[lent["track"] == lent["track"].iloc[0]])
+        present |= {other for other in entries(others) if other[0] == UNDEFENDED} if entry[0] == UNDEFENDED else {entry}
+    table: pd.DataFrame = pd.concat([own, *borrowed], ignore_index=True)
+    role = np.where(table["defense"] == UNDEFENDED, "reference", np.where(_is_control(table), "control", "defense"))
+    return table.assign(role=role, source=table["track"], track=track)
+
+
+def scenarios(rows: pd.DataFrame) -> pd.DataFrame:
+    """One line per scenario, in matrix order: the scenario, ``seeds``, ``implanted_seeds``, ``implanted`` (more than half)."""
+    worlds = rows[rows["attack"] != NO_ATTACK].groupby(WORLD, sort=False)["implanted"].max().astype(bool)
+    counted = worlds.groupby(SCENARIO, sort=False).agg(["size", "sum"]).reset_index()
+    counted = counted.rename(columns={"size": "seeds", "sum": "implanted_seeds"})
+    return counted.assign(implanted=counted["implanted_seeds"] * 2 > counted["seeds"])
+
+
+def implanted_worlds(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows that may enter an aggregate, whatever their status: implanted worlds of implanted scenarios."""
+    gate = scenarios(rows)
+    kept = set(gate.loc[gate["implanted"], SCENARIO].itertuples(index=False, name=None))
+    good = rows.groupby(WORLD, sort=False)["implanted"].transform("max").astype(bool)
+    inside = pd.Series([key in kept for key in rows[SCENARIO].itertuples(index=False, name=None)], index=rows.index, dtype=bool)
+    return rows.loc[inside & good]
+
+
+def _with_deltas(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows.assign(**{f"d_{name}": rows[name] - rows[f"{name}_undefended"] for name in ("acc", "asr", "ra")})
+
+
+def _stratified(table: pd.DataFrame, columns: Sequence[str]) -> dict[str, Interval]:
+    """:func:`interval` of several columns of one entry's rows; values that are not finite are left out."""
+    groups = [group[list(columns)].to_numpy(np.float64).T for _, group in table.groupby(SCENARIO, sort=False)]
+    if groups and all(np.isfinite(group).all() for group in groups):
+        parts = zip(*_intervals(groups), strict=True)
+        return {name: Interval(*map(float, part)) for name, part in zip(columns, parts, strict=True)}
+    return {
+        name: interval([group[row][np.isfinite(group[row])] for group in groups]) for row, name in enumerate(columns)
+    }  # fmt: skip
+
+
+def _seed_means(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Means over seeds of ok cells: scenarios down, entries across; NaN where nothing stands."""
+    good = table[table["status"] == "ok"]
+    means = good.groupby([*SCENARIO, *ENTRY], sort=False)[column].mean().unstack(ENTRY)
+    wanted = pd.MultiIndex.from_tuples(entries(table), names=ENTRY)
+    blocks = pd.MultiIndex.from_frame(table[SCENARIO].drop_duplicates())
+    return means.reindex(index=blocks, columns=wanted)
+
+
+def average_ranks(rows: pd.DataFrame, track: str, selection: str) -> dict[tuple[str, str], float]:
+    """Mean over implanted scenarios of each competing entry's rank by seed-averaged RA (1 = best, ties share the mean rank).
+
+    Where an entry has no value (refused, failed, not run) it shares the last places. Empty when nothing is implanted.
+    """
+    table = field(rows, track)
+    table = implanted_worlds(table[table["selection"] == selection])
+    table = table[table["role"] == "defense"]
+    if table.empty:
+        return {}
+    values = _seed_means(table, RANK_KEY).fillna(-np.inf).to_numpy()
+    ranks = scipy_stats.rankdata(-values, method="average", axis=1).mean(axis=0)
+    return dict(zip(entries(table), map(float, ranks), strict=True))
+
+
+def _reasons(table: pd.DataFrame) -> str:
+    """Why cells are missing, in words: "failed in 2 of 12: out of memory"."""
+    bad = table[table["status"] != "ok"]
+    counted = Counter(zip(bad["status"], bad["reason"], strict=True))
+    return "; ".join(
+        f"{status} in {count} of {len(table)}: {reason or 'no reason recorded'}" for (status, reason), count in counted.items()
+    )
+
+
+def leaderboard(rows: pd.DataFrame, track: str, selection: str) -> pd.DataFrame:
+    """One line per entry of the track's field: competing entries by average rank, then the reference, then the controls.
+
+    Columns: ``role``, ``defense``, ``scope``, ``source``, ``place`` (1 = best; 0 = not ranked), ``rank`` (average rank, NaN = not
+    ranked), ``cells_ok``, ``cells`` (cells of implanted worlds), ``scenarios_ok``, ``reasons``, ``missing``
+    (``refused``, ``failed`` or both), then ``acc``, ``asr``, ``ra``,
+    ``der``, ``d_acc``, ``d_asr``, ``d_ra`` (differences to the undefended twin), each with ``_low`` and ``_high``, then
+    ``pruned``, ``units``, ``cost_epochs`` (means of scenario means). Oracle choices are never ranked.
+    """
+    table = field(rows, track)
+    table = _with_deltas(implanted_worlds(table[table["selection"] == selection]))
+    ranks = {} if selection == "oracle" else average_ranks(rows, track, selection)
+    lines = []
+    for position, (defense, scope) in enumerate(entries(table)):
+        mine = table[(table["defense"] == defense) & (table["scope"] == scope)]
+        good = mine[mine["status"] == "ok"]
+        line: dict[str, object] = {
+            "role": mine["role"].iloc[0], "defense": defense, "scope": scope, "source": mine["source"].iloc[0],
+            "rank": ranks.get((defense, scope), math.nan), "cells_ok": len(good), "cells": len(mine),
+            "scenarios_ok": good[SCENARIO].drop_duplicates().shape[0], "reasons": _reasons(mine),
+            "missing": " / ".join(dict.fromkeys(mine.loc[mine["status"] != "ok", "status"])), "position": position,
+        }  # fmt: skip
+        measured = _stratified(good, _METRICS)
+        for name in _METRICS:
+            line |= dict(zip((name, f"{name}_low", f"{name}_high"), measured[name], strict=True))
+        for name in ("pruned", "units", "cost_epochs"):
+            line[name] = float(good.groupby(SCENARIO, sort=False)[name].mean().mean()) if len(good) else math.nan
+        lines.append(line)
+    if not lines:
+        return pd.DataFrame()
+    board = pd.DataFrame(lines)
+    block = board["role"].map({"defense": 0, "reference": 1, "control": 2})
+    board = board.assign(block=block).sort_values(["block", "rank", "position"], kind="stable", na_position="last")
+    ranked = board["rank"].notna()
+    place = board["rank"].where(ranked).rank(method="min").fillna(0).astype(int)
+    return board.assign(place=place).drop(columns=["block", "position"]).reset_index(drop=True)
+
+
+def selection_gaps(rows: pd.DataFrame, track: str) -> pd.DataFrame:
+    """How much ASR each way of choosing along a dial is worth: one line per competing entry of the track that has a dial.
+
+    Columns: ``defense``, ``scope``, ``cells`` (implanted worlds where all selections stand), ``acc_<selection>``,
+    ``asr_<selection>``, ``ra_<selection>``, and ``gap_validation``, ``gap_default`` = ASR under that selection minus ASR under
+    the oracle, paired by world, each with ``_low`` and ``_high``. Controls with a dial are included.
+    """
+    table = implanted_worlds(rows[(rows["track"] == track)])
+    table = table[(table["status"] == "ok") & table["dial"].notna()]
+    lines = []
+    for defense, scope in entries(table):
+        mine = table[(table["defense"] == defense) & (table["scope"] == scope)]
+        wide = mine.pivot_table(index=WORLD, columns="selection", values=["acc", "asr", "ra"], sort=False).dropna()
+        if wide.empty or not set(SELECTIONS) <= set(wide.columns.get_level_values(1)):
+            continue
+        flat = wide.set_axis(["_".join(map(str, column)) for column in wide.columns.to_list()], axis=1)
+        for name in ("validation", "default"):
+            flat[f"gap_{name}"] = flat[f"asr_{name}"] - flat["asr_oracle"]
+        measured = _stratified(flat.reset_index(), list(flat.columns))
+        line: dict[str, object] = {"defense": defense, "scope": scope, "cells": len(flat)}
+        for column, part in measured.items():
+            line[column] = part.mean
+            if column.startswith("gap_"):
+                line |= {f"{column}_low": part.low, f"{column}_high": part.high}
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def spread(values: Sequence[float]) -> float:
+    """Sample standard deviation over seeds; NaN for fewer than two."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
+
+def problems(rows: pd.DataFrame) -> pd.DataFrame:
+    """Refused and failed cells, one line per reason and place: a cell's selections are one, its seeds are joined."""
+    bad = rows[rows["status"] != "ok"]
+    keys = ["track", *ENTRY, *SCENARIO, "status", "reason"]
+    if bad.empty:
+        return pd.DataFrame(columns=[*keys, "seeds"])
+    seeds = bad.groupby(keys, sort=False)["seed"].agg(lambda found: ", ".join(map(str, sorted(set(found)))))
+    return seeds.rename("seeds").reset_index()
+
+
+def timing_summary(rows: pd.DataFrame, timings: pd.DataFrame) -> pd.DataFrame:
+    """Cost per track and entry over all ok cells: median ``seconds``, largest ``peak_mib``, median ``share`` of the seconds the
+    victim took to train, median ``cost_epochs``, and ``cells``."""
+    good = rows[rows["status"] == "ok"].drop_duplicates("cell")
+    joined = timings.merge(good[["cell", "cost_epochs"]], on="cell", how="inner")
+    victim = joined["victim_seconds"].where(joined["victim_seconds"] > 0)
+    joined = joined.assign(share=joined["seconds"] / victim)
+    return (
+        joined.groupby(["track", *ENTRY], sort=False)
+        .agg(seconds=("seconds", "median"), peak_mib=("peak_mib", "max"), share=("share", "median"),
+             cost_epochs=("cost_epochs", "median"), cells=("cell", "size"))
+        .reset_index()
+    )  # fmt: skip
+
+
+class Significance(NamedTuple):
+    """Rank tests over implanted scenarios. ``pairs``: (entry, entry, Holm-adjusted p of a two-sided Wilcoxon signed-rank test)."""
+
+    blocks: int
+    friedman: float
+    pairs: list[tuple[tuple[str, str], tuple[str, str], float]]
+
+
+def significance(rows: pd.DataFrame, track: str, selection: str) -> Significance | None:
+    """Friedman's test over the competing entries that stand in every implanted scenario, then pairwise Wilcoxon tests, on RA.
+
+    None with fewer than 11 implanted scenarios or 3 entries, or when all entries are equal everywhere (nothing to test).
+    """
+    table = field(rows, track)
+    table = implanted_worlds(table[table["selection"] == selection])
+    table = table[table["role"] == "defense"]
+    if table.empty:
+        return None
+    values = _seed_means(table, RANK_KEY).dropna(axis=1)
+    if len(values) < MIN_BLOCKS or values.shape[1] < 3 or bool((values.nunique(axis=1) == 1).all()):
+        return None
+    columns = [(str(column[0]), str(column[1])) for column in values.columns.to_list()]
+    friedman = float(scipy_stats.friedmanchisquare(*values.to_numpy().T).pvalue)
+    raw = []
+    for left, right in combinations(range(len(columns)), 2):
+        difference = values.iloc[:, left].to_numpy() - values.iloc[:, right].to_numpy()
+        raw.append((columns[left], columns[right], float(scipy_stats.wilcoxon(difference).pvalue) if difference.any() else 1.0))
+    adjusted, floor = [0.0] * len(raw), 0.0
+    for step, position in enumerate(sorted(range(len(raw)), key=lambda item: raw[item][2])):
+        floor = max(floor, min(1.0, (len(raw) - step) * raw[position][2]))
+        adjusted[position] = floor
+    return Significance(len(values), friedman, [(a, b, p) for (a, b, _), p in zip(raw, adjusted, strict=True)])

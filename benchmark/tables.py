@@ -1,0 +1,502 @@
+"""Rows -> tables: leaderboards, per-attack details, attack validity, selection gaps, missing cells, cost.
+
+Markdown for reading, LaTeX (booktabs) for papers, CSV (shares in [0, 1], unrounded) for everything else. A second run writes the
+same bytes. Seconds depend on the machine, so they stand in ``cost.md`` alone. Names come from settings files and are treated as
+hostile: they can break no cell, carry no markup and start no formula.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from benchmark import stats
+from benchmark.files import write_text
+from benchmark.metrics import IMPLANTED_ASR, MAX_ACC_LOSS
+from benchmark.selection import ORACLE_TOLERANCE, TAU
+from benchmark.tracks import TRACKS
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = [
+    "NOTHING", "SELECTION_WORDS", "console_leaderboard", "csv_text", "gate_words", "latex", "leaderboard_markdown", "markdown",
+    "plain", "problems_markdown", "setting_words", "slug", "track_words", "write_tables",
+]  # fmt: skip
+
+NOTHING = "No attack was implanted under the attack-validity gate, so there is nothing to rank a defense on."
+SELECTION_WORDS = {
+    "validation": f"validation (the strongest candidate that loses at most {100 * TAU:g} points on held-out clean data)",
+    "default": "default (the setting the method's authors publish)",
+    "oracle": f"oracle (lowest test ASR within {100 * ORACLE_TOLERANCE:g} % relative test ACC; for comparison only, never ranked)",
+}
+_NOTES = (
+    "ACC: accuracy on clean test images. ASR: share of triggered test images, target class excluded, classified as the target. "
+    "RA: share of the same images given their true class, so ASR + RA is at most 100. DER: (max(0, drop of ASR) - max(0, drop of "
+    "ACC) + 1) / 2. dACC, dASR: percentage points against the undefended twin. Brackets: 95 % bootstrap intervals over seeds "
+    "within scenarios; without brackets there was one seed. Cost: standard-epoch equivalents (1 = forward and backward over the "
+    "training set). Rank: mean over implanted scenarios of the rank by RA, the last place where a cell is missing. Cells: finished "
+    "cells of implanted models; means over fewer cells than another line's do not compare with it, ranks do. Poisoned samples "
+    "replace clean ones."
+)
+_MISSING = "\N{EN DASH}"
+
+# -- text ----------------------------------------------------------------------------------------------------------------------
+
+
+def plain(value: object) -> str:
+    """One line of printable text: control, formatting and private characters become spaces, runs of spaces one."""
+    kept = "".join(" " if unicodedata.category(letter) in {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"} else letter for letter in str(value))
+    return " ".join(kept.split())
+
+
+def markdown(value: object) -> str:
+    """Text for a Markdown table cell: no pipe, tag, link, code or emphasis survives."""
+    text = plain(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"([\\`*\[\]|~$])", r"\\\1", text)
+    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
+    "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+    "\N{EN DASH}": "--",    "±": r"$\pm$",
+}  # fmt: skip
+
+
+def latex(value: object) -> str:
+    """Text for LaTeX, every special character spelt out."""
+    return "".join(_LATEX.get(letter, letter) for letter in plain(value))
+
+
+def _csv_cell(value: object) -> str:
+    """Numbers as in rows.csv; text that a spreadsheet would read as a formula is quoted with an apostrophe."""
+    if isinstance(value, float):
+        return "" if math.isnan(value) else (f"{value:.6f}".rstrip("0").rstrip(".") if "." in f"{value:.6f}" else str(value))
+    if isinstance(value, str):
+        text = plain(value)
+        return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
+    return str(value)
+
+
+def csv_text(table: pd.DataFrame) -> str:
+    """A table as CSV."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(table.columns)
+    for row in table.itertuples(index=False, name=None):
+        writer.writerow([_csv_cell(value) for value in row])
+    return out.getvalue()
+
+
+def slug(text: str) -> str:
+    """A file name's part: letters, digits and single dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "unnamed"
+
+
+def _percent(value: float, *, signed: bool = False) -> str:
+    """A share as percent with one decimal."""
+    if math.isnan(value):
+        return _MISSING
+    text = f"{100 * value:+.1f}" if signed else f"{100 * value:.1f}"
+    return text.replace("-0.0", "0.0").replace("+0.0", "0.0") if text in ("-0.0", "+0.0") else text
+
+
+def _bracketed(line: pd.Series, name: str, *, signed: bool = False, small: Callable[[str], str] = str) -> str:
+    mean, low, high = (float(line[column]) for column in (name, f"{name}_low", f"{name}_high"))
+    text = _percent(mean, signed=signed)
+    if math.isnan(low):
+        return text
+    return f"{text} {small(f'[{_percent(low, signed=signed)}, {_percent(high, signed=signed)}]')}"
+
+
+def _number(value: float) -> str:
+    """At most three significant digits, no exponent, no trailing zeros: 0.0312, 1.25, 48, 4800."""
+    if math.isnan(value):
+        return _MISSING
+    if value == 0 or abs(value) >= 100:
+        return f"{value:.0f}"
+    digits = max(0, min(6, 2 - math.floor(math.log10(abs(value)))))
+    text = f"{value:.{digits}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _pipe(header: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table of cells that are already escaped; the first ``left`` columns are aligned left, the others right."""
+    rule = [":--" if column < left else "--:" for column in range(len(header))]
+    return "".join(f"| {' | '.join(line)} |\n" for line in [header, rule, *lines])
+
+
+# -- what was run, in words ----------------------------------------------------------------------------------------------------
+
+
+def _listed(values: pd.Series) -> str:
+    return ", ".join(plain(value) for value in dict.fromkeys(values))
+
+
+def setting_words(rows: pd.DataFrame) -> dict[str, str]:
+    """Datasets, backbones, attacks with their rates, target and seeds of a table, as plain text."""
+    attacked = rows[rows["attack"] != stats.NO_ATTACK]
+    rates = attacked.groupby("attack", sort=False)["rate"].unique()
+    attacks = [f"{plain(name)} ({', '.join(f'{100 * rate:g} %' for rate in sorted(found))})" for name, found in rates.items()]
+    targets = [f"{mode}, target {target}" if mode == "all-to-one" else str(mode)
+               for mode, target in dict.fromkeys(zip(attacked["label_mode"], attacked["target"], strict=True))]  # fmt: skip
+    return {
+        "dataset": _listed(rows["dataset"]), "backbone": _listed(rows["backbone"]),
+        "attack (poisoning rate)": ", ".join(attacks) or "none",
+        "labels": plain("; ".join(targets)) or _MISSING, "seed": ", ".join(map(str, sorted(set(rows["seed"])))),
+    }  # fmt: skip
+
+
+def gate_words(rows: pd.DataFrame) -> str:
+    """How many scenarios count: "n implanted 6 of 8 scenarios (17 of 24 attacked models)"."""
+    found = stats.scenarios(rows)
+    worlds = f"{int(found.loc[found['implanted'], 'implanted_seeds'].sum())} of {int(found['seeds'].sum())} attacked models"
+    return f"n implanted {int(found['implanted'].sum())} of {len(found)} scenarios ({worlds})"
+
+
+def track_words(track: str) -> str:
+    """A track's name and what it grants: "model+clean (the model and a small clean labelled budget)"."""
+    titles = {known.name: known.title for known in TRACKS}
+    return f"{plain(track)} ({titles[track]})" if track in titles else plain(track)
+
+
+def _caption(rows: pd.DataFrame, title: str, track: str, selection: str) -> str:
+    said = "; ".join(f"{name}: {words}" for name, words in setting_words(rows).items())
+    chosen = SELECTION_WORDS.get(selection, plain(selection))
+    return f"{plain(title)}. Track: {track_words(track)}; selection: {chosen}; {said}; {gate_words(rows)}."
+
+
+# -- leaderboards --------------------------------------------------------------------------------------------------------------
+
+_SHARES = (("ACC", "acc", False), ("ASR", "asr", False), ("RA", "ra", False), ("DER", "der", False), ("dACC", "d_acc", True),
+           ("dASR", "d_asr", True))  # fmt: skip
+_HEADER = ["#", "Defense", "Scope", *(label for label, _, _ in _SHARES), "Pruned / units", "Cost", "Rank", "Cells"]
+
+
+def _name(line: pd.Series, track: str) -> str:
+    """A control lent by another track says which, since it was granted something else."""
+    if line["role"] == "reference":
+        return f"{line['defense']} (undefended)"
+    lent = line["role"] == "control" and line["source"] not in (track, "control")
+    return f"{line['defense']} (granted: {line['source']})" if lent else str(line["defense"])
+
+
+def _units(line: pd.Series) -> str:
+    pruned, units = float(line["pruned"]), float(line["units"])
+    return _MISSING if math.isnan(units) or units == 0 else f"{_tidy(pruned)} / {_tidy(units)}"
+
+
+def _tidy(value: float) -> str:
+    return f"{value:.1f}".removesuffix(".0")
+
+
+def _board_lines(board: pd.DataFrame, track: str, escape: Callable[[object], str], small: Callable[[str], str]) -> list[list[str]]:
+    lines = []
+    for _, line in board.iterrows():
+        place = str(line["place"]) if line["place"] else ""
+        start = [place, escape(_name(line, track)), escape(line["scope"])]
+        cells = f"{line['cells_ok']} / {line['cells']}"
+        rank = _MISSING if math.isnan(line["rank"]) else f"{line['rank']:.2f}"
+        if line["cells_ok"] == 0:
+            lines.append([*start, escape(line["missing"]), *[_MISSING] * 7, rank, cells])
+            continue
+        shares = [_bracketed(line, name, signed=signed, small=small) for _, name, signed in _SHARES]
+        lines.append([*start, *shares, _units(line), _number(float(line["cost_epochs"])), rank, cells])
+    return lines
+
+
+def leaderboard_markdown(board: pd.DataFrame, track: str) -> str:
+    """A leaderboard as a Markdown table: competing defenses by rank, then reference and controls, then why cells are missing."""
+    if board.empty:
+        return f"{NOTHING}\n"
+    competing = board["role"] == "defense"
+    lines = _board_lines(board[competing], track, markdown, str)
+    rest = _board_lines(board[~competing], track, markdown, str)
+    if rest:
+        lines += [["", "**Reference and controls, not ranked**", *[""] * (len(_HEADER) - 2)], *rest]
+    text = _pipe(_HEADER, lines, left=3)
+    missing = [f"- {markdown(line['defense'])} ({markdown(line['scope'])}): {markdown(line['reasons'])}\n"
+               for _, line in board.iterrows() if line["reasons"]]  # fmt: skip
+    return text + (f"\nNot in the means:\n\n{''.join(missing)}" if missing else "")
+
+
+def _leaderboard_latex(board: pd.DataFrame, track: str, caption: str, label: str) -> str:
+    body: list[str] = []
+    for competing in (True, False):
+        block = board[(board["role"] == "defense") == competing]
+        lines = _board_lines(block, track, latex, lambda text: rf"{{\scriptsize {text}}}")
+        if lines and body:
+            body.append(r"\midrule")
+        body += [" & ".join(cell.replace(_MISSING, "--") for cell in line) + r" \\" for line in lines]
+    notes = _NOTES + " The lower block holds the reference and the controls, which are not ranked."
+    return "\n".join([
+        r"% needs \usepackage{booktabs,graphicx}", r"\begin{table}", r"\centering", rf"\caption{{{latex(caption + ' ' + notes)}}}",
+        rf"\label{{tab:{label}}}", r"\resizebox{\linewidth}{!}{%",
+        r"\begin{tabular}{rll" + "r" * (len(_HEADER) - 3) + "}", r"\toprule",
+        " & ".join(latex(name) for name in _HEADER) + r" \\", r"\midrule", *body, r"\bottomrule",
+        r"\end{tabular}}", r"\end{table}", "",
+    ])  # fmt: skip
+
+
+def _leaderboard_csv(board: pd.DataFrame, rows: pd.DataFrame, track: str, selection: str) -> str:
+    found = stats.scenarios(rows)
+    head = pd.DataFrame({
+        "track": track, "selection": selection, "ranked": ["yes" if place else "no" for place in board.get("place", [])],
+        "scenarios_implanted": int(found["implanted"].sum()), "scenarios": len(found),
+    })  # fmt: skip
+    return csv_text(pd.concat([head, board], axis=1))
+
+
+# -- the other tables ----------------------------------------------------------------------------------------------------------
+
+
+def _spread(values: pd.Series) -> str:
+    deviation = stats.spread(list(values))
+    return _percent(float(values.mean())) + ("" if math.isnan(deviation) else f"±{100 * deviation:.1f}")
+
+
+def _detail_cell(mine: pd.DataFrame) -> str:
+    if mine.empty:
+        return "not run"
+    good = mine[mine["status"] == "ok"]
+    if good.empty:
+        return markdown(
+            "; ".join(f"{status}: {reason}" for status, reason in dict.fromkeys(zip(mine["status"], mine["reason"], strict=True)))
+        )
+    text = " / ".join(_spread(good[name]) for name in ("acc", "asr", "ra"))
+    return text if len(good) == len(mine) else f"{text} ({len(good)} of {len(mine)} seeds)"
+
+
+def _detail(rows: pd.DataFrame, track: str, selection: str) -> str:
+    """Defense x attack, one section per dataset and backbone, over all seeds, implanted or not."""
+    table = stats.field(rows, track)
+    table = table[table["selection"] == selection]
+    gate = {line[:3]: line[3:] for line in stats.scenarios(rows)[[*stats.SCENARIO, "implanted_seeds", "seeds", "implanted"]]
+            .itertuples(index=False, name=None)}  # fmt: skip
+    parts = []
+    for dataset, backbone in dict.fromkeys(zip(table["dataset"], table["backbone"], strict=True)):
+        here = table[(table["dataset"] == dataset) & (table["backbone"] == backbone)]
+        attacks = list(dict.fromkeys(here["attack"]))
+        header = ["Defense", "Scope"]
+        for attack in attacks:
+            passed, seeds, implanted = gate.get((dataset, backbone, attack), (0, 0, True))
+            header.append(markdown(attack) + ("" if implanted else f"<br>not implanted ({passed} of {seeds} seeds)"))
+        lines = []
+        for defense, scope in stats.entries(here):
+            mine = here[(here["defense"] == defense) & (here["scope"] == scope)]
+            name = markdown(defense) + (" (control)" if mine["role"].iloc[0] == "control" else "")
+            lines.append([name, markdown(scope), *(_detail_cell(mine[mine["attack"] == attack]) for attack in attacks)])
+        parts.append(f"## {markdown(dataset)}, {markdown(backbone)}\n\n{_pipe(header, lines, left=2)}")
+    return "\n".join(parts)
+
+
+def _each(values: pd.Series) -> str:
+    return ", ".join(_percent(float(value)) for value in values)
+
+
+def _validity(rows: pd.DataFrame) -> str:
+    """One line per scenario; figures of the undefended model, one per seed, in the order of the seeds."""
+    attacked = rows[rows["attack"] != stats.NO_ATTACK]
+    worlds = attacked.groupby(stats.WORLD, sort=False).first().reset_index().sort_values("seed", kind="stable")
+    header = ["Dataset", "Backbone", "Attack", "Rate, nominal", "Rate, realised", "Labels", "Seeds", "ACC, benign twin",
+              "ACC", "ASR", "RA", "Implanted", "Gate"]  # fmt: skip
+    lines = []
+    for _, line in stats.scenarios(rows).iterrows():
+        mine = worlds[(worlds[stats.SCENARIO] == line[stats.SCENARIO]).all(axis=1)]
+        gates = dict.fromkeys(mine["gate"])
+        words = (
+            mine["gate"].iloc[0]
+            if len(gates) == 1
+            else "; ".join(f"seed {seed}: {gate}" for seed, gate in zip(mine["seed"], mine["gate"], strict=True))
+        )
+        first = mine.iloc[0]
+        labels = f"{first['label_mode']}, target {first['target']}" if first["label_mode"] == "all-to-one" else first["label_mode"]
+        lines.append([
+            *(markdown(line[name]) for name in stats.SCENARIO), f"{100 * first['rate']:g} %",
+            ", ".join(dict.fromkeys(_MISSING if math.isnan(rate) else f"{100 * rate:.2f} %" for rate in mine["realised_rate"])),
+            markdown(labels),
+            ", ".join(map(str, mine["seed"])), _each(mine["acc_benign"]), _each(mine["acc_undefended"]),
+            _each(mine["asr_undefended"]), _each(mine["ra_undefended"]),
+            f"{'**yes**' if line['implanted'] else '**no**'}, {line['implanted_seeds']} of {line['seeds']} seeds",
+            markdown(words or _MISSING),
+        ])  # fmt: skip
+    return _pipe(header, lines, left=3)
+
+
+def _gap_table(rows: pd.DataFrame) -> str:
+    header = ["Track", "Defense", "Scope", "Cells", *(f"ACC / ASR / RA, {name}" for name in stats.SELECTIONS),
+              "ASR gap, validation - oracle", "ASR gap, default - oracle"]  # fmt: skip
+    lines, without = [], []
+    for track in stats.tracks(rows):
+        gaps = stats.selection_gaps(rows, track)
+        for _, line in gaps.iterrows():
+            triples = [
+                " / ".join(_percent(float(line[f"{metric}_{name}"])) for metric in ("acc", "asr", "ra"))
+                for name in stats.SELECTIONS
+            ]
+            lines.append([markdown(track), markdown(line["defense"]), markdown(line["scope"]), str(line["cells"]), *triples,
+                          *(_bracketed(line, f"gap_{name}", signed=True) for name in ("validation", "default"))])  # fmt: skip
+        own = rows[rows["track"] == track]
+        shown = set(zip(gaps["defense"], gaps["scope"], strict=True)) if len(gaps) else set()
+        without += [f"{defense} ({scope})" for defense, scope in stats.entries(own) if (defense, scope) not in shown]
+    text = (
+        _pipe(header, lines, left=3)
+        if lines
+        else "No defense with a dial stands on an implanted scenario under all three selections.\n"
+    )
+    return text + (
+        f"\nNo gap, or none to measure (no dial, or no finished cell): {markdown(', '.join(dict.fromkeys(without)))}.\n"
+        if without
+        else ""
+    )
+
+
+def problems_markdown(rows: pd.DataFrame) -> str:
+    """Every refused and failed cell with its reason, or a sentence saying that there is none."""
+    bad = stats.problems(rows)
+    if bad.empty:
+        return "No cell was refused and none failed.\n"
+    header = ["Track", "Defense", "Scope", "Dataset", "Backbone", "Attack", "Seeds", "Status", "Reason"]
+    columns = ["track", *stats.ENTRY, *stats.SCENARIO, "seeds", "status", "reason"]
+    lines = [
+        [markdown(value) or "no reason recorded" for value in line] for line in bad[columns].itertuples(index=False, name=None)
+    ]
+    return _pipe(header, lines, left=len(header))
+
+
+def _cost(rows: pd.DataFrame, timings: pd.DataFrame) -> str:
+    table = stats.timing_summary(rows, timings)
+    if table.empty:
+        return "No finished cell has a timing.\n"
+    header = [
+        "Track",
+        "Defense",
+        "Scope",
+        "Seconds, median",
+        "Share of victim training",
+        "Standard epochs, median",
+        "Peak memory, MiB",
+        "Cells",
+    ]
+    lines = [[
+        markdown(line["track"]), markdown(line["defense"]), markdown(line["scope"]), _number(float(line["seconds"])),
+        _MISSING if math.isnan(line["share"]) else f"{100 * line['share']:.1f} %", _number(float(line["cost_epochs"])),
+        _number(float(line["peak_mib"])), str(line["cells"]),
+    ] for _, line in table.iterrows()]  # fmt: skip
+    return _pipe(header, lines, left=3)
+
+
+def _significance(rows: pd.DataFrame, track: str, selection: str) -> str:
+    if selection == "oracle":
+        return ""
+    test = stats.significance(rows, track, selection)
+    if test is None:
+        blocks = int(stats.scenarios(rows)["implanted"].sum())
+        needed = f"at least {stats.MIN_BLOCKS} implanted scenarios ({blocks} here) and three complete, differing defenses"
+        return f"\nRank tests: not run; they need {needed}.\n"
+    apart = [f"{a[0]} ({a[1]}) and {b[0]} ({b[1]}), p = {p:.3g}" for a, b, p in test.pairs if p < 0.05]
+    pairs = "; ".join(apart) or "none"
+    friedman = f"Friedman test on RA over {test.blocks} scenarios: p = {test.friedman:.3g}"
+    return f"\n{friedman}. Pairs apart at 5 % (Wilcoxon, Holm): {markdown(pairs)}.\n"
+
+
+def write_tables(rows: pd.DataFrame, curves: pd.DataFrame, timings: pd.DataFrame, folder: Path, title: str) -> list[Path]:
+    """Writes every table of a matrix below ``folder/tables`` and returns their paths, in reading order.
+
+    Args:
+        rows, curves, timings: as :func:`benchmark.rows.read` returns them. ``curves`` is not tabulated: it is drawn.
+        folder: the matrix's results folder. title: of the matrix, for captions.
+
+    Raises:
+        BadInput: the folder cannot be written.
+    """
+    place = folder / "tables"
+    written: list[Path] = []
+
+    def put(name: str, text: str) -> None:
+        write_text(place / name, text)
+        written.append(place / name)
+
+    head = f"{markdown(title)}: "
+    for track in stats.tracks(rows):
+        for selection in stats.selections(rows):
+            board, name = stats.leaderboard(rows, track, selection), f"{slug(track)}-{selection}"
+            caption = _caption(rows, title, track, selection)
+            tests = "" if board.empty else _significance(rows, track, selection)
+            note = f"{markdown(caption)}\n\n{markdown(_NOTES)}\n"
+            put(
+                f"leaderboard-{name}.md",
+                f"# {head}leaderboard, {markdown(track)}, {selection}\n\n{leaderboard_markdown(board, track)}{tests}\n{note}",
+            )
+            put(f"leaderboard-{name}.csv", _leaderboard_csv(board, rows, track, selection))
+            none = f"% {NOTHING}\n"
+            put(
+                f"leaderboard-{name}.tex", none if board.empty else _leaderboard_latex(board, track, caption, f"leaderboard-{name}")
+            )
+            detail = (
+                f"# {head}every attack, {markdown(track)}, {selection}\n\nACC / ASR / RA in percent: mean ± sample standard "
+                f"deviation over all seeds. Columns marked *not implanted* are shown and never aggregated.\n\n"
+                f"{_detail(rows, track, selection)}\n{note}"
+            )
+            put(f"attacks-{name}.md", detail)
+    put("attack-validity.md", (
+        f"# {head}did the attacks work?\n\nThe undefended models, one figure per seed. Gate: ASR at least "
+        f"{100 * IMPLANTED_ASR:g} % and ACC at most {100 * MAX_ACC_LOSS:g} points below the benign twin (same data, "
+        "backbone, recipe and seed, no attack). A scenario is implanted when "
+        f"more than half of its seeds pass; only those seeds enter aggregates. {gate_words(rows)}.\n\n{_validity(rows)}"
+    ))  # fmt: skip
+    put("selection-gap.md", (
+        f"# {head}what choosing with the test set is worth\n\nMeans over implanted scenarios. A positive gap is ASR that an "
+        f"honest choice leaves and the oracle, which has seen the test set, does not; 95 % bootstrap intervals, paired by attacked "
+        f"model.\n\n{_gap_table(rows)}"
+    ))  # fmt: skip
+    put("missing.md", f"# {head}refused and failed cells\n\nNone of these enters a mean.\n\n{problems_markdown(rows)}")
+    put("cost.md", (
+        f"# {head}cost\n\nWall seconds and peak memory of the defense stage, as measured on the machine that ran it; standard "
+        f"epochs do not depend on the machine (1 = forward and backward over the training set).\n\n{_cost(rows, timings)}"
+    ))  # fmt: skip
+    return written
+
+
+def console_leaderboard(rows: pd.DataFrame) -> list[Table]:
+    """One compact table per track, validation selection, for a terminal of 100 columns."""
+    from rich.table import Table
+    from rich.text import Text
+
+    tables = []
+    for track in stats.tracks(rows):
+        table = Table(
+            title=Text(f"{plain(track)}, validation selection"),
+            caption=Text(gate_words(rows)),
+            title_justify="left",
+            caption_justify="left",
+        )
+        board = stats.leaderboard(rows, track, "validation")
+        table.add_column("#", justify="right")
+        table.add_column("defense", overflow="ellipsis", no_wrap=True, max_width=34)
+        table.add_column("scope")
+        for name in ("ACC", "ASR", "RA", "dACC", "cost"):
+            table.add_column(name, justify="right", no_wrap=True)
+        roles = list(board["role"]) if len(board) else []
+        for position, (_, line) in enumerate(board.iterrows()):
+            start = [str(line["place"]) if line["place"] else "", plain(_name(line, track)), plain(line["scope"])]
+            if line["cells_ok"]:
+                figures = [_percent(float(line["acc"])), _percent(float(line["asr"])), _percent(float(line["ra"])),
+                           _percent(float(line["d_acc"]), signed=True), _number(float(line["cost_epochs"]))]  # fmt: skip
+            else:
+                figures = [plain(line["missing"]), *[_MISSING] * 4]
+            last_competing = roles[position] == "defense" and "defense" not in roles[position + 1 :]
+            table.add_row(*(Text(text) for text in [*start, *figures]), end_section=last_competing)
+        if board.empty:
+            table.caption = Text(NOTHING)
+        tables.append(table)
+    return tables

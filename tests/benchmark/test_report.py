@@ -1,0 +1,94 @@
+"""The report: sentences that follow from rows, links that exist, a second run that changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmark import report, tables
+from benchmark.rows import Row, frame
+
+
+def row(attack: str, seed: int, defense: str, ra: float = 0.0, **more: object) -> Row:
+    settings: dict[str, object] = {
+        "matrix": "m", "dataset": "digits", "backbone": "net", "attack": attack, "rate": 0.1, "seed": seed, "track": "model+clean",
+        "scope": "whole", "defense": defense, "cell": f"{attack}{seed}{defense}", "target": 0, "label_mode": "all-to-one",
+        "realised_rate": 0.1, "control": defense in ("none", "random"), "selection": "validation", "status": "ok", "acc": 0.9,
+        "asr": 0.95 - ra, "ra": ra, "der": 0.5, "acc_undefended": 0.95, "asr_undefended": 1.0, "ra_undefended": 0.0,
+        "acc_benign": 0.96, "implanted": True, "gate": "implanted", "pruned": 10, "units": 100, "cost_epochs": 0.125,
+    }  # fmt: skip
+    return Row(**{**settings, **more})  # type: ignore[arg-type]
+
+
+def rows_with(**ra: float) -> list[Row]:
+    return [row("badnets", seed, name, value + 0.02 * seed) for name, value in ra.items() for seed in (0, 1, 2)]
+
+
+def test_summary_names_the_best_and_places_controls_by_interval():
+    text = report.summary(frame(rows_with(good=0.7, weak=0.2, random=0.1)), "model+clean")
+    assert text.startswith(
+        "Best average rank by RA: **good (whole)**, with RA 72.0 % [70.0, 74.0] over 1 of 1 implanted scenarios."
+    )
+    assert "Its interval lies above that of random (whole) 12.0 % [10.0, 14.0]." in text
+    text = report.summary(frame(rows_with(good=0.7, random=0.71)), "model+clean")
+    assert "Its interval overlaps that of random (whole)" in text
+    text = report.summary(frame(rows_with(good=0.2, random=0.7)), "model+clean")
+    assert "Its interval lies below that of random (whole)" in text
+
+
+def test_summary_with_one_seed_separates_nothing():
+    rows = [row("badnets", 0, name, ra) for name, ra in (("good", 0.7), ("random", 0.1))]
+    text = report.summary(frame(rows), "model+clean")
+    assert "no interval separates them" in text
+    assert "lies above" not in text
+
+
+def test_summary_names_ties_and_incomplete_entries():
+    rows = [
+        *rows_with(good=0.5, same=0.5),
+        row("badnets", 0, "half", 0.4),
+        row("badnets", 1, "half", status="failed", reason="why"),
+    ]
+    text = report.summary(frame(rows), "model+clean")
+    assert "tied with same (whole)" in text
+    assert "Incomplete (a missing scenario counts as last place): half (whole)." in text
+
+
+def test_summary_when_nothing_is_implanted_or_finished():
+    assert report.summary(frame([row("badnets", 0, "good", implanted=False)]), "model+clean") == tables.NOTHING
+    refused = frame([row("badnets", 0, "good", status="refused", reason="why")])
+    assert report.summary(refused, "model+clean") == "No competing defense finished a cell on an implanted scenario."
+
+
+def test_report_links_what_exists_and_nothing_else(tmp_path: Path):
+    for name in ("tables/leaderboard-model-clean-validation.md", "tables/missing.md", "plots/attacks.png", "plots/attacks.svg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    table = frame([*rows_with(good=0.7, random=0.1), row("badnets", 3, "good", status="failed", reason="out of <memory>")])
+    path = report.write_report(tmp_path, table, "A *title*", description="One sentence.")
+    text = path.read_text()
+    assert path == tmp_path / "README.md"
+    assert text.startswith("# A \\*title\\*\n\nOne sentence.\n")
+    assert "![The undefended models: did the attacks work?](plots/attacks.png)" in text
+    assert "(tables/leaderboard-model-clean-validation.md)" in text
+    assert "(tables/missing.md)" in text
+    assert ".csv](tables" not in text
+    assert "scatter" not in text
+    assert "| failed | out of &lt;memory&gt; |" in text
+    assert "seeds | 0, 1, 2, 3" in text.replace("| seed |", "| seeds |")
+    stamp = path.stat().st_mtime_ns
+    report.write_report(tmp_path, table, "A *title*", description="One sentence.")
+    assert path.stat().st_mtime_ns == stamp
+
+
+def test_report_takes_the_files_it_is_given(tmp_path: Path):
+    text = report.write_report(
+        tmp_path, frame(rows_with(good=0.7)), "t", files=[tmp_path / "plots" / "scatter-model-clean.png"]
+    ).read_text()
+    assert "](plots/scatter-model-clean.png)" in text
+    assert "SVG" not in text
+
+
+def test_report_when_nothing_is_implanted(tmp_path: Path):
+    text = report.write_report(tmp_path, frame([row("badnets", 0, "good", implanted=False)]), "t").read_text()
+    assert tables.NOTHING in text
+    assert "No cell was refused and none failed." in text
