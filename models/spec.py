@@ -19,7 +19,7 @@ import torch
 __all__ = ["BadInput", "Spec", "canonical", "check", "derive_seed", "digest", "generator", "lookup", "nearest"]
 
 
-class BadInput(ValueError):  # noqa: N818 - reads better where it is raised
+class BadInput(ValueError):
     """Something a person wrote or supplied is wrong. The message names the value, where it stands and the nearest right one.
 
     The command line prints the message alone (no traceback) and exits with status 2.

@@ -22,7 +22,7 @@ from models.spec import Spec, check
 __all__ = ["Diverged", "Fitted", "Recipe", "accuracy", "default_device", "fit", "predict", "seeded"]
 
 
-class Diverged(RuntimeError):  # noqa: N818 - reads better where it is raised
+class Diverged(RuntimeError):
     """A training ended with weights that are not finite."""
 
 

@@ -1,0 +1,249 @@
+"""The one training loop: reproducible, counted, with the schedules it claims; and evaluation."""
+
+from __future__ import annotations
+
+import math
+import signal
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from models.backbone import Network
+from models.classifier import Classifier
+from models.images import ImageSet
+from models.resnet import ResNet8
+from models.spec import BadInput, generator
+from models.training import Diverged, Recipe, accuracy, fit, predict, seeded
+
+TINY = Recipe(epochs=2, batch=8, lr=0.05, crop=1)
+
+
+def some_images(count: int = 21) -> ImageSet:
+    draw = generator("training-images", count)
+    images = torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=draw)
+    return ImageSet(images, torch.randint(0, 3, (count,), generator=draw), 3)
+
+
+def tiny(width: int = 2, classes: int = 3) -> Network:
+    return ResNet8(width=width, hidden=4).build(classes, (1, 8, 8), [0.5], [0.25], seed=1)
+
+
+def weights(net: Network) -> list[Tensor]:
+    return [value.clone() for value in net.state_dict().values()]
+
+
+def same(one: list[Tensor], two: list[Tensor]) -> bool:
+    return all(map(torch.equal, one, two))
+
+
+def test_the_same_arguments_give_the_same_weights_bit_for_bit() -> None:
+    data = some_images()
+    first = fit(Classifier(tiny(), TINY), data, TINY, seed=3)
+    with torch.random.fork_rng(devices=[]):
+        torch.rand(5)
+        second = fit(Classifier(tiny(), TINY), data, TINY, seed=3)
+    other = fit(Classifier(tiny(), TINY), data, TINY, seed=4)
+    assert same(weights(first.net), weights(second.net))
+    assert not same(weights(first.net), weights(other.net))
+    assert not first.net.training
+
+
+def test_training_leaves_the_surrounding_random_state_alone() -> None:
+    before = torch.random.get_rng_state(), np.random.get_state()[1].tolist()
+    fit(Classifier(tiny(), TINY), some_images(), TINY, seed=3)
+    with seeded(5):
+        inside = torch.rand(3)
+    assert torch.equal(torch.random.get_rng_state(), before[0])
+    assert np.random.get_state()[1].tolist() == before[1]
+    with seeded(5):
+        assert torch.equal(torch.rand(3), inside)
+
+
+def test_samples_are_counted_exactly() -> None:
+    # 21 samples in batches of 4: five full ones, and the single leftover is dropped.
+    recipe = Recipe(epochs=3, batch=4, lr=0.01, crop=0)
+    done = fit(Classifier(tiny(), recipe), some_images(21), recipe, seed=0)
+    assert (done.samples_forward, done.samples_backward) == (60, 60)
+    assert done.seconds > 0
+
+
+def test_no_epochs_or_a_single_sample_leave_the_network_as_it_is() -> None:
+    for recipe, count in ((Recipe(epochs=0), 21), (TINY, 1)):
+        net = tiny()
+        before = weights(net)
+        done = fit(Classifier(net, recipe), some_images(count), recipe, seed=0)
+        assert same(weights(done.net), before)
+        assert (done.samples_forward, done.samples_backward) == (0, 0)
+        assert not done.net.training
+
+
+def test_it_learns_digits() -> None:
+    digits = load_digits()
+    images = torch.as_tensor(digits.images * 15.9).to(torch.uint8)[:, None]
+    data = ImageSet(images, torch.as_tensor(digits.target).long(), 10)
+    train, test = data.subset(torch.arange(800)), data.subset(torch.arange(800, 1200))
+    recipe = Recipe(epochs=4, batch=32, lr=0.1, crop=0, flip=False)
+    net = ResNet8(width=8, hidden=0).build(10, data.shape, [0.3], [0.35], seed=0)
+    assert accuracy(net, test) < 0.3
+    assert accuracy(fit(Classifier(net, recipe), train, recipe, seed=0).net, test) > 0.8
+
+
+class Watched(Classifier):
+    """Notes the learning rate of every step, as the optimiser sees it."""
+
+    def __init__(self, net: Network, recipe: Recipe) -> None:
+        super().__init__(net, recipe)
+        self.rates: list[float] = []
+        self.batches: list[int] = []
+
+    def loss(self, logits: Tensor, labels: Tensor, index: Tensor) -> Tensor:
+        self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+        self.batches.append(len(index))
+        return super().loss(logits, labels, index)
+
+
+def one_cycle_by_hand(step: int, steps: int, peak: float) -> float:
+    """Up to the peak from a 25th over 30 % of the steps, down to a 10,000th of the start; half cosines."""
+    top, end = 0.3 * (steps + 1) - 1, float(steps)
+    low, start, last = (peak / 25, 0.0, top) if step <= top else (peak / 25 / 1e4, top, end)
+    share = (step - start) / (last - start)
+    share = 1 - share if step <= top else share
+    return low + (peak - low) * (1 + math.cos(math.pi * share)) / 2
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "one-cycle", "multistep", "constant"])
+def test_learning_rates_by_hand(schedule: str) -> None:
+    recipe = Recipe(epochs=4, batch=8, lr=0.2, crop=0, schedule=schedule)  # type: ignore[arg-type]
+    module = Watched(tiny(), recipe)
+    fit(module, some_images(21), recipe, seed=0)
+    expected = {
+        "cosine": [0.1 * (1 + math.cos(math.pi * (step // 3) / 4)) for step in range(12)],
+        "one-cycle": [one_cycle_by_hand(step, 12, 0.2) for step in range(12)],
+        "multistep": [0.2] * 6 + [0.02] * 3 + [0.002] * 3,
+        "constant": [0.2] * 12,
+    }[schedule]
+    assert module.rates == pytest.approx(expected)
+    assert module.batches == [8, 8, 5] * 4
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_fit_is_the_plain_loop(optimizer: str) -> None:
+    data = some_images(16)
+    recipe = Recipe(
+        epochs=3, batch=16, lr=0.01, momentum=0.5, weight_decay=0.1, schedule="constant", crop=0, flip=False,
+        optimizer=optimizer,  # type: ignore[arg-type]
+    )  # fmt: skip
+    done = fit(Classifier(tiny(), recipe), data, recipe, seed=7)
+    net = tiny().train()
+    velocity = [torch.zeros_like(p) for p in net.parameters()]
+    square = [torch.zeros_like(p) for p in net.parameters()]
+    for step in range(1, 4):
+        net.zero_grad()
+        torch.nn.functional.cross_entropy(net(data.images.float() / 255), data.labels).backward()
+        with torch.no_grad():
+            for p, v, s in zip(net.parameters(), velocity, square, strict=True):
+                assert p.grad is not None
+                gradient = p.grad + 0.1 * p
+                if optimizer == "sgd":
+                    v.mul_(0.5).add_(gradient)
+                    p -= 0.01 * v
+                else:
+                    v.mul_(0.9).add_(0.1 * gradient)
+                    s.mul_(0.999).add_(0.001 * gradient**2)
+                    p -= 0.01 * (v / (1 - 0.9**step)) / ((s / (1 - 0.999**step)).sqrt() + 1e-8)
+    for ours, by_hand in zip(done.net.parameters(), net.parameters(), strict=True):
+        # Shuffled batches sum in another order, and Adam divides tiny gradients by tiny roots.
+        assert torch.allclose(ours, by_hand, atol=1e-4 if optimizer == "sgd" else 5e-3)
+
+
+class Everything(Classifier):
+    """Every hook in use at once."""
+
+    def __init__(self, net: Network, recipe: Recipe) -> None:
+        super().__init__(net, recipe)
+        self.steps = 0
+        self.before_augment = lambda images, labels, index, epoch: (images, (labels + epoch) % 3)
+        self.seen: list[list[int]] = []
+
+    def on_batch(self, images: Tensor, labels: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        self.seen.append(labels.tolist())
+        return images * 0, labels * 0
+
+    def loss(self, logits: Tensor, labels: Tensor, index: Tensor) -> Tensor:
+        assert (labels == 0).all()
+        return super().loss(logits, labels, index)
+
+    def trainable(self) -> list[torch.nn.Parameter]:
+        return list(self.net.head.parameters())
+
+    def after_step(self) -> None:
+        self.steps += 1
+        with torch.no_grad():
+            self.net.head.get_parameter("0.bias")[0] = 0
+
+
+def test_the_hooks_of_a_method_are_called() -> None:
+    net = tiny()
+    before = [parameter.clone() for parameter in net.features.parameters()]
+    data = some_images(16)
+    recipe = Recipe(epochs=2, batch=16, lr=0.1)
+    module = Everything(net, recipe)
+    fit(module, data, recipe, seed=0)
+    assert module.steps == 2
+    assert all(map(torch.equal, net.features.parameters(), before))
+    assert net.head.get_parameter("0.bias")[0] == 0
+    first, second = (torch.tensor(labels).bincount(minlength=3) for labels in module.seen)
+    assert torch.equal(first, data.labels.bincount(minlength=3))
+    assert torch.equal(second, first.roll(1))
+
+
+def test_a_training_that_blows_up_says_so() -> None:
+    # Weight decay alone multiplies every weight by 1 - 10 = -9 a step, past float32's 3e38 well within 60 steps.
+    recipe = Recipe(epochs=20, batch=8, lr=10, weight_decay=1, schedule="constant", crop=0)
+    with pytest.raises(Diverged, match="not finite after 20 epochs at lr 10"):
+        fit(Classifier(tiny(), recipe), some_images(), recipe, seed=0)
+
+
+class Interrupted(Classifier):
+    def loss(self, logits: Tensor, labels: Tensor, index: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_reaches_the_caller_as_an_interrupt() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        fit(Interrupted(tiny(), TINY), some_images(), TINY, seed=0)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_prediction_does_not_depend_on_the_batch_size_and_restores_the_mode() -> None:
+    net, data = tiny(width=4), some_images(50)
+    expected = [int(net.eval()(image[None].float() / 255).argmax()) for image in data.images]
+    for mode in (True, False):
+        net.train(mode)
+        for batch in (1, 7, 50, 500):
+            assert predict(net, data.images, batch).tolist() == expected
+            assert net.training is mode
+    hits = [guess == label for guess, label in zip(expected, data.labels.tolist(), strict=True)]
+    assert accuracy(net, data) == pytest.approx(sum(hits) / 50)
+
+
+def test_accuracy_of_nothing_is_not_a_number() -> None:
+    nothing = some_images().subset(torch.empty(0, dtype=torch.int64))
+    assert predict(tiny(), nothing.images).tolist() == []
+    assert math.isnan(accuracy(tiny(), nothing))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epochs", -1), ("batch", 1), ("lr", math.inf), ("lr", 11.0), ("momentum", 1.0), ("weight_decay", -0.1), ("crop", 65),
+        ("optimizer", "lion"), ("schedule", "linear"), ("precision", "bf16"),
+    ],
+)  # fmt: skip
+def test_settings_out_of_range_are_named(field: str, value: object) -> None:
+    with pytest.raises(BadInput, match=f"recipe: {field} = .* is out of range"):
+        Recipe(**{field: value})  # type: ignore[arg-type]
