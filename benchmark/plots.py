@@ -192,11 +192,12 @@ def _scatter(plt: Any, rows: pd.DataFrame, track: str, title: str) -> Any:
     style, names, implanted = looks(rows), _names(rows), _implanted(rows)
     order = [entry for entry in _ordered(rows, track) if entry in set(stats.entries(table))]
     places = _places(table, *stats.SCENARIO)
+    one_dataset = len(_places(table, "dataset")) == 1
     by_backbone = len(_places(table, "attack")) <= 4
     columns = len(_places(table, "attack")) if by_backbone else 4
     legend_columns = 4 if columns > 2 else 3
     below = 0.85 + 0.21 * math.ceil(len(order) / legend_columns)
-    panels = Panels(plt, len(places), columns, (2.35, 2.1), (0.25, 0.62), (0.7, 0.2, below, 0.7), title)
+    panels = Panels(plt, len(places), columns, (2.35, 2.1), (0.25, 0.78), (0.7, 0.2, below, 0.85), title)
     for position, (axis, place) in enumerate(zip(panels.axes, places, strict=True)):
         here = table[(table[stats.SCENARIO] == list(place)).all(axis=1)]
         start = (100 * float(here["asr_undefended"].mean()), 100 * float(here["acc_undefended"].mean()))
@@ -245,7 +246,8 @@ def _scatter(plt: Any, rows: pd.DataFrame, track: str, title: str) -> Any:
                 color="#777777",
                 fontsize=9,
             )
-        axis.set_title(wrapped(f"{plain(place[2])}, {plain(place[1])}", 30, 1), fontsize=9.5)
+        world = plain(place[1]) if one_dataset else plain(f"{place[0]}, {place[1]}")
+        axis.set_title(f"{wrapped(plain(place[2]), 28, 1)}\n{wrapped(world, 30, 1)}", fontsize=9)
         if not panels.left_of_row(position):
             axis.set_yticklabels([])
         else:
