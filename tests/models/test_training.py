@@ -52,12 +52,12 @@ def test_the_same_arguments_give_the_same_weights_bit_for_bit() -> None:
 
 
 def test_training_leaves_the_surrounding_random_state_alone() -> None:
-    before = torch.random.get_rng_state(), np.random.get_state()[1].tolist()
+    before = torch.random.get_rng_state(), np.random.get_state()[1].tolist()  # noqa: NPY002 - watched, not drawn from
     fit(Classifier(tiny(), TINY), some_images(), TINY, seed=3)
     with seeded(5):
         inside = torch.rand(3)
     assert torch.equal(torch.random.get_rng_state(), before[0])
-    assert np.random.get_state()[1].tolist() == before[1]
+    assert np.random.get_state()[1].tolist() == before[1]  # noqa: NPY002
     with seeded(5):
         assert torch.equal(torch.rand(3), inside)
 

@@ -11,7 +11,19 @@ from models import BACKBONES
 from models.backbone import Network
 from models.spec import generator, lookup
 from models.units import (
-    Masks, Scope, Writer, capture, density_valley, fixed, hold, largest_within, mean_std, prune, select, top_share, unit_layers,
+    Masks,
+    Scope,
+    Writer,
+    capture,
+    density_valley,
+    fixed,
+    hold,
+    largest_within,
+    mean_std,
+    prune,
+    select,
+    top_share,
+    unit_layers,
     weight_bounds,
 )  # fmt: skip
 
@@ -313,7 +325,8 @@ def test_largest_within_stops_at_the_first_fall() -> None:
 
 def test_select_works_layer_by_layer() -> None:
     scores = {"a": torch.tensor([1.0, 9.0]), "b": torch.tensor([100.0, 50.0])}
-    assert {name: mask.tolist() for name, mask in select(scores, top_share(0.5)).items()} == {"a": [False, True], "b": [True, False]}
+    masks = select(scores, top_share(0.5))
+    assert {name: mask.tolist() for name, mask in masks.items()} == {"a": [False, True], "b": [True, False]}
 
 
 # -- what pruning writes -------------------------------------------------------------------------------------------------------
