@@ -25,22 +25,26 @@ def _frames(folder: Path) -> Frames:
     return read(folder / "rows.csv", Row), read(folder / "curves.csv", Curve), read(folder / "timings.csv", Timing)
 
 
-def _title(folder: Path) -> str:
-    """The matrix's title, from the copy of its settings beside the rows."""
+def _setting(folder: Path, key: str) -> str:
+    """A line of the matrix's settings, from the copy beside the rows; empty where there is none."""
     settings = folder / "matrix.toml"
     if not settings.is_file():
-        return folder.name
+        return ""
     try:
-        return str(tomllib.loads(settings.read_text(encoding="utf-8")).get("title", folder.name))
+        return " ".join(str(tomllib.loads(settings.read_text(encoding="utf-8")).get(key, "")).split())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadInput(f"{settings}: cannot be read: {error}") from error
+
+
+def _title(folder: Path) -> str:
+    return _setting(folder, "title") or folder.name
 
 
 def draw_tables(folder: Path, console: Console) -> None:
     """Writes ``tables/`` beside the rows."""
     from benchmark.tables import write_tables
 
-    written = write_tables(*_frames(folder), folder / "tables", _title(folder))
+    written = write_tables(*_frames(folder), folder, _title(folder))
     console.print(f"{len(written)} tables in {folder / 'tables'}", highlight=False)
 
 
@@ -48,7 +52,7 @@ def draw_plots(folder: Path, console: Console) -> None:
     """Writes ``plots/`` beside the rows (the trigger gallery needs the stored victims: it is drawn at the end of a run)."""
     from benchmark.plots import write_plots
 
-    written = write_plots(*_frames(folder), folder / "plots", _title(folder))
+    written = write_plots(*_frames(folder), folder, _title(folder))
     console.print(f"{len(written)} figures in {folder / 'plots'}", highlight=False)
 
 
@@ -56,7 +60,7 @@ def draw_report(folder: Path, console: Console) -> None:
     """Writes the folder's README.md."""
     from benchmark.report import write_report
 
-    write_report(folder, *_frames(folder), _title(folder))
+    write_report(folder, _frames(folder)[0], _title(folder), description=_setting(folder, "about"))
     console.print(f"report: {folder / 'README.md'}", highlight=False)
 
 

@@ -152,6 +152,8 @@ class Candidate:
         is_default: whether this is what the method's published default gives. Exactly one candidate of a run is.
         strength: how hard the defense intervened, larger = harder; orders the candidates for the validation rule.
         masks: pruned units by layer (bool, True = pruned), for pruning defenses.
+        isolated: for methods that single out suspicious training samples: bool (N,), True = taken for poisoned. The benchmark
+            compares it with the roles; the defense never learns the outcome.
         note: anything worth a word in the row.
     """
 
@@ -160,6 +162,7 @@ class Candidate:
     is_default: bool = True
     strength: float = 0.0
     masks: Mapping[str, Tensor] = field(default_factory=dict)
+    isolated: Tensor | None = None
     note: str = ""
 
     @property
