@@ -22,7 +22,7 @@ from benchmark.datasets import Dataset, DatasetSpec, load, mean_std, split_budge
 from benchmark.matrix import Cell, Scenario
 from benchmark.metrics import Score, der, gate, score, val_accuracy
 from benchmark.rows import Curve, Key, Row, Timing
-from benchmark.selection import Measured, Selection, choose
+from benchmark.selection import NOTHING_TO_VALIDATE_ON, Measured, Selection, choose
 from benchmark.store import Entry, Store
 from benchmark.tracks import view_for
 from defenses.base import Candidate, Inapplicable, Knowledge, Withheld
@@ -390,7 +390,7 @@ def cell_rows(matrix: str, dataset: str, cell: Cell, fingerprint: str, outcome: 
         row: dict[str, Any] = {**axes, **common, "selection": how.value, "status": out["status"], "reason": out["reason"]}
         chosen = choose(how, measured, before, before_val, cell.tau) if out["status"] == "ok" else None
         if out["status"] == "ok" and chosen is None:
-            row |= {"status": "refused", "reason": f"the track {cell.track.name!r} grants no clean images to validate on"}
+            row |= {"status": "refused", "reason": NOTHING_TO_VALIDATE_ON}
         if chosen is not None:
             m = measured[chosen]
             forward, backward = _cost(how, measured, chosen)

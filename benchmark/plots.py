@@ -80,12 +80,12 @@ def _ordered(rows: pd.DataFrame, track: str) -> list[_Entry]:
 
 
 def _heatmap(plt: Any, rows: pd.DataFrame, track: str, metric: str, title: str) -> Any:
-    """Attack x defense, one panel per dataset and backbone; means over all seeds under the validation selection."""
+    """Attack x defense, one panel per dataset and backbone; means over all seeds under the selection it is judged by."""
     import matplotlib as mpl
     import seaborn
     from matplotlib.patches import Patch, Rectangle
 
-    table = _counted(_at(stats.field(rows, track), selection="validation"))
+    table = _counted(_at(stats.field(rows, track), selection=stats.headline(rows, track)))
     cells = _cells(table)
     order, names, implanted = _ordered(rows, track), _names(rows), _implanted(rows)
     places, attacks = _places(table, "dataset", "backbone"), [name for (name,) in _places(table, "attack")]
@@ -168,7 +168,7 @@ def _heatmap(plt: Any, rows: pd.DataFrame, track: str, metric: str, title: str) 
     if handles:
         panels.legend(handles, len(handles))
     panels.footnote(
-        f"Means over seeds; validation selection; lines set off the undefended model (top) and the controls (bottom). "
+        f"Means over seeds; {stats.headline(rows, track)} selection; lines set off the undefended model (top) and the controls (bottom). "
         f"{gate_words(rows)}."
     )
     return panels.figure
@@ -186,7 +186,7 @@ def _scatter(plt: Any, rows: pd.DataFrame, track: str, title: str) -> Any:
     """ACC against ASR, arrows from the undefended model; one panel per scenario."""
     from matplotlib.lines import Line2D
 
-    table = _at(_counted(_at(stats.field(rows, track), selection="validation")), status="ok")
+    table = _at(_counted(_at(stats.field(rows, track), selection=stats.headline(rows, track))), status="ok")
     cells = _cells(table)
     floor = max((start for start in (0, 50, 80, 90) if 100 * table["acc"].min() >= start + 1), default=0)
     style, names, implanted = looks(rows), _names(rows), _implanted(rows)
@@ -273,7 +273,7 @@ def _scatter(plt: Any, rows: pd.DataFrame, track: str, title: str) -> Any:
     panels.legend(handles, legend_columns)
     crop = f" The ACC axis starts at {floor} %." if floor else ""
     panels.footnote(
-        f"Means over seeds; validation selection; arrows start at the undefended model; the best corner is upper left.{crop}"
+        f"Means over seeds; {stats.headline(rows, track)} selection; arrows start at the undefended model; the best corner is upper left.{crop}"
     )
     return panels.figure
 

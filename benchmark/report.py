@@ -54,11 +54,11 @@ def _with_figures(lines: pd.DataFrame) -> str:
 
 
 def summary(rows: pd.DataFrame, track: str) -> str:
-    """What the validation leaderboard of a track says, in plain sentences that claim no more than the intervals carry.
+    """What the leaderboard of a track says under the selection it is judged by, in plain sentences that claim no more than the intervals carry.
 
     Names the entry of the best average rank, its RA, and how its interval lies to those of the controls.
     """
-    board = stats.leaderboard(rows, track, "validation")
+    board = stats.leaderboard(rows, track, stats.headline(rows, track))
     if board.empty:
         return NOTHING
     ranked = board[(board["place"] > 0) & (board["cells_ok"] > 0)]
@@ -154,11 +154,13 @@ def write_report(
     for track in stats.tracks(rows):
         tail = slug(track)
         text.append(f"## Track: {markdown(track_words(track))}\n\n{summary(rows, track)}\n")
-        board = stats.leaderboard(rows, track, "validation")
+        judged = stats.headline(rows, track)
+        board = stats.leaderboard(rows, track, judged)
         if len(board):
-            text.append(f"Validation selection; {gate_words(rows)}.\n\n{leaderboard_markdown(board, track)}")
+            why = "" if judged == "validation" else " (the track grants no clean images to validate on)"
+            text.append(f"Selection: {judged}{why}; {gate_words(rows)}.\n\n{leaderboard_markdown(board, track)}")
         lines = []
-        for selection in stats.selections(rows):
+        for selection in stats.selections(rows, track):
             for kind, words in (("leaderboard", "leaderboard"), ("attacks", "every attack")):
                 stem = f"{kind}-{tail}-{selection}"
                 present = [f"{stem}{end}" for end in (".md", ".csv", ".tex") if f"tables/{stem}{end}" in have]

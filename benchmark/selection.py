@@ -17,12 +17,16 @@ from dataclasses import dataclass
 
 from benchmark.metrics import Score
 
-__all__ = ["ORACLE_TOLERANCE", "TAU", "Measured", "Selection", "choose"]
+__all__ = ["NOTHING_TO_VALIDATE_ON", "ORACLE_TOLERANCE", "TAU", "Measured", "Selection", "choose"]
 
 TAU = 0.04
 """Tolerated loss of validation accuracy, in [0, 1] (ours; the same for every defense)."""
 ORACLE_TOLERANCE = 0.1
 """Tolerated relative loss of test ACC for the oracle (BackdoorBench, evaluate_by_threshold)."""
+
+
+NOTHING_TO_VALIDATE_ON = "the track grants no clean images to validate on"
+"""Reason of a validation row that cannot be: it is the track's doing, not the defense's."""
 
 
 class Selection(enum.Enum):

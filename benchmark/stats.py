@@ -23,9 +23,11 @@ import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
+from benchmark.selection import NOTHING_TO_VALIDATE_ON
+
 __all__ = [
     "ENTRY", "MIN_BLOCKS", "NO_ATTACK", "RANK_KEY", "SCENARIO", "SELECTIONS", "UNDEFENDED", "WORLD",
-    "Interval", "Significance", "average_ranks", "entries", "field", "implanted_worlds", "interval", "leaderboard", "problems",
+    "Interval", "Significance", "average_ranks", "entries", "field", "headline", "implanted_worlds", "interval", "leaderboard", "problems",
     "scenarios", "selection_gaps", "selections", "significance", "spread", "timing_summary", "tracks",
 ]  # fmt: skip
 
@@ -92,10 +94,18 @@ def tracks(rows: pd.DataFrame) -> list[str]:
     return list(dict.fromkeys((competing if len(competing) else rows)["track"]))
 
 
-def selections(rows: pd.DataFrame) -> list[str]:
-    """The selections present, the honest one first."""
+def selections(rows: pd.DataFrame, track: str | None = None) -> list[str]:
+    """The selections present, the honest one first; of a track: without those its competitors cannot be chosen by."""
+    if track is not None:
+        mine = rows[(rows["track"] == track) & ~_is_control(rows)]
+        rows = mine[mine["reason"] != NOTHING_TO_VALIDATE_ON] if len(mine) else rows
     present = set(rows["selection"])
     return [name for name in SELECTIONS if name in present]
+
+
+def headline(rows: pd.DataFrame, track: str) -> str:
+    """The selection a track is judged by: validation, or the published default where the track grants nothing to validate on."""
+    return next(iter(selections(rows, track)), "default")
 
 
 def entries(rows: pd.DataFrame) -> list[tuple[str, str]]:
@@ -267,7 +277,7 @@ def spread(values: Sequence[float]) -> float:
 
 def problems(rows: pd.DataFrame) -> pd.DataFrame:
     """Refused and failed cells, one line per reason and place: a cell's selections are one, its seeds are joined."""
-    bad = rows[rows["status"] != "ok"]
+    bad = rows[(rows["status"] != "ok") & (rows["reason"] != NOTHING_TO_VALIDATE_ON)]
     keys = ["track", *ENTRY, *SCENARIO, "status", "reason"]
     if bad.empty:
         return pd.DataFrame(columns=[*keys, "seeds"])

@@ -428,7 +428,7 @@ def write_tables(rows: pd.DataFrame, curves: pd.DataFrame, timings: pd.DataFrame
 
     head = f"{markdown(title)}: "
     for track in stats.tracks(rows):
-        for selection in stats.selections(rows):
+        for selection in stats.selections(rows, track):
             board, name = stats.leaderboard(rows, track, selection), f"{slug(track)}-{selection}"
             caption = _caption(rows, title, track, selection)
             tests = "" if board.empty else _significance(rows, track, selection)
@@ -468,19 +468,19 @@ def write_tables(rows: pd.DataFrame, curves: pd.DataFrame, timings: pd.DataFrame
 
 
 def console_leaderboard(rows: pd.DataFrame) -> list[Table]:
-    """One compact table per track, validation selection, for a terminal of 100 columns."""
+    """One compact table per track under the selection it is judged by, for a terminal of 100 columns."""
     from rich.table import Table
     from rich.text import Text
 
     tables = []
     for track in stats.tracks(rows):
         table = Table(
-            title=Text(f"{plain(track)}, validation selection"),
+            title=Text(f"{plain(track_words(track))}: {stats.headline(rows, track)} selection"),
             caption=Text(gate_words(rows)),
             title_justify="left",
             caption_justify="left",
         )
-        board = stats.leaderboard(rows, track, "validation")
+        board = stats.leaderboard(rows, track, stats.headline(rows, track))
         table.add_column("#", justify="right")
         table.add_column("defense", overflow="ellipsis", no_wrap=True, max_width=34)
         table.add_column("scope")

@@ -19,6 +19,7 @@ from benchmark.executors import Stage
 from benchmark.matrix import Matrix, load_matrix
 from benchmark.rows import Curve, Row, read
 from benchmark.run import Outcome, parse_only, run_matrix
+from benchmark.selection import NOTHING_TO_VALIDATE_ON
 from models.spec import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,7 +158,7 @@ def test_refusals_and_failures_have_their_reason_and_do_not_stop_others(once: Pa
     assert "RuntimeError: no luck" in broken["reason"]
     no_data = rows.loc[("clp", "validation")]
     assert set(no_data["status"]) == {"ok", "refused"}
-    assert "no clean images to validate on" in no_data[no_data["status"] == "refused"]["reason"].iloc[0]
+    assert NOTHING_TO_VALIDATE_ON in no_data[no_data["status"] == "refused"]["reason"].iloc[0]
 
 
 def test_curves_hold_every_candidate(once: Path) -> None:
