@@ -168,7 +168,8 @@ def _heatmap(plt: Any, rows: pd.DataFrame, track: str, metric: str, title: str) 
     if handles:
         panels.legend(handles, len(handles))
     panels.footnote(
-        f"Means over seeds; {stats.headline(rows, track)} selection; lines set off the undefended model (top) and the controls (bottom). "
+        f"Means over seeds; {stats.headline(rows, track)} selection; lines set off the undefended model "
+        "(top) and the controls (bottom). "
         f"{gate_words(rows)}."
     )
     return panels.figure
@@ -266,14 +267,15 @@ def _scatter(plt: Any, rows: pd.DataFrame, track: str, title: str) -> Any:
             markeredgecolor="white",
             markeredgewidth=0.6,
             markersize=10 if entry[0] == stats.UNDEFENDED else 7,
-            label=wrapped(names[entry], 30, 1),
+            label=wrapped(names[entry], 36, 1),
         )
         for entry in order
     ]
     panels.legend(handles, legend_columns)
     crop = f" The ACC axis starts at {floor} %." if floor else ""
     panels.footnote(
-        f"Means over seeds; {stats.headline(rows, track)} selection; arrows start at the undefended model; the best corner is upper left.{crop}"
+        f"Means over seeds; {stats.headline(rows, track)} selection; arrows start at the undefended model; "
+        f"the best corner is upper left.{crop}"
     )
     return panels.figure
 
@@ -355,7 +357,7 @@ def _dials(plt: Any, rows: pd.DataFrame, curves: pd.DataFrame, track: str, title
                 log_axis(axis)
             if column == 0:
                 axis.set_ylabel("%")
-            axis.set_title(f"{wrapped(names[entry], 26, 1)}: {_WORDS[metric]}", fontsize=9.5)
+            axis.set_title(f"{wrapped(names[entry], 36, 1)}: {_WORDS[metric]}", fontsize=8.5)
             axis.set_xlabel(wrapped(plain(mine["dial_name"].iloc[0]) or "dial", 42, 1))
     handles = [Line2D([], [], color=colours[name], linewidth=2, label=wrapped(plain(name), 24, 1)) for name in attacks]
     if len(worlds) > 1:
@@ -402,7 +404,7 @@ def _gaps(plt: Any, rows: pd.DataFrame, title: str) -> Any | None:
     if not found:
         return None
     names = _names(rows)
-    texts = [[wrapped(names[entry], 28, 1) for entry in zip(gaps["defense"], gaps["scope"], strict=True)] for _, gaps in found]
+    texts = [[wrapped(names[entry], 36, 1) for entry in zip(gaps["defense"], gaps["scope"], strict=True)] for _, gaps in found]
     left = _margin([name for part in texts for name in part])
     panels = Panels(
         plt,
@@ -445,7 +447,7 @@ def _cost(plt: Any, rows: pd.DataFrame, timings: pd.DataFrame, track: str, title
         return None
     style, names = looks(rows), _names(rows)
     order = list(zip(table["defense"], table["scope"], strict=True))
-    texts = [wrapped(names[entry], 28, 1) for entry in order]
+    texts = [wrapped(names[entry], 36, 1) for entry in order]
     left = _margin(texts)
     size = ((9.4 - left - 0.95) / 2, 0.3 * len(order) + 0.15)
     panels = Panels(plt, 2, 2, size, (0.25, 0.3), (left, 0.7, 0.85, 0.5), title)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ from models.spec import BadInput
 
 __all__ = ["catalogue", "draw_plots", "draw_report", "draw_tables", "leaderboard", "present"]
 
+FRONT = "quick"
+"""The matrix whose leaderboard stands on the project's front page."""
+GALLERY = "triggers"
+"""File stem of the trigger gallery: the one figure that rows alone cannot give."""
 Frames = tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]
 
 
@@ -45,6 +50,7 @@ def draw_tables(folder: Path, console: Console) -> None:
     from benchmark.tables import write_tables
 
     written = write_tables(*_frames(folder), folder, _title(folder))
+    _only(folder / "tables", written)
     console.print(f"{len(written)} tables in {folder / 'tables'}", highlight=False)
 
 
@@ -53,14 +59,25 @@ def draw_plots(folder: Path, console: Console) -> None:
     from benchmark.plots import write_plots
 
     written = write_plots(*_frames(folder), folder, _title(folder))
+    _only(folder / "plots", written, keep=GALLERY)
     console.print(f"{len(written)} figures in {folder / 'plots'}", highlight=False)
 
 
-def draw_report(folder: Path, console: Console) -> None:
-    """Writes the folder's README.md."""
-    from benchmark.report import write_report
+def _only(folder: Path, written: Sequence[Path], keep: str = "") -> None:
+    """Removes what an earlier version of the matrix left, so that no page shows a track that is gone."""
+    for path in folder.iterdir():
+        if path.is_file() and path not in written and path.stem != keep:
+            path.unlink()
 
-    write_report(folder, _frames(folder)[0], _title(folder), description=_setting(folder, "about"))
+
+def draw_report(folder: Path, console: Console) -> None:
+    """Writes the folder's README.md, and the project's headline from the matrix of the front page."""
+    from benchmark.report import write_headline, write_report
+
+    rows = _frames(folder)[0]
+    write_report(folder, rows, _title(folder), description=_setting(folder, "about"))
+    if folder.name == FRONT:
+        write_headline(folder.parent.parent / "README.md", rows, f"{folder.parent.name}/{folder.name}")
     console.print(f"report: {folder / 'README.md'}", highlight=False)
 
 
@@ -125,7 +142,7 @@ def _gallery(folder: Path, matrix: Any, cache: Path) -> None:
         clean = world(scenario, cache).data.test.images[source]
         items.append((scenario.attack_label, clean.numpy(), victim.triggered.images[:4].numpy()))
     if items:
-        trigger_gallery(items, folder / "plots" / "gallery")
+        trigger_gallery(items, folder / "plots" / GALLERY)
 
 
 def _track(folder: Path, matrix: Any, cache: Path, console: Console) -> None:

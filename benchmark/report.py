@@ -23,7 +23,10 @@ from benchmark.tables import (
     track_words,
 )  # fmt: skip
 
-__all__ = ["summary", "write_report"]
+__all__ = ["headline", "summary", "write_headline", "write_report"]
+
+_MISSING = "\N{EN DASH}"
+BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
 
 _FIGURES = (
     ("attacks", "The undefended models: did the attacks work?"),
@@ -54,7 +57,7 @@ def _with_figures(lines: pd.DataFrame) -> str:
 
 
 def summary(rows: pd.DataFrame, track: str) -> str:
-    """What the leaderboard of a track says under the selection it is judged by, in plain sentences that claim no more than the intervals carry.
+    """What the leaderboard of a track says under the selection it is judged by, in sentences that claim no more than its intervals.
 
     Names the entry of the best average rank, its RA, and how its interval lies to those of the controls.
     """
@@ -86,6 +89,51 @@ def summary(rows: pd.DataFrame, track: str) -> str:
             f"Incomplete (a missing scenario counts as last place): {', '.join(_entry(line) for _, line in incomplete.iterrows())}."
         )
     return " ".join(said)
+
+
+def headline(rows: pd.DataFrame, folder: str) -> str:
+    """The table for the front page: every entry of every track, with the ASR an oracle would have reported beside the honest one.
+
+    ``folder``: of the results, for the links.
+    """
+
+    def share(line: pd.Series, name: str, *, signed: bool = False) -> str:
+        value = float(line[name])
+        return _MISSING if math.isnan(value) else f"{100 * value:+.1f}" if signed else f"{100 * value:.1f}"
+
+    columns = ["track", "defense", "scope", "ACC", "ASR", "RA", "dACC", "ASR, had an oracle chosen"]
+    lines = [f"| {' | '.join(columns)} |\n|{' :-- |' * 3}{' --: |' * 5}\n"]
+    said = []
+    shown: set[tuple[str, str]] = set()
+    for track in stats.tracks(rows):
+        judged = stats.headline(rows, track)
+        board, oracle = stats.leaderboard(rows, track, judged), stats.leaderboard(rows, track, "oracle")
+        if board.empty:
+            return f"{NOTHING}\n"
+        best = {(line["defense"], line["scope"]): share(line, "asr") for _, line in oracle.iterrows()}
+        for _, line in board.iterrows():
+            entry = (str(line["defense"]), str(line["scope"]))
+            competes = line["role"] == "defense"
+            if not competes and entry in shown:
+                continue
+            shown.add(entry)
+            place = markdown(track) if competes else "*(reference)*" if line["role"] == "reference" else "*(control)*"
+            figures = [*(share(line, name) for name in ("acc", "asr", "ra")), share(line, "d_acc", signed=True)]
+            lines.append(f"| {' | '.join([place, markdown(entry[0]), entry[1], *figures, best.get(entry, _MISSING)])} |\n")
+        said.append(f"- **{markdown(track)}**, {judged} selection: {summary(rows, track)}\n")
+    about = f"Percent, means over implanted scenarios ({gate_words(rows)}). Intervals and the rest: [{folder}]({folder}/README.md)."
+    return "".join([*lines, "\n", about, "\n\n", *said])
+
+
+def write_headline(readme: Path, rows: pd.DataFrame, folder: str) -> bool:
+    """Puts :func:`headline` between the markers of a page that has them; True when the page changed."""
+    if not readme.is_file():
+        return False
+    text = readme.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        return False
+    before, rest = text.split(BEGIN, 1)
+    return write_text(readme, f"{before}{BEGIN}\n{headline(rows, folder)}{END}{rest.split(END, 1)[1]}")
 
 
 def _reading(rows: pd.DataFrame) -> str:

@@ -27,7 +27,8 @@ from benchmark.selection import NOTHING_TO_VALIDATE_ON
 
 __all__ = [
     "ENTRY", "MIN_BLOCKS", "NO_ATTACK", "RANK_KEY", "SCENARIO", "SELECTIONS", "UNDEFENDED", "WORLD",
-    "Interval", "Significance", "average_ranks", "entries", "field", "headline", "implanted_worlds", "interval", "leaderboard", "problems",
+    "Interval", "Significance", "average_ranks", "entries", "field", "headline", "implanted_worlds", "interval", "leaderboard",
+    "problems",
     "scenarios", "selection_gaps", "selections", "significance", "spread", "timing_summary", "tracks",
 ]  # fmt: skip
 

@@ -92,3 +92,18 @@ def test_report_when_nothing_is_implanted(tmp_path: Path):
     text = report.write_report(tmp_path, frame([row("badnets", 0, "good", implanted=False)]), "t").read_text()
     assert tables.NOTHING in text
     assert "No cell was refused and none failed." in text
+
+
+def test_the_front_page_gets_the_headline_between_its_markers_and_only_there(tmp_path: Path):
+    rows = frame(rows_with(best=0.8, other=0.2, none=0.0))
+    page = tmp_path / "README.md"
+    page.write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
+    assert report.write_headline(page, rows, "results/m") is True
+    text = page.read_text()
+    assert text.startswith(f"above\n{report.BEGIN}\n| track |")
+    assert text.endswith(f"{report.END}\nbelow\n")
+    assert "old" not in text
+    assert report.write_headline(page, rows, "results/m") is False
+    page.write_text("no markers")
+    assert report.write_headline(page, rows, "results/m") is False
+    assert report.write_headline(tmp_path / "none.md", rows, "results/m") is False

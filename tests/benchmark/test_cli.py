@@ -1,0 +1,150 @@
+"""The command line as a person meets it: verbs, one-line errors with exit status 2, nothing half done."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import benchmark.__main__ as cli
+from models import BACKBONES
+from models.spec import BadInput, lookup
+from models.weights import save_weights
+
+ROOT = Path(__file__).resolve().parents[2]
+runner = CliRunner()
+MATRIX = """
+title = "two defenses"
+seeds = [0]
+[dataset]
+source = "digits"
+clean_fraction = 0.2
+train_limit = 150
+test_limit = 50
+[recipe]
+epochs = 1
+batch = 32
+crop = 0
+flip = false
+[[backbone]]
+name = "vgg11-bn"
+width = 2
+hidden = 8
+[[attack]]
+name = "badnets"
+[[defense]]
+name = "none"
+[[defense]]
+name = "clp"
+tracks = ["model"]
+[[defense]]
+name = "pruning"
+tracks = ["model+clean"]
+scopes = ["head"]
+levels = [0.0, 0.5]
+"""
+
+
+@pytest.fixture
+def matrix(tmp_path: Path) -> Path:
+    path = tmp_path / "two.toml"
+    path.write_text(MATRIX)
+    return path
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    backbone = lookup("backbone", BACKBONES, "vgg11-bn")(width=2, hidden=8)
+    path = tmp_path / "mine.safetensors"
+    save_weights(backbone.build(10, (1, 16, 16), [0.3], [0.4], 0), path)
+    return path
+
+
+def said(*arguments: str) -> str:
+    """What the BadInput of a command says."""
+    result = runner.invoke(cli.app, list(arguments))
+    assert isinstance(result.exception, BadInput), result.output
+    message = str(result.exception)
+    assert "\n" not in message
+    return message
+
+
+def test_a_bad_input_is_one_line_on_stderr_and_exit_status_two() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmark", "run", "-m", "quik"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: unknown matrix 'quik'; did you mean 'quick'?"
+    assert done.stdout == ""
+
+
+def test_list_names_everything() -> None:
+    out = runner.invoke(cli.app, ["list"]).output
+    for name in ("quick", "digits", "resnet8", "badnets", "holder-pruning", "model+clean"):
+        assert name in out
+
+
+@pytest.mark.slow
+def test_run_then_tables_plots_report_and_show(matrix: Path, tmp_path: Path) -> None:
+    places = ["--results", str(tmp_path / "results")]
+    first = runner.invoke(
+        cli.app, ["run", "-m", str(matrix), *places, "--cache", str(tmp_path / "cache"), "--processes", "1", "--no-wandb"]
+    )
+    assert first.exit_code == 0, first.output
+    folder = tmp_path / "results" / "two"
+    for name in ("rows.csv", "curves.csv", "timings.csv", "manifest.json", "matrix.toml", "README.md", "plots/triggers.png"):
+        assert (folder / name).is_file(), name
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+    for verb in ("tables", "plots", "report"):
+        assert runner.invoke(cli.app, [verb, *places]).exit_code == 0
+    again = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+    assert again == before
+    assert "model" in runner.invoke(cli.app, ["show", "-m", "two", *places]).output
+    assert "no results of a matrix 'tow'; did you mean 'two'" in said("tables", "-m", "tow", *places)
+
+
+def test_tables_without_results(tmp_path: Path) -> None:
+    assert "no such folder" in said("tables", "--results", str(tmp_path / "none"))
+
+
+@pytest.mark.slow
+def test_show_my_model_with_and_without_an_attack(matrix: Path, checkpoint: Path, tmp_path: Path) -> None:
+    places = ["--results", str(tmp_path / "results"), "--cache", str(tmp_path / "cache"), "-m", str(matrix)]
+    common = ["show-my-model", "--checkpoint", str(checkpoint), "--backbone", "vgg11-bn", "--dataset", "digits", *places]
+    alone = runner.invoke(cli.app, common)
+    assert alone.exit_code == 0, alone.output
+    folder = tmp_path / "results" / "my-model" / "mine"
+    lines = (folder / "defenses.csv").read_text().splitlines()
+    assert len(lines) == 1 + 3
+    assert all(line.split(",")[3:5] == ["", ""] for line in lines[1:])  # no attack: neither ASR nor RA
+    weights = load_file(folder / "clp-whole.safetensors")
+    assert "head.0.weight" in weights
+    attacked = runner.invoke(cli.app, [*common, "--attack", "badnets"])
+    assert attacked.exit_code == 0, attacked.output
+    lines = (folder / "defenses.csv").read_text().splitlines()
+    assert all(line.split(",")[3] != "" for line in lines[1:])
+
+
+def test_show_my_model_names_what_is_wrong(matrix: Path, checkpoint: Path, tmp_path: Path) -> None:
+    places = ["--results", str(tmp_path / "results"), "--cache", str(tmp_path / "cache"), "-m", str(matrix)]
+
+    def ask(file: Path, backbone: str = "vgg11-bn", dataset: str = "digits", *more: str) -> str:
+        return said("show-my-model", "--checkpoint", str(file), "--backbone", backbone, "--dataset", dataset, *places, *more)
+
+    assert "did you mean 'vgg11-bn'" in ask(checkpoint, "vgg11bn")
+    assert "did you mean 'digits'" in ask(checkpoint, "vgg11-bn", "digit")
+    assert "did you mean 'badnets'" in ask(checkpoint, "vgg11-bn", "digits", "--attack", "badnet")
+    assert "mine.safetensors" in ask(checkpoint, "resnet8")
+    assert "cannot be read" in ask(tmp_path / "none.safetensors")
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(checkpoint.read_bytes()[:-50])
+    assert "cut.safetensors" in ask(cut)
+    odd = tmp_path / "odd.pt"
+    torch.save({"weights": [1, 2, 3]}, odd)
+    assert "odd.pt" in ask(odd)
+    assert not (tmp_path / "results").exists()

@@ -1,0 +1,118 @@
+"""Stages on several processes: dependencies, a worker that dies, a person's mistake that stops the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmark import executors
+from benchmark.executors import Failure, Stage, run_stages
+from benchmark.matrix import load_matrix
+from models.spec import BadInput
+
+MATRIX = """
+title = "plug-ins that misbehave"
+plugins = ["odd.py"]
+seeds = [0]
+dataset = { source = "digits", clean_fraction = 0.2, train_limit = 100, test_limit = 40 }
+recipe = { epochs = 0 }
+backbone = [{ name = "vgg11-bn", width = 2, hidden = 8 }]
+attack = [{ name = "badnets" }]
+[[defense]]
+name = "none"
+[[defense]]
+name = "dies-once"
+tracks = ["model"]
+"""
+ODD = '''
+"""A defense whose process dies the first time."""
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+from defenses.base import Candidate, DefenderView, Defense, Knowledge
+
+@dataclass(frozen=True)
+class DiesOnce(Defense):
+    """Exits without a word, unless it has been here before."""
+    name: ClassVar[str] = "dies-once"
+
+    @property
+    def needs(self) -> Knowledge:
+        return Knowledge.MODEL
+
+    def candidates(self, view: DefenderView) -> Iterator[Candidate]:
+        mark = Path(__file__).parent / "been-here"
+        if not mark.exists():
+            mark.touch()
+            os._exit(9)
+        yield Candidate(view.model)
+'''
+
+
+class Ear:
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.finished_labels: list[str] = []
+        self.notes: list[str] = []
+
+    def started(self, worker: int, label: str) -> None:
+        pass
+
+    def finished(self, worker: int, label: str, kind: str) -> None:
+        self.finished_labels.append(label)
+
+    def note(self, line: str) -> None:
+        self.notes.append(line)
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_replaced_and_its_stage_tried_again(tmp_path: Path) -> None:
+    (tmp_path / "odd.py").write_text(ODD)
+    (tmp_path / "m.toml").write_text(MATRIX)
+    stages = [Stage("victim", 1, "victim"), Stage("cell", 1, "dies once", (0,)), Stage("cell", 0, "none", (0,))]
+    ear = Ear()
+    failures = run_stages(stages, tmp_path / "m.toml", tmp_path / "store", tmp_path / "cache", ear, 2)
+    assert failures == []
+    assert {"victim", "dies once", "none"} <= set(ear.finished_labels)
+    assert ear.notes == ["a worker process died; its stages are tried again"]
+    assert len(list((tmp_path / "store" / "defended").rglob("entry.json"))) == 2
+
+
+def inline(monkeypatch: pytest.MonkeyPatch, work: object) -> None:
+    monkeypatch.setattr(executors, "_start", lambda *arguments: None)
+    monkeypatch.setattr(executors, "_work", work)
+
+
+def test_what_waits_for_a_failed_stage_is_not_run_and_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def work(kind: str, number: int, label: str) -> None:
+        ran.append(label)
+        if label == "a":
+            raise executors.StageError("Diverged: no luck")
+
+    inline(monkeypatch, work)
+    stages = [Stage("victim", 0, "a"), Stage("victim", 1, "b"), Stage("cell", 0, "on a", (0,)), Stage("cell", 1, "on b", (1,))]
+    failures = run_stages(stages, Path("m"), Path("s"), Path("c"), Ear(), 1)
+    assert ran == ["a", "b", "on b"]
+    assert failures == [Failure(0, "Diverged: no luck"), Failure(2, "Diverged: no luck")]
+
+
+def test_a_persons_mistake_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(kind: str, number: int, label: str) -> None:
+        raise BadInput("the disk is full")
+
+    inline(monkeypatch, work)
+    with pytest.raises(BadInput, match="disk is full"):
+        run_stages([Stage("victim", 0, "a"), Stage("victim", 1, "b")], Path("m"), Path("s"), Path("c"), Ear(), 1)
+
+
+def test_victims_are_listed_once_benign_twins_first(tmp_path: Path) -> None:
+    text = MATRIX.replace('plugins = ["odd.py"]\n', "").replace('name = "dies-once"', 'name = "clp"')
+    (tmp_path / "m.toml").write_text(text.replace("seeds = [0]", "seeds = [0, 1]"))
+    victims = executors.victims_of(load_matrix(tmp_path / "m.toml"))
+    assert [(v.attack_label, v.seed) for v in victims] == [("none", 0), ("none", 1), ("badnets", 0), ("badnets", 1)]
