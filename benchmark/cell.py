@@ -20,7 +20,7 @@ from torch import Tensor
 from attacks.base import PoisonedSet, PoisonedTest, Power, Role, poison, poison_test
 from benchmark.datasets import Dataset, DatasetSpec, load, mean_std, split_budget, split_validation
 from benchmark.matrix import Cell, Scenario
-from benchmark.metrics import Score, der, gate, score, val_accuracy
+from benchmark.metrics import Score, Scorer, der, gate, score, val_accuracy
 from benchmark.rows import Curve, Key, Row, Timing
 from benchmark.selection import NOTHING_TO_VALIDATE_ON, Measured, Selection, choose
 from benchmark.store import Entry, Store
@@ -95,6 +95,7 @@ class Victim:
     net: Network
     poisoned: PoisonedSet
     triggered: PoisonedTest | None
+    scorer: Scorer
     outcome: dict[str, Any]
 
 
@@ -193,14 +194,15 @@ def _read_victim(scenario: Scenario, root: Path, cache: Path) -> Victim | None:
     net.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     if "role" not in entry.tensors:
         nothing = torch.zeros(len(w.train), dtype=torch.int8)
-        return Victim(net, PoisonedSet(w.train, nothing, w.train.labels), None, entry.outcome)
+        scorer = Scorer(net, w.data.test, None, w.validation)
+        return Victim(net, PoisonedSet(w.train, nothing, w.train.labels), None, scorer, entry.outcome)
     t = entry.tensors
     images = w.train.images.clone()
     images[t["touched"]] = t["touched_images"]
     poisoned = PoisonedSet(ImageSet(images, t["labels"], w.train.num_classes), t["role"], w.train.labels)
     source = t["test_source"]
     triggered = PoisonedTest(t["test_images"], w.data.test.labels[source], t["test_target"], source)
-    return Victim(net, poisoned, triggered, entry.outcome)
+    return Victim(net, poisoned, triggered, Scorer(net, w.data.test, triggered, w.validation), entry.outcome)
 
 
 def read_victim(scenario: Scenario, store: Store, cache: Path) -> Victim:
@@ -225,18 +227,17 @@ def run_cell(cell: Cell, store: Store, cache: Path) -> None:
     if store.read("defended", key, tensors=False):
         return
     victim = read_victim(scenario, store, cache)
-    start = time.perf_counter()
     reset_peak()
     if victim.outcome["status"] == "ok":
         outcome = defend(cell, w, victim)
     else:
         outcome = _stopped("failed", f"no victim: {victim.outcome['reason']}")
-    outcome |= {"seconds": time.perf_counter() - start, "peak_mib": peak_mib(), "victim_seconds": victim.outcome["seconds"]}
+    outcome |= {"peak_mib": peak_mib(), "victim_seconds": victim.outcome["seconds"]}
     store.write("defended", key, cell.spec(), outcome)
 
 
 def _stopped(status: str, reason: str) -> dict[str, Any]:
-    return {"status": status, "reason": reason, "candidates": [], "units": 0}
+    return {"status": status, "reason": reason, "candidates": [], "units": 0, "seconds": 0.0}
 
 
 def defend(cell: Cell, w: World, victim: Victim, keep: list[Network] | None = None) -> dict[str, Any]:
@@ -261,10 +262,11 @@ def defend(cell: Cell, w: World, victim: Victim, keep: list[Network] | None = No
         seed=derive_seed(scenario.seed, "defense"),
         recipe=scenario.recipe,
     )
-    validation = w.validation if Knowledge.CLEAN in cell.track.grants else None
     measured: list[dict[str, Any]] = []
+    seconds = 0.0
     try:
-        for candidate, cost in _metered_candidates(defense.candidates(view)):
+        for candidate, cost, took in _metered_candidates(defense.candidates(view)):
+            seconds += took
             if keep is not None:
                 keep.append(candidate.model)
             measured.append(
@@ -274,8 +276,8 @@ def defend(cell: Cell, w: World, victim: Victim, keep: list[Network] | None = No
                     "strength": float(candidate.strength),
                     "pruned": candidate.pruned,
                     "note": candidate.note,
-                    **_numbers(score(candidate.model, w.data.test, victim.triggered)),
-                    "val_acc": _none(val_accuracy(candidate.model, validation)),
+                    **_numbers(victim.scorer(candidate.model)),
+                    "val_acc": _none(victim.scorer.val_acc(candidate.model)) if Knowledge.CLEAN in cell.track.grants else None,
                     "forward": cost.forward,
                     "backward": cost.backward,
                 }
@@ -289,17 +291,25 @@ def defend(cell: Cell, w: World, victim: Victim, keep: list[Network] | None = No
     if sum(entry["is_default"] for entry in measured) != 1:
         return _stopped("failed", f"{defense.name} must mark exactly one default among its {len(measured)} candidates")
     units = sum(layer.size for layer in unit_layers(victim.net, cell.scope))
-    return {"status": "ok", "reason": "", "candidates": measured, "units": units, "used": view.used.words}
+    return {
+        "status": "ok",
+        "reason": "",
+        "candidates": measured,
+        "units": units,
+        "used": view.used.words,
+        "seconds": seconds,
+    }
 
 
-def _metered_candidates(candidates: Iterator[Candidate]) -> Iterator[tuple[Candidate, Cost]]:
-    """Each candidate with the samples spent since the one before it; the benchmark's own scoring is not charged."""
+def _metered_candidates(candidates: Iterator[Candidate]) -> Iterator[tuple[Candidate, Cost, float]]:
+    """Each candidate with the samples and seconds spent since the one before it; the benchmark's own scoring is not charged."""
     while True:
+        start = time.perf_counter()
         with metered() as cost:
             candidate = next(candidates, None)
         if candidate is None:
             return
-        yield candidate, cost
+        yield candidate, cost, time.perf_counter() - start
 
 
 def _none(value: float) -> float | None:

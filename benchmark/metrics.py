@@ -20,9 +20,9 @@ from torch import Tensor
 from attacks.base import PoisonedTest
 from models.backbone import Network
 from models.images import ImageSet
-from models.training import predict
+from models.training import embed, predict, predict_head
 
-__all__ = ["IMPLANTED_ASR", "MAX_ACC_LOSS", "Gate", "Score", "der", "gate", "score"]
+__all__ = ["IMPLANTED_ASR", "MAX_ACC_LOSS", "Gate", "Score", "Scorer", "der", "gate", "score", "val_accuracy"]
 
 IMPLANTED_ASR = 0.5
 """An attack counts as implanted from this ASR on (design, section 5)."""
@@ -52,9 +52,44 @@ def score(net: Network, test: ImageSet, triggered: PoisonedTest | None) -> Score
     return Score(acc, _share(said == triggered.target_labels), _share(said == triggered.true_labels))
 
 
+class Scorer:
+    """Scores networks that a defense made of one victim, on the same sets each time.
+
+    Many candidates differ from the victim in the head alone (scope HEAD, or nothing pruned before it). Their features are the
+    victim's, bit for bit; then its embeddings are computed once and only the head is run, on the same batches, to the same result.
+    """
+
+    def __init__(self, victim: Network, test: ImageSet, triggered: PoisonedTest | None, validation: ImageSet) -> None:
+        self.test, self.triggered, self.validation = test, triggered, validation
+        self._features = {name: value.clone() for name, value in victim.state_dict().items() if not name.startswith("head.")}
+        self._embedded: dict[str, list[Tensor]] = {}
+
+    def __call__(self, net: Network) -> Score:
+        """ACC, ASR and RA of ``net``."""
+        acc = _share(self._said(net, "test", self.test.images) == self.test.labels)
+        if self.triggered is None or not len(self.triggered.images):
+            return Score(acc)
+        said = self._said(net, "triggered", self.triggered.images)
+        return Score(acc, _share(said == self.triggered.target_labels), _share(said == self.triggered.true_labels))
+
+    def val_acc(self, net: Network) -> float:
+        """Accuracy on the validation part of the clean budget."""
+        return _share(self._said(net, "validation", self.validation.images) == self.validation.labels)
+
+    def _said(self, net: Network, which: str, images: Tensor) -> Tensor:
+        state = net.state_dict()
+        if not all(torch.equal(state[name].cpu(), value) for name, value in self._features.items()):
+            return predict(net, images)
+        if which not in self._embedded:
+            self._embedded[which] = embed(net, images)
+        return predict_head(net, self._embedded[which])
+
+
 def der(before: Score, after: Score) -> float:
     """Defense effectiveness rating in [0, 1]; 0.5 = nothing changed. NaN without an attack."""
-    return (max(0.0, before.asr - after.asr) - max(0.0, before.acc - after.acc) + 1) / 2 if not math.isnan(after.asr) else math.nan
+    if math.isnan(after.asr):
+        return math.nan
+    return (max(0.0, before.asr - after.asr) - max(0.0, before.acc - after.acc) + 1) / 2
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from attacks.base import PoisonedSet, poison_test
 from benchmark.cell import Victim, World, defend, measured_from, world
 from benchmark.files import write_text
 from benchmark.matrix import Cell, find_matrix, load_matrix
-from benchmark.metrics import Score, score, val_accuracy
+from benchmark.metrics import Score, Scorer
 from benchmark.selection import Selection, choose
 from defenses.base import Knowledge
 from models import BACKBONES
@@ -90,10 +90,10 @@ def defend_checkpoint(
     if scenario.attack is not None:
         crafted = scenario.attack.craft(w.train, scenario.plan, derive_seed(scenario.seed, "attack"))
         triggered = poison_test(w.data.test, crafted, scenario.plan)
-    before = score(net, w.data.test, triggered)
-    before_val = val_accuracy(net, w.validation)
+    scorer = Scorer(net, w.data.test, triggered, w.validation)
+    before, before_val = scorer(net), scorer.val_acc(net)
     roles = torch.zeros(len(w.train), dtype=torch.int8)
-    victim = Victim(net, PoisonedSet(w.train, roles, w.train.labels), triggered, {"status": "ok"})
+    victim = Victim(net, PoisonedSet(w.train, roles, w.train.labels), triggered, scorer, {"status": "ok"})
     folder = results / "my-model" / checkpoint.stem
     found = [Result("none (the checkpoint as it is)", "", before, before_val, 0, "ok", "")]
     for number, cell in enumerate(cells, 1):

@@ -98,7 +98,8 @@ class Curve(Key):
 
 @dataclass(frozen=True, kw_only=True)
 class Timing(Key):
-    """Wall seconds and peak resident memory (MiB) of a cell's defense stage, and the seconds its victim took to train."""
+    """Wall seconds of a cell's defense (its scoring by the benchmark not counted), peak resident memory of the stage (MiB), and the
+    seconds its victim took to train."""
 
     seconds: float
     peak_mib: float

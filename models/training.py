@@ -7,6 +7,7 @@ import math
 import signal
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -19,7 +20,7 @@ from models.cost import metered
 from models.images import Batches, ImageSet, to_float
 from models.spec import Spec, check
 
-__all__ = ["Diverged", "Fitted", "Recipe", "accuracy", "default_device", "fit", "predict", "seeded"]
+__all__ = ["Diverged", "Fitted", "Recipe", "accuracy", "default_device", "embed", "fit", "predict", "predict_head", "seeded"]
 
 
 class Diverged(RuntimeError):
@@ -168,10 +169,34 @@ def predict(net: Network, images: Tensor, batch: int = 500) -> Tensor:
     net.eval()
     parts = []
     for start in range(0, len(images), batch):
-        chunk = to_float(images[start : start + batch].to(device)).contiguous(memory_format=torch.channels_last)
-        parts.append(net(chunk).argmax(1).cpu())
+        parts.append(net(_floats(images[start : start + batch], device)).argmax(1).cpu())
     net.train(was_training)
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+
+@torch.no_grad()
+def embed(net: Network, images: Tensor, batch: int = 500) -> list[Tensor]:
+    """Embeddings of uint8 images (N, C, H, W) in evaluation mode, a list of float (B, d) in the batches of :func:`predict`."""
+    device = next(net.parameters()).device
+    was_training = net.training
+    net.eval()
+    parts = [net.embed(_floats(images[start : start + batch], device)) for start in range(0, len(images), batch)]
+    net.train(was_training)
+    return parts
+
+
+@torch.no_grad()
+def predict_head(net: Network, embedded: Sequence[Tensor]) -> Tensor:
+    """What :func:`predict` says, from the embeddings that :func:`embed` gave: the same classes, without a pass of the features."""
+    was_training = net.training
+    net.eval()
+    parts = [net.head(z).argmax(1).cpu() for z in embedded]
+    net.train(was_training)
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+
+def _floats(images: Tensor, device: torch.device) -> Tensor:
+    return to_float(images.to(device)).contiguous(memory_format=torch.channels_last)
 
 
 def accuracy(net: Network, data: ImageSet, batch: int = 500) -> float:

@@ -10,9 +10,12 @@ from torch import nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from attacks.base import PoisonedTest
-from benchmark.metrics import Score, der, gate, score
+from benchmark.metrics import Score, Scorer, der, gate, score
+from models import BACKBONES
 from models.backbone import Network, Normalise
 from models.images import ImageSet
+from models.spec import generator, lookup
+from models.units import Scope, Writer, prune, top_share, unit_layers
 
 
 class Brightness(nn.Module):
@@ -84,3 +87,37 @@ def test_gate(acc: float, asr: float, benign: float, implanted: bool, word: str)
     verdict = gate(Score(acc, asr, 0.0), benign)
     assert verdict.implanted is implanted
     assert word in verdict.words
+
+
+@pytest.mark.parametrize("name", ["resnet8", "vgg11-bn", "preact-resnet18"])
+def test_reused_embeddings_give_the_same_scores_as_full_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = lookup("backbone", BACKBONES, name)(width=2, hidden=16).build(10, (1, 16, 16), [0.3], [0.4], 0).eval()
+    draw = generator("scorer")
+    images = torch.randint(0, 256, (1203, 1, 16, 16), generator=draw, dtype=torch.uint8)  # two full batches and a part
+    labels = torch.randint(0, 10, (1203,), generator=draw)
+    test = ImageSet(images, labels, 10)
+    triggered = PoisonedTest(images[:700], labels[:700], (labels[:700] + 1) % 10, torch.arange(700))
+    scorer = Scorer(net, test, triggered, test.subset(torch.arange(40)))
+    passes = []
+    embed = Network.embed
+    monkeypatch.setattr(Network, "embed", lambda self, x: passes.append(len(x)) or embed(self, x))
+    for share in (0.0, 0.2, 0.5, 0.9):
+        masks = {layer.name: top_share(share)(torch.rand(layer.size, generator=draw)) for layer in unit_layers(net, Scope.HEAD)}
+        pruned = prune(net, masks, Writer.OUTPUT)
+        got, val = scorer(pruned), scorer.val_acc(pruned)
+        spent = sum(passes)
+        assert got == score(pruned, test, triggered)
+        assert val == score(pruned, scorer.validation, None).acc
+        passes.clear()
+        assert spent == (1203 + 700 + 40 if share == 0 else 0)
+
+
+def test_a_network_with_other_features_gets_its_own_pass() -> None:
+    net = lookup("backbone", BACKBONES, "vgg11-bn")(width=2, hidden=8).build(10, (1, 16, 16), [0.3], [0.4], 0).eval()
+    images = torch.randint(0, 256, (50, 1, 16, 16), generator=generator("other"), dtype=torch.uint8)
+    test = ImageSet(images, torch.arange(50) % 10, 10)
+    scorer = Scorer(net, test, None, test)
+    scorer(net)
+    layers = [layer for layer in unit_layers(net, Scope.WHOLE) if not layer.head]
+    gone = prune(net, {layer.name: torch.ones(layer.size, dtype=torch.bool) for layer in layers[-1:]}, Writer.GAMMA_BETA)
+    assert scorer(gone).acc == score(gone, test, None).acc
