@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from defenses.anp import ANP
 from defenses.base import Defense
+from defenses.benign_salience import BenignSalience
 from defenses.clp import CLP
 from defenses.controls import NoDefense, PerfectFilter, RandomPruning, TrainingFromScratch
 from defenses.fine_pruning import FinePruning
@@ -22,6 +23,7 @@ DEFENSES: tuple[type[Defense], ...] = (
     Pruning,
     FinePruning,
     ANP,
+    BenignSalience,
     CLP,
     HolderPruning,
 )

@@ -27,17 +27,17 @@ from models.spec import check, derive_seed
 from models.training import Recipe, fit
 from models.units import Writer, hold
 
-__all__ = ["FineTuning", "fine_tuned"]
+__all__ = ["FineTuning", "Tuned", "fine_tuned", "tune"]
 
 
-class _Tuned(Classifier):
+class Tuned(Classifier):
     """Plain training that may leave the features alone and holds pruned units at zero."""
 
-    def __init__(self, net: Network, recipe: Recipe, scope: Scope, masks: Mapping[str, Tensor]) -> None:
+    def __init__(self, net: Network, recipe: Recipe, scope: Scope, masks: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(net, recipe)
-        self.scope, self.masks = scope, masks
+        self.scope, self.masks = scope, masks or {}
 
-    def train(self, mode: bool = True) -> _Tuned:
+    def train(self, mode: bool = True) -> Tuned:
         super().train(mode)
         if self.scope is Scope.HEAD:
             self.net.features.eval()  # running statistics are part of the features
@@ -51,6 +51,17 @@ class _Tuned(Classifier):
         hold(self.net, self.masks, Writer.OUTPUT)
 
 
+def tune(module: Tuned, data: ImageSet, seed: int) -> Network:
+    """The module's network trained in place under its recipe and scope; in evaluation mode, on the CPU, all parameters trainable.
+
+    Raises:
+        Diverged: weights are not finite at the end.
+    """
+    module.net.features.requires_grad_(module.scope is Scope.WHOLE)
+    fit(module, data, module.recipe, seed)
+    return module.net.requires_grad_(True).eval()
+
+
 def fine_tuned(
     net: Network, data: ImageSet, recipe: Recipe, scope: Scope, seed: int, masks: Mapping[str, Tensor] | None = None
 ) -> Network:
@@ -59,9 +70,7 @@ def fine_tuned(
     Raises:
         Diverged: weights are not finite at the end.
     """
-    net.features.requires_grad_(scope is Scope.WHOLE)
-    fit(_Tuned(net, recipe, scope, masks or {}), data, recipe, seed)
-    return net.requires_grad_(True).eval()
+    return tune(Tuned(net, recipe, scope, masks), data, seed)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ QUICK: Mapping[str, Mapping[str, object]] = {
     "fine-tuning": {"epochs": 1, "batch": 8},
     "fine-pruning": {"epochs": 1, "batch": 8, "shares": (0.5,)},
     "anp": {"iterations": 3, "batch": 8, "lr": 0.5},
+    "benign-salience": {"epochs": 1, "batch": 8},
     "holder-pruning": {"estimator": "pixel-fgsm"},  # defined at both scopes
 }
 
