@@ -44,7 +44,8 @@ def _backbone(name: str, state: dict[str, Tensor], path: Path) -> Backbone:
     """
     cls: type[Backbone] = lookup("backbone", BACKBONES, name)
     convs = [value for key, value in state.items() if key.startswith("features.") and value.ndim == 4]
-    heads = [value for key, value in state.items() if key.startswith("head.") and value.ndim == 2]
+    # Files keep tensors in any order: layers are told apart by their place in the head.
+    heads = [state[key] for key in sorted(state) if key.startswith("head.") and state[key].ndim == 2]
     if not convs or not heads:
         raise BadInput(
             f"{path}: does not fit {name}: it has no 'features.*' conv or no 'head.*' layer; tensors there begin with "
