@@ -7,6 +7,7 @@ from defenses.base import Defense
 from defenses.benign_salience import BenignSalience
 from defenses.clp import CLP
 from defenses.controls import NoDefense, PerfectFilter, RandomPruning, TrainingFromScratch
+from defenses.extractor_controls import LinearProbe, NearestClassMean
 from defenses.fine_pruning import FinePruning
 from defenses.fine_tuning import FineTuning
 from defenses.holder_pruning import HolderPruning
@@ -19,6 +20,8 @@ DEFENSES: tuple[type[Defense], ...] = (
     RandomPruning,
     TrainingFromScratch,
     PerfectFilter,
+    NearestClassMean,
+    LinearProbe,
     FineTuning,
     Pruning,
     FinePruning,

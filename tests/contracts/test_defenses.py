@@ -24,6 +24,7 @@ from models.training import Recipe
 QUICK: Mapping[str, Mapping[str, object]] = {
     "random-pruning": {"like_settings": (("u", 1.0),)},
     "training-from-scratch": {"epochs": 1},
+    "linear-probe": {"epochs": 1, "batch": 8},
     "fine-tuning": {"epochs": 1, "batch": 8},
     "fine-pruning": {"epochs": 1, "batch": 8, "shares": (0.5,)},
     "anp": {"iterations": 3, "batch": 8, "lr": 0.5},

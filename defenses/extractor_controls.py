@@ -1,0 +1,116 @@
+"""Controls on a trusted extractor: what its features give without any defense.
+
+A method that is handed a good extractor must beat the plainest classifiers on it, or its head is pointless. Nearest class mean
+gives an image to the class whose mean feature is closest (Mensink, Verbeek, Perronnin and Csurka, "Distance-Based Image
+Classification", IEEE TPAMI 2013); a linear probe is a linear layer trained on the frozen features (Alain and Bengio, "Understanding
+intermediate layers using linear classifier probes", 2016, arXiv 1610.01644).
+
+Needs: extractor, and labelled images: the clean budget or the poisoned training set. Edits: everything; the model is the extractor
+with a head of its own. Dial: none.
+Deviations from the paper: both papers' settings are other tasks'; the numbers are ours.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge
+from models.backbone import Network
+from models.extractors import embeddings, fit_head, mlp
+from models.spec import check, derive_seed
+
+__all__ = ["LinearProbe", "NearestClassMean", "class_means"]
+
+
+def class_means(z: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Mean feature of every class, float (num_classes, d), and how many samples it has, int64 (num_classes,); 0 where none."""
+    counts = torch.bincount(labels, minlength=num_classes)
+    sums = torch.zeros(num_classes, z.shape[1], dtype=torch.float64).index_add_(0, labels, z.double())
+    return (sums / counts.clamp(min=1)[:, None]).to(z.dtype), counts
+
+
+@dataclass(frozen=True)
+class _OnExtractor(Defense):
+    control: ClassVar[bool] = True
+
+    labels: Literal["clean", "train"] = "clean"
+
+    def __post_init__(self) -> None:
+        check(self, "labels", self.labels in ("clean", "train"), "'clean' or 'train'")
+
+    @property
+    def needs(self) -> Knowledge:
+        return Knowledge.EXTRACTOR | (Knowledge.CLEAN if self.labels == "clean" else Knowledge.TRAIN)
+
+    @abstractmethod
+    def head(self, z: Tensor, labels: Tensor, view: DefenderView) -> nn.Sequential:
+        """A head for features ``z`` (N, d) of images with ``labels`` (N,)."""
+
+    def candidates(self, view: DefenderView) -> Iterator[Candidate]:
+        net = view.extractor.eval()
+        data = view.clean if self.labels == "clean" else view.train
+        if not len(data):
+            raise Inapplicable(f"no labelled images: {self.labels!r} is empty")
+        head = self.head(embeddings(net, data), data.labels, view)
+        yield Candidate(Network(net.normalise, net.features, head).requires_grad_(True).eval())
+
+
+@dataclass(frozen=True)
+class NearestClassMean(_OnExtractor):
+    """The class whose mean feature is closest, written as a linear head: exact, since ``|z - m|^2 = |z|^2 - 2 m z + |m|^2``.
+
+    Attributes:
+        labels: which images the means are taken over, the clean budget or the poisoned training set as labelled.
+        metric: ``euclidean`` (Mensink et al., without their learned metric) or ``cosine``.
+    """
+
+    name: ClassVar[str] = "nearest-class-mean"
+
+    metric: Literal["euclidean", "cosine"] = "euclidean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, "metric", self.metric in ("euclidean", "cosine"), "'euclidean' or 'cosine'")
+
+    def head(self, z: Tensor, labels: Tensor, view: DefenderView) -> nn.Sequential:
+        means, counts = class_means(z, labels, view.num_classes)
+        weight = means if self.metric == "euclidean" else normalize(means)
+        bias = -means.square().sum(1) / 2 if self.metric == "euclidean" else torch.zeros(view.num_classes)
+        bias[counts == 0] = torch.finfo(bias.dtype).min / 2  # a class nobody has seen is never the nearest
+        linear = nn.Linear(z.shape[1], view.num_classes, device="meta")
+        linear.weight, linear.bias = nn.Parameter(weight), nn.Parameter(bias)
+        return nn.Sequential(linear)
+
+
+@dataclass(frozen=True)
+class LinearProbe(_OnExtractor):
+    """A linear head trained with cross-entropy and Adam on features computed once.
+
+    Attributes:
+        labels: which images it is trained on, the clean budget or the poisoned training set as labelled.
+        epochs, lr, batch: of Adam at a constant rate (ours, those of the heads that Hölder pruning inspects).
+    """
+
+    name: ClassVar[str] = "linear-probe"
+
+    epochs: int = 50
+    lr: float = 1e-3
+    batch: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, "epochs", 0 <= self.epochs <= 10_000, "between 0 and 10000")
+        check(self, "lr", 0 <= self.lr <= 10, "between 0 and 10")
+        check(self, "batch", 1 <= self.batch <= 65_536, "between 1 and 65536 samples")
+
+    def head(self, z: Tensor, labels: Tensor, view: DefenderView) -> nn.Sequential:
+        head = mlp(z.shape[1], (), view.num_classes, derive_seed(view.seed, self.name, "weights"))
+        seed = derive_seed(view.seed, self.name, "batches")
+        return fit_head(head, z, labels, epochs=self.epochs, lr=self.lr, batch=self.batch, seed=seed)

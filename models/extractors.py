@@ -1,0 +1,241 @@
+"""Feature extractors: networks whose ``features`` are used as they are, under a head trained on something else.
+
+Where a defender's extractor comes from decides what its method shows, so an origin is a setting like any other. It may be trained
+with labels on clean images, without labels on clean images or on the poisoned ones, or read from a file of weights that somebody
+trained elsewhere. :meth:`Extractor.build` gives a network and its cost; what data it may see is said by :attr:`Extractor.reads`.
+
+The rest serves whoever puts a head on frozen features: :func:`mlp` and :func:`fit_head`, on embeddings that are computed once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, interpolate
+
+from models.backbone import Network, Normalise
+from models.classifier import Classifier
+from models.images import ImageSet
+from models.spec import BadInput, Spec, check, derive_seed, generator, nearest
+from models.training import Fitted, Recipe, default_device, embed, fit, seeded
+from models.weights import fit_state, read_state
+
+__all__ = ["Extractor", "Pretrained", "Supervised", "embeddings", "fit_head", "mlp"]
+
+Fresh = Callable[[int], Network]
+"""Builds an untrained network of the scenario's architecture from a seed."""
+Reads = Literal["clean", "poisoned", "nothing"]
+
+
+class Extractor(Spec, ABC):
+    """An origin of features: a frozen dataclass of its settings."""
+
+    @property
+    @abstractmethod
+    def reads(self) -> Reads:
+        """Which images it is trained on: the training set before the attack, as published, or none of ours."""
+
+    @abstractmethod
+    def build(self, fresh: Fresh, data: ImageSet, recipe: Recipe, seed: int) -> Fitted:
+        """The extractor, in evaluation mode on the CPU, and its cost.
+
+        Args:
+            data: the images it reads. Where it reads nothing, they only tell the number of classes and channels.
+            recipe: the one the victim is trained with.
+
+        Raises:
+            BadInput: a file or library it needs is missing or does not fit.
+            Diverged: weights are not finite at the end.
+        """
+
+
+@dataclass(frozen=True)
+class Supervised(Extractor):
+    """The victim's architecture and recipe on the clean images with their true labels: what a trusted party would have trained.
+
+    Attributes:
+        epochs: passes over the images; None = as many as the victim's (ours).
+    """
+
+    name: ClassVar[str] = "supervised"
+
+    epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        check(self, "epochs", self.epochs is None or 0 <= self.epochs <= 10_000, "between 0 and 10000, or left out")
+
+    @property
+    def reads(self) -> Reads:
+        return "clean"
+
+    def build(self, fresh: Fresh, data: ImageSet, recipe: Recipe, seed: int) -> Fitted:
+        recipe = recipe if self.epochs is None else dataclasses.replace(recipe, epochs=self.epochs)
+        net = fresh(derive_seed(seed, self.name, "weights"))
+        return fit(Classifier(net, recipe), data, recipe, derive_seed(seed, self.name, "batches"))
+
+
+class _Resized(nn.Module):
+    """A trunk behind a resize to the square it was trained on."""
+
+    def __init__(self, trunk: nn.Module, size: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.trunk(interpolate(x, size=(self.size, self.size), mode="bilinear", align_corners=False, antialias=True))
+        return z
+
+
+@lru_cache(maxsize=8)
+def _content(path: str, _size: int, _changed: int) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Pretrained(Extractor):
+    """Weights from a local file, for an architecture of torchvision or timm; nothing is ever downloaded.
+
+    The classifier of the file is left out. Images are resized to ``size`` (bilinear, antialiased) and normalised as the weights
+    expect; a grey image becomes three equal channels. The content of the file, not its place, belongs to the settings.
+
+    Attributes:
+        weights: path of the file, safetensors or a plain torch checkpoint.
+        model: the architecture by its library's name, e.g. ``resnet18``.
+        library: ``torchvision``, or ``timm`` where that is installed.
+        size: side of the square images are resized to (torchvision's and timm's usual 224).
+        mean, std: per channel, of images in [0, 1] (ImageNet's, which both libraries use by default).
+    """
+
+    name: ClassVar[str] = "pretrained"
+
+    weights: str
+    model: str = "resnet18"
+    library: Literal["torchvision", "timm"] = "torchvision"
+    size: int = 224
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        check(self, "library", self.library in ("torchvision", "timm"), "'torchvision' or 'timm'")
+        check(self, "size", 8 <= self.size <= 4096, "between 8 and 4096 pixels")
+        check(self, "mean", len(self.mean) == 3, "three numbers, one per channel")
+        check(self, "std", len(self.std) == 3 and all(value > 0 for value in self.std), "three positive numbers, one per channel")
+        self._fingerprint()
+
+    def _fingerprint(self) -> str:
+        path = Path(self.weights)
+        try:
+            found = path.stat()
+            return _content(self.weights, found.st_size, found.st_mtime_ns)
+        except OSError as error:
+            beside = [other.name for other in path.parent.glob("*")] if path.parent.is_dir() else []
+            hint = nearest(path.name, beside) if beside else ""
+            raise BadInput(f"{self.name}: weights = {self.weights!r}: {error.strerror or error}{hint}") from error
+
+    def spec(self) -> dict[str, Any]:
+        return {**super().spec(), "weights": self._fingerprint()}
+
+    @property
+    def reads(self) -> Reads:
+        return "nothing"
+
+    def build(self, fresh: Fresh, data: ImageSet, recipe: Recipe, seed: int) -> Fitted:
+        start = time.perf_counter()
+        if data.shape[0] not in (1, 3):
+            raise BadInput(f"{self.name}: images have {data.shape[0]} channels; {self.model} takes 3 (or 1, shown as grey)")
+        with seeded(seed):  # the libraries draw initial weights, all of which are then overwritten
+            trunk, width = self._trunk()
+            head = nn.Sequential(nn.Linear(width, data.num_classes))
+        net = Network(Normalise(self.mean, self.std), _Resized(trunk, self.size), head)
+        net = net.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        return Fitted(net, time.perf_counter() - start, 0, 0)
+
+    def _trunk(self) -> tuple[nn.Module, int]:
+        """The architecture with the file's weights, its last linear layer replaced by nothing, and the size of what it returns."""
+        path = Path(self.weights)
+        models, known = self._library()
+        if self.model not in known:
+            raise BadInput(f"{self.name}: {self.library} has no model {self.model!r}{nearest(self.model, known)}")
+        state = read_state(path)
+        net = models.get_model(self.model, weights=None) if self.library == "torchvision" else models.create_model(self.model)
+        linear = [(name, module) for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+        if not linear:
+            raise BadInput(f"{self.name}: {self.model} has no linear classifier at its end to read the features from")
+        name, last = linear[-1]
+        if f"{name}.weight" in state:  # the file decides how many classes its own classifier tells apart
+            net.set_submodule(name, nn.Linear(last.in_features, len(state[f"{name}.weight"]), bias=last.bias is not None))
+        fit_state(net, state, path)
+        net.set_submodule(name, nn.Identity())
+        return net, last.in_features
+
+    def _library(self) -> tuple[Any, list[str]]:
+        try:
+            library = importlib.import_module("torchvision.models" if self.library == "torchvision" else "timm")
+        except ImportError as error:
+            raise BadInput(f"{self.name}: library = {self.library!r} is not installed: pip install {self.library}") from error
+        known: list[str] = list(library.list_models())
+        return library, known
+
+
+# -- heads on frozen features --------------------------------------------------------------------------------------------------
+
+
+def embeddings(net: Network, data: ImageSet) -> Tensor:
+    """Features float (N, d) of every image, in evaluation mode, on the CPU; the pass is tallied."""
+    device = next(net.parameters()).device
+    parts = embed(net.to(default_device()), data.images)
+    net.to(device)
+    return torch.cat([part.cpu() for part in parts]) if parts else torch.empty(0)
+
+
+def mlp(width: int, hidden: Sequence[int], num_classes: int, seed: int) -> nn.Sequential:
+    """A fresh head: linear layers ``width -> hidden... -> num_classes`` with ReLU between them."""
+    with seeded(seed):
+        sizes = [width, *hidden, num_classes]
+        layers: list[nn.Module] = []
+        for inputs, outputs in pairwise(sizes):
+            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def fit_head(
+    head: nn.Sequential,
+    z: Tensor,
+    labels: Tensor,
+    *,
+    epochs: int,
+    lr: float,
+    batch: int,
+    seed: int,
+    loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+) -> nn.Sequential:
+    """Trains ``head`` in place on cached features with Adam at a constant rate; returned in evaluation mode on the CPU.
+
+    Args:
+        z: float (N, d). labels: int64 (N,).
+        loss: (logits (B, num_classes), labels (B,)) -> scalar.
+    """
+    device, draw = default_device(), generator(seed, "head")
+    head, z, labels = head.to(device).train(), z.to(device), labels.to(device)
+    optimizer = torch.optim.Adam(head.parameters(), lr=lr)
+    for _ in range(epochs):
+        order = torch.randperm(len(z), generator=draw).to(device)
+        for start in range(0, len(z), batch):
+            index = order[start : start + batch]
+            optimizer.zero_grad()
+            loss(head(z[index]), labels[index]).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    return head.cpu().eval()
