@@ -57,6 +57,8 @@ class RunProgress:
             Text(f"  worker {place}: {label}  ({time.monotonic() - since:.0f} s)", style="dim", no_wrap=True, overflow="ellipsis")
             for place, (label, since) in enumerate(self.now.values(), 1)
         ]
+        if not self.now and not any(self.counts.values()):
+            lines = [Text("  starting the worker processes ...", style="dim")]
         return Group(self.bars, *lines)
 
     def started(self, worker: int, label: str) -> None:
