@@ -10,6 +10,7 @@ from defenses.controls import NoDefense, PerfectFilter, RandomPruning, TrainingF
 from defenses.extractor_controls import LinearProbe, NearestClassMean
 from defenses.fine_pruning import FinePruning
 from defenses.fine_tuning import FineTuning
+from defenses.hid import HID
 from defenses.holder_pruning import HolderPruning
 from defenses.pruning import Pruning
 
@@ -29,5 +30,6 @@ DEFENSES: tuple[type[Defense], ...] = (
     BenignSalience,
     CLP,
     HolderPruning,
+    HID,
 )
 """Every defense of the suite, in the order of the tables: controls first, then by what a defender must hold."""

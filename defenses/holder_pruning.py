@@ -199,9 +199,10 @@ class HolderPruning(Defense):
             raise Inapplicable(f"no samples to form pairs from: {self.pairs!r} is empty")
         net = net.to(default_device()).requires_grad_(False)
         drawn = torch.randperm(len(data), generator=generator(view.seed, "holder-pruning", "pairs"))[: self.max_pairs]
-        return self._estimate(net, layers, data.subset(drawn.sort().values))
+        return self.estimate(net, layers, data.subset(drawn.sort().values))
 
-    def _estimate(self, net: Network, layers: Sequence[UnitLayer], data: ImageSet, batch: int = 128) -> Scores:
+    def estimate(self, net: Network, layers: Sequence[UnitLayer], data: ImageSet, batch: int = 128) -> Scores:
+        """Hölder constants of ``layers`` over the FGSM pairs of ``data``; ``net`` stands frozen on :func:`default_device`."""
         device, feature = default_device(), self.estimator == "feature-fgsm"
         data = data.to(device)
 
@@ -224,7 +225,10 @@ class HolderPruning(Defense):
         )  # fmt: skip
 
     def candidates(self, view: DefenderView) -> Iterator[Candidate]:
-        scores = self.scores(view)
+        yield from self.offered(view.model, self.scores(view))
+
+    def offered(self, model: Network, scores: Scores) -> Iterator[Candidate]:
+        """``model`` pruned by ``scores`` along the dial, the rule's own choice marked as the default."""
         units = sum(len(layer) for layer in scores.values())
 
         def realised(masks: Masks) -> float:
@@ -234,6 +238,5 @@ class HolderPruning(Defense):
         default = realised(chosen)
         ladder = {realised(masks): masks for masks in (select(scores, top_share(share)) for share in self.grid)}
         ladder[default] = chosen  # at an equal number of units, the rule's own choice stands for that point of the dial
-        model = view.model
         for share, masks in sorted(ladder.items(), key=lambda item: item[0]):
             yield pruned_candidate(model, masks, Writer.OUTPUT, share, share == default)

@@ -1,0 +1,226 @@
+"""HID, Hölder iterative defense: a reconstruction from the public text of "Hölder Pruning: Localized Pruning for Backdoor Removal
+in Deep Neural Networks", submitted to ICLR 2025 and withdrawn (OpenReview yJduhi9mDQ; authors anonymous, no code released).
+
+Hölder pruning wants an extractor that the poison has not touched; where there is none, self-supervised learning on the poisoned
+images, which looks at no label, stands in. A head trained on its features gathers the backdoor and is pruned; samples whose label
+the pruned head confirms are taken for clean, and semi-supervised learning with their labels alone improves the extractor. Repeat.
+
+Needs: poisoned training set. Edits: everything; the model is new, of the victim's architecture with a head of its own.
+Dial: share of units pruned at the end, per layer; default = what ``rule`` prunes.
+Deviations from the paper: its text was not available in full. From public text: the order of the stages, Hölder pruning inside,
+alpha = 0.5. Ours: SimCLR and MixMatch as the self- and semi-supervised methods (with DBD's numbers), the size and training of the
+head, the rule for the clean samples, the number of rounds, one forward pass for MixMatch's three parts instead of three on
+interleaved batches, an epoch of it = one pass over the clean samples, and the last pruning of the head that MixMatch leaves.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge, prunable
+from defenses.holder_pruning import HolderPruning
+from models.backbone import Network
+from models.classifier import Classifier
+from models.extractors import SelfSupervised, embeddings, fit_head, mlp
+from models.images import Batches, ImageSet
+from models.spec import check, derive_seed, generator
+from models.training import Recipe, default_device, fit
+from models.units import Scope, Scores
+
+__all__ = ["HID", "clean_split", "mixmatch_loss", "sharpened"]
+
+
+def clean_split(logits: Tensor, labels: Tensor, share: float) -> Tensor:
+    """Samples taken for clean, bool (N,): classified as labelled, with a loss among the lowest ``share`` of their label's samples.
+
+    ``floor(share * n)`` of a label's n samples come into question; ties go to the lower index.
+    """
+    losses, agree = cross_entropy(logits, labels, reduction="none"), logits.argmax(1) == labels
+    low = torch.zeros(len(labels), dtype=torch.bool)
+    for label in set(labels.tolist()):
+        members = torch.nonzero(labels == label).flatten()
+        order = torch.argsort(losses[members], stable=True)
+        low[members[order[: int(share * len(members))]]] = True
+    return low & agree
+
+
+def sharpened(probabilities: Tensor, temperature: float) -> Tensor:
+    """``p^(1/T)``, normalised again; (N, classes)."""
+    raised = probabilities.pow(1 / temperature)
+    return raised / raised.sum(1, keepdim=True)
+
+
+def mixmatch_loss(x_logits: Tensor, x_targets: Tensor, u_logits: Tensor, u_targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(cross-entropy of soft targets, mean square of softmax - target over samples and classes): MixMatch's Lx and Lu."""
+    return cross_entropy(x_logits, x_targets), (u_logits.softmax(1) - u_targets).square().mean()
+
+
+class _MixMatch(Classifier):
+    """Semi-supervised training (Berthelot et al., NeurIPS 2019, arXiv 1905.02249) on the batches of the labelled images."""
+
+    def __init__(self, net: Network, recipe: Recipe, unlabelled: ImageSet, method: HID, seed: int) -> None:
+        super().__init__(net, recipe)
+        self.unlabelled, self.method, self.seed = unlabelled.to(default_device()), method, seed
+        self.draw = generator(seed, "unlabelled")
+
+    def two_views(self, count: int) -> tuple[Tensor, Tensor]:
+        """Two independent augmentations of ``count`` unlabelled images, drawn with replacement."""
+        picked = self.unlabelled.subset(torch.randint(0, len(self.unlabelled), (count,), generator=self.draw))
+        found = []
+        for view in range(2):
+            seed = derive_seed(self.seed, "views", self.global_step, view)
+            batch = Batches(picked, count, seed, crop=self.recipe.crop, flip=self.recipe.flip)
+            images, _, order = next(iter(batch))
+            found.append(images[order.argsort()])
+        return found[0], found[1]
+
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels, _ = batch
+        count = len(images)
+        first, second = self.two_views(count)
+        with torch.no_grad():
+            guess = sharpened((self(first).softmax(1) + self(second).softmax(1)) / 2, self.method.sharpen)
+        given = nn.functional.one_hot(labels, guess.shape[1]).to(guess.dtype)
+        inputs, targets = torch.cat([images, first, second]), torch.cat([given, guess, guess])
+        # Training is seeded as a whole, and torch's distributions take no generator.
+        share = torch.distributions.Beta(self.method.mixup, self.method.mixup).sample().item()
+        share, order = max(share, 1 - share), torch.randperm(3 * count).to(inputs.device)
+        logits = self(share * inputs + (1 - share) * inputs[order])
+        mixed = share * targets + (1 - share) * targets[order]
+        lx, lu = mixmatch_loss(logits[:count], mixed[:count], logits[count:], mixed[count:])
+        ramp = int(self.global_step) / self.total_steps
+        return lx + self.method.unlabelled_weight * ramp * lu
+
+
+@dataclass(frozen=True)
+class HID(Defense):
+    """Settings of the four stages; what they say about the reconstruction is in the module's docstring.
+
+    Attributes:
+        ssl_epochs, ssl_batch, ssl_lr: of SimCLR, see :class:`models.extractors.SelfSupervised` (DBD: 1000, 512, 0.4).
+        rounds: of head, pruning, split and semi-supervised training; it ends sooner once less than ``settled`` of the samples
+            change sides (ours).
+        hidden: sizes of the head's hidden layers (ours). head_epochs, head_lr, head_batch: of Adam on cached features (ours).
+        alpha, rule, u, share, max_pairs, grid: as in :class:`defenses.holder_pruning.HolderPruning`.
+        clean_share: of every label's samples, those that may be taken for clean (ours, as DBD's half of the set).
+        semi_epochs: passes of MixMatch over the clean samples, each round (ours). semi_batch, semi_lr: labelled samples per step,
+            as many unlabelled ones, and Adam's rate (DBD's authors' code).
+        sharpen, mixup, unlabelled_weight: MixMatch's temperature, Beta parameter and final weight of Lu, reached linearly (DBD's
+            authors' code: 0.5, 0.75, 15).
+    """
+
+    name: ClassVar[str] = "hid"
+    dial_name: ClassVar[str] = "share of units pruned"
+
+    ssl_epochs: int = 1000
+    ssl_batch: int = 512
+    ssl_lr: float = 0.4
+    rounds: int = 3
+    settled: float = 0.01
+    hidden: tuple[int, ...] = (512, 512)
+    head_epochs: int = 30
+    head_lr: float = 1e-3
+    head_batch: int = 256
+    alpha: float = HolderPruning.alpha
+    rule: Literal["density", "mean-std", "top-p"] = "density"
+    u: float = HolderPruning.u
+    share: float = HolderPruning.share
+    max_pairs: int = HolderPruning.max_pairs
+    grid: tuple[float, ...] = HolderPruning.grid
+    clean_share: float = 0.5
+    semi_epochs: int = 40
+    semi_batch: int = 64
+    semi_lr: float = 0.002
+    sharpen: float = 0.5
+    mixup: float = 0.75
+    unlabelled_weight: float = 15.0
+
+    def __post_init__(self) -> None:
+        check(self, "rounds", 1 <= self.rounds <= 100, "between 1 and 100")
+        check(self, "settled", 0 <= self.settled <= 1, "a share in [0, 1]")
+        check(self, "hidden", len(self.hidden) > 0 and all(size > 0 for size in self.hidden), "one or more positive sizes")
+        check(self, "head_epochs", 0 <= self.head_epochs <= 10_000, "between 0 and 10000")
+        check(self, "head_lr", 0 <= self.head_lr <= 10, "between 0 and 10")
+        check(self, "head_batch", 1 <= self.head_batch <= 65_536, "between 1 and 65536 samples")
+        check(self, "rule", self.rule in ("density", "mean-std", "top-p"), "one of density, mean-std, top-p")
+        check(self, "clean_share", 0 < self.clean_share <= 1, "a share in (0, 1]")
+        check(self, "sharpen", 0 < self.sharpen <= 1, "in (0, 1]")
+        check(self, "mixup", 0 < self.mixup <= 100, "positive, at most 100")
+        check(self, "unlabelled_weight", 0 <= self.unlabelled_weight <= 1000, "between 0 and 1000")
+        self.extractor, self.pruner, self.semi  # noqa: B018 - their own ranges are checked where they are built
+
+    @property
+    def needs(self) -> Knowledge:
+        return Knowledge.TRAIN
+
+    @property
+    def extractor(self) -> SelfSupervised:
+        """SimCLR on the poisoned images, under these settings."""
+        return SelfSupervised("poisoned", self.ssl_epochs, self.ssl_batch, self.ssl_lr)
+
+    @property
+    def pruner(self) -> HolderPruning:
+        """The inner step, under these settings."""
+        return HolderPruning(
+            alpha=self.alpha, rule=self.rule, u=self.u, share=self.share, max_pairs=self.max_pairs, grid=self.grid
+        )
+
+    @property
+    def semi(self) -> Recipe:
+        """Of the semi-supervised training, but for crop and flip."""
+        return Recipe(
+            epochs=self.semi_epochs, batch=self.semi_batch, lr=self.semi_lr, optimizer="adam", weight_decay=0, schedule="constant"
+        )
+
+    def constants(self, net: Network, data: ImageSet, seed: int) -> Scores:
+        """Hölder constants of the head's hidden units, over pairs from ``data``."""
+        drawn = torch.randperm(len(data), generator=generator(seed, "pairs"))[: self.max_pairs]
+        frozen = copy.deepcopy(net).to(default_device()).eval().requires_grad_(False)
+        return self.pruner.estimate(frozen, prunable(frozen, Scope.HEAD), data.subset(drawn.sort().values))
+
+    def pruned(self, net: Network, data: ImageSet, seed: int) -> Network:
+        """``net`` pruned as the rule says."""
+        defaults = replace(self.pruner, grid=())
+        return next(defaults.offered(net, self.constants(net, data, seed))).model
+
+    def split(self, net: Network, data: ImageSet, seed: int) -> tuple[Network, Tensor]:
+        """A fresh head on ``net``'s features, trained on the labels as given and pruned; and who is taken for clean, bool (N,)."""
+        z = embeddings(net, data)
+        head = mlp(z.shape[1], self.hidden, data.num_classes, derive_seed(seed, "head"))
+        own = derive_seed(seed, "fit")
+        fit_head(head, z, data.labels, epochs=self.head_epochs, lr=self.head_lr, batch=self.head_batch, seed=own)
+        pruned = self.pruned(Network(net.normalise, net.features, head).eval(), data, seed)
+        with torch.no_grad():
+            logits = pruned.head(z)
+        return pruned, clean_split(logits, data.labels, self.clean_share)
+
+    def candidates(self, view: DefenderView) -> Iterator[Candidate]:
+        data = view.train
+        if len(data) < 2:
+            raise Inapplicable(f"the poisoned training set holds {len(data)} samples; at least 2 are needed")
+        recipe = replace(self.semi, crop=view.recipe.crop, flip=view.recipe.flip)
+        net = self.extractor.build(view.fresh, data, view.recipe, derive_seed(view.seed, "hid", "extractor")).net
+        clean, done = torch.zeros(len(data), dtype=torch.bool), 0
+        for number in range(self.rounds):
+            seed = derive_seed(view.seed, "hid", "round", number)
+            proposed, found = self.split(net, data, seed)
+            moved = float((found != clean).double().mean())
+            if number and moved < self.settled:
+                break
+            net, clean, done = proposed, found, number + 1
+            if int(clean.sum()) < 2 or bool(clean.all()):
+                break
+            module = _MixMatch(net, recipe, data.subset(~clean), self, derive_seed(seed, "unlabelled"))
+            fit(module, data.subset(clean), recipe, derive_seed(seed, "semi"))
+        net = net.requires_grad_(True).eval()
+        scores = self.constants(net, data, derive_seed(view.seed, "hid", "last"))
+        note = f"{done} rounds; {int(clean.sum())} of {len(data)} samples taken for clean"
+        for candidate in self.pruner.offered(net, scores):
+            yield replace(candidate, isolated=~clean, note=note)
