@@ -122,7 +122,7 @@ def present(folder: Path, matrix: Any, *, cache: Path, console: Console, track: 
 
 def _gallery(folder: Path, matrix: Any, cache: Path) -> None:
     """Clean, triggered and amplified difference of a few test images per attack, from the first backbone and seed."""
-    from benchmark.cell import read_victim, world
+    from benchmark.cell import read_victim, victim_key, world
     from benchmark.plots import trigger_gallery
     from benchmark.store import Store
 
@@ -134,6 +134,8 @@ def _gallery(folder: Path, matrix: Any, cache: Path) -> None:
         kind = (scenario.attack.spec(), scenario.plan.label_mode)
         if scenario.seed != first.seed or scenario.backbone_label != first.backbone_label or kind in seen:
             continue
+        if not store.has("victim", victim_key(scenario, world(scenario, cache).data.fingerprint)):
+            continue  # a slice of the matrix: nothing is trained for a picture
         victim = read_victim(scenario, store, cache)
         if victim.triggered is None:
             continue
