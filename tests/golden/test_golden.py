@@ -1,0 +1,62 @@
+"""The numbers of a tiny run, kept: who moves them must raise the ``revision`` of what moved and make the file anew.
+
+``python tests/golden/test_golden.py`` writes it. On the machine type and torch version it was made with, every number must be the
+same; elsewhere the last bits of the arithmetic differ, and shares may be a few images apart.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+HERE = Path(__file__).parent
+AXES = ["attack", "track", "scope", "defense", "dial_name", "is_default"]
+SHARES = ["acc", "asr", "ra", "val_acc"]
+
+
+def made_with() -> dict[str, str]:
+    return {"torch": torch.__version__.split("+")[0], "instructions": torch.backends.cpu.get_cpu_capability()}
+
+
+def measure(folder: Path) -> list[dict[str, object]]:
+    """Every candidate of the tiny matrix."""
+    from benchmark.matrix import load_matrix
+    from benchmark.rows import Curve, read
+    from benchmark.run import run_matrix
+
+    matrix = load_matrix(HERE / "tiny.toml")
+    threads = torch.get_num_threads()
+    try:
+        run_matrix(matrix, results=folder, cache=folder / "cache", console=Console(file=io.StringIO()), processes=1)
+    finally:
+        torch.set_num_threads(threads)
+    curves = read(folder / "tiny" / "curves.csv", Curve)
+    kept = curves[[*AXES, "dial", "pruned", *SHARES]].astype(object).where(curves.notna(), None)
+    return [{str(key): value for key, value in record.items()} for record in kept.to_dict("records")]
+
+
+def test_the_numbers_of_a_tiny_run_stand(tmp_path: Path) -> None:
+    golden = json.loads((HERE / "tiny.json").read_text())
+    found = json.loads(json.dumps(measure(tmp_path)))
+    assert [[row[axis] for axis in AXES] for row in found] == [[row[axis] for axis in AXES] for row in golden["rows"]]
+    if golden["made_with"] == made_with():
+        assert found == golden["rows"]
+        return
+    for row, expected in zip(found, golden["rows"], strict=True):
+        for share in SHARES:
+            assert (row[share] is None) == (expected[share] is None)
+            assert row[share] is None or abs(row[share] - expected[share]) <= 0.25, (row, expected)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE.parents[1]))
+    with tempfile.TemporaryDirectory() as folder:
+        content = {"made_with": made_with(), "rows": measure(Path(folder))}
+    lines = ",\n".join(json.dumps(row) for row in content["rows"])
+    (HERE / "tiny.json").write_text(f'{{"made_with": {json.dumps(content["made_with"])}, "rows": [\n{lines}\n]}}\n')
