@@ -18,7 +18,7 @@ from torch import Tensor
 from models.backbone import Network
 from models.classifier import Classifier
 from models.images import ImageSet, quantise, to_float
-from models.spec import BadInput, Spec, check, generator
+from models.spec import BadInput, Spec, check, generator, uniforms
 from models.training import Recipe
 
 __all__ = [
@@ -166,29 +166,6 @@ class Attack(Spec, ABC):
     def finished(self, victim: Classifier, crafted: Crafted) -> Crafted:
         """The triggers after training, for attacks that learn them jointly with the victim."""
         return crafted
-
-
-def _mix(state: Tensor) -> Tensor:
-    """SplitMix64's finaliser on int64: products wrap as unsigned ones do, and the masks make the shifts logical."""
-    state = (state ^ ((state >> 30) & 0x3FFFFFFFF)) * (0xBF58476D1CE4E5B9 - 2**64)
-    state = (state ^ ((state >> 27) & 0x1FFFFFFFFF)) * (0x94D049BB133111EB - 2**64)
-    return state ^ ((state >> 31) & 0x1FFFFFFFF)
-
-
-def uniforms(key: int, index: Tensor, count: int) -> Tensor:
-    """``count`` uniforms in [0, 1) per sample, float32 (N, count), looked up rather than drawn.
-
-    The value depends on (key, index, position) alone: not on the batch, its order, the device or the number of workers, and no
-    table as large as the data set is kept. SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) used as a counter-based generator; the
-    upper 24 bits, so that every device holds the same floats.
-
-    Args:
-        key: in [0, 2**63), as :func:`models.spec.derive_seed` gives it.
-        index: int64 (N,), which samples.
-    """
-    position = torch.arange(count, device=index.device) * (0x9E3779B97F4A7C15 - 2**64)
-    bits = _mix(_mix(index + key)[:, None] + position)
-    return ((bits >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24
 
 
 def apply(trigger: Trigger, images: Tensor, index: Tensor, batch: int = 1000) -> Tensor:

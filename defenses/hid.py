@@ -9,8 +9,8 @@ Needs: poisoned training set. Edits: everything; the model is new, of the victim
 Dial: share of units pruned at the end, per layer; default = what ``rule`` prunes.
 Deviations from the paper: its text was not available in full. From public text: the order of the stages, Hölder pruning inside,
 alpha = 0.5. Ours: SimCLR and MixMatch as the self- and semi-supervised methods (with DBD's numbers), the size and training of the
-head, the rule for the clean samples, the number of rounds, one forward pass for MixMatch's three parts instead of three on
-interleaved batches, an epoch of it = one pass over the clean samples, and the last pruning of the head that MixMatch leaves.
+head, the rule for the clean samples, the number of rounds, an epoch of MixMatch = one pass over the clean samples, and the last
+pruning of the head that MixMatch leaves.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge, prunable
 from defenses.holder_pruning import HolderPruning
 from models.backbone import Network
-from models.classifier import Classifier
 from models.extractors import SelfSupervised, embeddings, fit_head, mlp
-from models.images import Batches, ImageSet
+from models.images import ImageSet
+from models.mixmatch import MixMatch
 from models.spec import check, derive_seed, generator
 from models.training import Recipe, default_device, fit
 from models.units import Scope, Scores
 
-__all__ = ["HID", "clean_split", "mixmatch_loss", "sharpened"]
+__all__ = ["HID", "clean_split"]
 
 
 def clean_split(logits: Tensor, labels: Tensor, share: float) -> Tensor:
@@ -51,60 +51,12 @@ def clean_split(logits: Tensor, labels: Tensor, share: float) -> Tensor:
     return low & agree
 
 
-def sharpened(probabilities: Tensor, temperature: float) -> Tensor:
-    """``p^(1/T)``, normalised again; (N, classes)."""
-    raised = probabilities.pow(1 / temperature)
-    return raised / raised.sum(1, keepdim=True)
-
-
-def mixmatch_loss(x_logits: Tensor, x_targets: Tensor, u_logits: Tensor, u_targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(cross-entropy of soft targets, mean square of softmax - target over samples and classes): MixMatch's Lx and Lu."""
-    return cross_entropy(x_logits, x_targets), (u_logits.softmax(1) - u_targets).square().mean()
-
-
-class _MixMatch(Classifier):
-    """Semi-supervised training (Berthelot et al., NeurIPS 2019, arXiv 1905.02249) on the batches of the labelled images."""
-
-    def __init__(self, net: Network, recipe: Recipe, unlabelled: ImageSet, method: HID, seed: int) -> None:
-        super().__init__(net, recipe)
-        self.unlabelled, self.method, self.seed = unlabelled.to(default_device()), method, seed
-        self.draw = generator(seed, "unlabelled")
-
-    def two_views(self, count: int) -> tuple[Tensor, Tensor]:
-        """Two independent augmentations of ``count`` unlabelled images, drawn with replacement."""
-        picked = self.unlabelled.subset(torch.randint(0, len(self.unlabelled), (count,), generator=self.draw))
-        found = []
-        for view in range(2):
-            seed = derive_seed(self.seed, "views", self.global_step, view)
-            batch = Batches(picked, count, seed, crop=self.recipe.crop, flip=self.recipe.flip)
-            images, _, order = next(iter(batch))
-            found.append(images[order.argsort()])
-        return found[0], found[1]
-
-    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, labels, _ = batch
-        count = len(images)
-        first, second = self.two_views(count)
-        with torch.no_grad():
-            guess = sharpened((self(first).softmax(1) + self(second).softmax(1)) / 2, self.method.sharpen)
-        given = nn.functional.one_hot(labels, guess.shape[1]).to(guess.dtype)
-        inputs, targets = torch.cat([images, first, second]), torch.cat([given, guess, guess])
-        # Training is seeded as a whole, and torch's distributions take no generator.
-        share = torch.distributions.Beta(self.method.mixup, self.method.mixup).sample().item()
-        share, order = max(share, 1 - share), torch.randperm(3 * count).to(inputs.device)
-        logits = self(share * inputs + (1 - share) * inputs[order])
-        mixed = share * targets + (1 - share) * targets[order]
-        lx, lu = mixmatch_loss(logits[:count], mixed[:count], logits[count:], mixed[count:])
-        ramp = int(self.global_step) / self.total_steps
-        return lx + self.method.unlabelled_weight * ramp * lu
-
-
 @dataclass(frozen=True)
 class HID(Defense):
     """Settings of the four stages; what they say about the reconstruction is in the module's docstring.
 
     Attributes:
-        ssl_epochs, ssl_batch, ssl_lr: of SimCLR, see :class:`models.extractors.SelfSupervised` (DBD: 1000, 512, 0.4).
+        ssl_epochs, ssl_batch, ssl_lr, blur: of SimCLR, see :class:`models.extractors.SelfSupervised` (DBD: 1000, 512, 0.4, 0.5).
         rounds: of head, pruning, split and semi-supervised training; it ends sooner once less than ``settled`` of the samples
             change sides (ours).
         hidden: sizes of the head's hidden layers (ours). head_epochs, head_lr, head_batch: of Adam on cached features (ours).
@@ -122,6 +74,7 @@ class HID(Defense):
     ssl_epochs: int = 1000
     ssl_batch: int = 512
     ssl_lr: float = 0.4
+    blur: float = 0.5
     rounds: int = 3
     settled: float = 0.01
     hidden: tuple[int, ...] = (512, 512)
@@ -163,7 +116,7 @@ class HID(Defense):
     @property
     def extractor(self) -> SelfSupervised:
         """SimCLR on the poisoned images, under these settings."""
-        return SelfSupervised("poisoned", self.ssl_epochs, self.ssl_batch, self.ssl_lr)
+        return SelfSupervised("poisoned", self.ssl_epochs, self.ssl_batch, self.ssl_lr, blur=self.blur)
 
     @property
     def pruner(self) -> HolderPruning:
@@ -201,6 +154,14 @@ class HID(Defense):
             logits = pruned.head(z)
         return pruned, clean_split(logits, data.labels, self.clean_share)
 
+    def semi_supervised(self, net: Network, recipe: Recipe, clean: Tensor) -> MixMatch:
+        """MixMatch on samples of which those under ``clean``, bool (N,), keep their labels."""
+        steps = max(1, int(clean.sum()) // recipe.batch)
+        return MixMatch(
+            net, recipe, lambda *_: clean, iterations=steps, sharpen=self.sharpen, mixup=self.mixup,
+            weight=self.unlabelled_weight, ramp=max(1, recipe.epochs),
+        )  # fmt: skip
+
     def candidates(self, view: DefenderView) -> Iterator[Candidate]:
         data = view.train
         if len(data) < 2:
@@ -215,10 +176,10 @@ class HID(Defense):
             if number and moved < self.settled:
                 break
             net, clean, done = proposed, found, number + 1
-            if int(clean.sum()) < 2 or bool(clean.all()):
+            if min(int(clean.sum()), int((~clean).sum())) < 2:
                 break
-            module = _MixMatch(net, recipe, data.subset(~clean), self, derive_seed(seed, "unlabelled"))
-            fit(module, data.subset(clean), recipe, derive_seed(seed, "semi"))
+            module = self.semi_supervised(net, recipe, clean)
+            fit(module, data, recipe, derive_seed(seed, "semi"))
         net = net.requires_grad_(True).eval()
         scores = self.constants(net, data, derive_seed(view.seed, "hid", "last"))
         note = f"{done} rounds; {int(clean.sum())} of {len(data)} samples taken for clean"

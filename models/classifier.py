@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from models.backbone import Network
-from models.images import BeforeAugment
+from models.images import Batches, BeforeAugment, ImageSet
 
 with warnings.catch_warnings():
     # Lightning's own imports warn about other packages' deprecations; ours stay errors in the tests.
@@ -20,14 +21,23 @@ with warnings.catch_warnings():
 if TYPE_CHECKING:
     from models.training import Recipe
 
-__all__ = ["Classifier", "pl"]
+__all__ = ["Classifier", "Epochs", "pl"]
+
+
+class Epochs(Protocol):
+    """Training batches: as many as ``len`` says in one epoch; iterating again gives the next epoch."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]: ...
 
 
 class Classifier(pl.LightningModule):  # type: ignore[misc]  # mypy does not follow Lightning's imports
     """Cross-entropy training of a :class:`Network` under a :class:`Recipe`.
 
     A method that differs from plain training overrides one hook and nothing else: :meth:`loss`, :meth:`on_batch`,
-    :meth:`trainable`, :meth:`after_step`, or sets ``before_augment``.
+    :meth:`trainable`, :meth:`after_step`, :meth:`loader`, or sets ``before_augment``. Where a step takes more than one batch of
+    labelled images, it overrides ``training_step``.
     """
 
     before_augment: BeforeAugment | None = None
@@ -43,6 +53,13 @@ class Classifier(pl.LightningModule):  # type: ignore[misc]  # mypy does not fol
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.net(x)
         return logits
+
+    def loader(self, data: ImageSet, seed: int) -> Epochs:
+        """What the loop iterates over. ``data`` is on the device of the training; every draw is keyed by ``seed``."""
+        recipe = self.recipe
+        return Batches(
+            data, recipe.batch, seed, crop=recipe.crop, flip=recipe.flip, before_augment=self.before_augment
+        )
 
     def on_batch(self, images: Tensor, labels: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Changes an augmented batch before the forward pass; shapes as in :class:`models.images.Batches`."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
-import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -24,19 +23,17 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import affine_grid, cross_entropy, grid_sample, interpolate
+from torch.nn.functional import cross_entropy, interpolate
 
 from models.backbone import Network, Normalise
 from models.classifier import Classifier
 from models.images import ImageSet
+from models.simclr import SimCLR
 from models.spec import BadInput, Spec, check, derive_seed, generator, nearest
 from models.training import Fitted, Recipe, default_device, embed, fit, seeded
 from models.weights import fit_state, read_state
 
-__all__ = [
-    "EXTRACTORS", "Extractor", "Pretrained", "SelfSupervised", "Supervised", "contrastive_loss", "embeddings", "fit_head", "mlp",
-    "views",
-]  # fmt: skip
+__all__ = ["EXTRACTORS", "Extractor", "Pretrained", "SelfSupervised", "Supervised", "embeddings", "fit_head", "mlp"]
 
 Fresh = Callable[[int], Network]
 """Builds an untrained network of the scenario's architecture from a seed."""
@@ -90,76 +87,6 @@ class Supervised(Extractor):
         return fit(Classifier(net, recipe), data, recipe, derive_seed(seed, self.name, "batches"))
 
 
-def views(images: Tensor, draw: torch.Generator, flip: bool) -> Tensor:
-    """One SimCLR view of every image, float (N, C, H, W) in [0, 1] -> the same; each image with draws of its own.
-
-    Random crop of 0.2 to 1 of the area, at aspect ratios from 3/4 to 4/3, resized back; mirrored with probability 1/2 where
-    ``flip``; with probability 0.8 brightness and contrast (and of colour images saturation) times a factor in 0.6 to 1.4; colour
-    images turn grey with probability 0.2. No hue and no blur (Chen et al., ICML 2020, arXiv 2002.05709, App. B.9, has no blur at
-    32x32 either).
-    """
-    size = len(images)
-    u = torch.rand((size, 10), generator=draw).to(images.device)
-    area, ratio = 0.2 + 0.8 * u[:, 0], torch.exp(math.log(4 / 3) * (2 * u[:, 1] - 1))
-    wide, high = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-    move = torch.zeros((size, 2, 3), device=images.device)
-    move[:, 0, 0] = torch.where((u[:, 2] < 0.5) & flip, -wide, wide)
-    move[:, 1, 1] = high
-    move[:, 0, 2], move[:, 1, 2] = (2 * u[:, 3] - 1) * (1 - wide), (2 * u[:, 4] - 1) * (1 - high)
-    grid = affine_grid(move, list(images.shape), align_corners=False)
-    x = grid_sample(images, grid, padding_mode="border", align_corners=False)
-
-    def blend(x: Tensor, other: Tensor | float, draws: Tensor) -> Tensor:
-        factor = torch.where(u[:, 5] < 0.8, 0.6 + 0.8 * draws, 1.0).view(-1, 1, 1, 1)
-        return (factor * x + (1 - factor) * other).clamp(0, 1)
-
-    x = blend(x, 0.0, u[:, 6])
-    x = blend(x, x.mean((1, 2, 3), keepdim=True), u[:, 7])
-    if images.shape[1] == 3:
-        grey = (x * torch.tensor([0.299, 0.587, 0.114], device=x.device).view(1, 3, 1, 1)).sum(1, keepdim=True)
-        x = torch.where(u[:, 9].view(-1, 1, 1, 1) < 0.2, grey.expand_as(x), blend(x, grey, u[:, 8]))
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def contrastive_loss(z: Tensor, temperature: float) -> Tensor:
-    """One-sided NT-Xent of pairs: the first view of every image must recognise its second among all other embeddings.
-
-    ``-(1/b) sum_i [s(a_i, c_i)/t - log sum_{k != a_i} exp(s(a_i, k)/t)]`` with s the cosine, over the 2b - 1 others (the form DBD
-    trains; Huang et al., ICLR 2022, arXiv 2202.03423).
-
-    Args:
-        z: float (b, 2, d), the two views of every image; need not be normalised.
-    """
-    b = len(z)
-    flat = nn.functional.normalize(torch.cat([z[:, 0], z[:, 1]]), dim=1)
-    similarity = flat[:b] @ flat.T / temperature
-    itself = torch.eye(b, 2 * b, dtype=torch.bool, device=z.device)
-    target = torch.arange(b, device=z.device) + b
-    return cross_entropy(similarity.masked_fill(itself, -torch.inf), target)
-
-
-class _SimCLR(Classifier):
-    """Contrastive training of the features; the head stays as it is. Labels are never looked at."""
-
-    def __init__(self, net: Network, recipe: Recipe, width: int, temperature: float, flip: bool, seed: int) -> None:
-        super().__init__(net, recipe)
-        self.temperature, self.flip_views = temperature, flip
-        self.draw = generator(seed, "views")
-        with seeded(derive_seed(seed, "projection")):
-            self.projection = nn.Sequential(
-                nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 128)
-            )
-
-    def trainable(self) -> list[nn.Parameter]:
-        return [*self.net.features.parameters(), *self.projection.parameters()]
-
-    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
-        images = batch[0]
-        both = torch.cat([views(images, self.draw, self.flip_views) for _ in range(2)])
-        first, second = self.projection(self.net.embed(both)).chunk(2)
-        return contrastive_loss(torch.stack([first, second], dim=1), self.temperature)
-
-
 @dataclass(frozen=True)
 class SelfSupervised(Extractor):
     """SimCLR: no label is looked at (Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", ICML
@@ -169,6 +96,8 @@ class SelfSupervised(Extractor):
         on: the images before the attack (``clean``) or as published (``poisoned``).
         epochs, batch, lr, temperature: of SGD, cosine to zero (DBD's authors' code: 1000, 512, 0.4 at batch 512, 0.5). The rate is
             scaled by batch / 512. weight_decay: theirs too.
+        blur: share of the views that are blurred (DBD's authors' code; SimCLR's own recipe for 32x32 images, App. B.9, has none).
+        symmetric: both views are anchors, as in SimCLR, or the first ones alone, as in DBD (its authors' code).
     """
 
     name: ClassVar[str] = "self-supervised"
@@ -179,6 +108,8 @@ class SelfSupervised(Extractor):
     lr: float = 0.4
     temperature: float = 0.5
     weight_decay: float = 1e-4
+    blur: float = 0.5
+    symmetric: bool = False
 
     def __post_init__(self) -> None:
         check(self, "on", self.on in ("clean", "poisoned"), "'clean' or 'poisoned'")
@@ -187,6 +118,7 @@ class SelfSupervised(Extractor):
         check(self, "lr", 0 <= self.lr <= 10, "between 0 and 10")
         check(self, "temperature", 0 < self.temperature <= 100, "positive, at most 100")
         check(self, "weight_decay", 0 <= self.weight_decay <= 1, "in [0, 1]")
+        check(self, "blur", 0 <= self.blur <= 1, "a share in [0, 1]")
 
     @property
     def reads(self) -> Reads:
@@ -199,7 +131,10 @@ class SelfSupervised(Extractor):
         net = fresh(derive_seed(seed, self.name, "weights"))
         first = net.head[0]
         assert isinstance(first, nn.Linear)
-        module = _SimCLR(net, own, first.in_features, self.temperature, recipe.flip, derive_seed(seed, self.name, "views"))
+        module = SimCLR(
+            net, own, width=first.in_features, temperature=self.temperature, flip=recipe.flip, blur=self.blur,
+            symmetric=self.symmetric, seed=derive_seed(seed, self.name, "views"),
+        )  # fmt: skip
         return fit(module, data, own, derive_seed(seed, self.name, "batches"))
 
 

@@ -87,6 +87,8 @@ class Batches:
         flip: mirror half of the samples.
         drop_last: drop every incomplete batch, as long as one complete batch exists.
         before_augment: attacker-side hook on raw images; what it returns is quantised to uint8, then cropped and flipped (slower).
+        views: how often each image is shown, each time with its own crop and flip: images come as (views * B, C, H, W), all first
+            views before all second ones, while labels and index stay (B,).
     """
 
     def __init__(
@@ -99,9 +101,10 @@ class Batches:
         flip: bool = False,
         drop_last: bool = False,
         before_augment: BeforeAugment | None = None,
+        views: int = 1,
     ) -> None:
         self.data, self.batch, self.seed, self.crop, self.flip = data, batch, seed, crop, flip
-        self.before_augment = before_augment
+        self.before_augment, self.views = before_augment, views
         self.epoch = 0
         size = len(data)
         full, rest = divmod(size, batch)
@@ -133,20 +136,21 @@ class Batches:
         draw.manual_seed(derive_seed(self.seed, "epoch", self.epoch))
         size, device = len(self.data), self.data.images.device
         order = torch.randperm(size, generator=draw)
-        moves = torch.zeros((size, 3), dtype=torch.int64)
-        if self.crop:
-            moves[:, :2] = torch.randint(0, 2 * self.crop + 1, (size, 2), generator=draw)
-        if self.flip:
-            moves[:, 2] = torch.randint(0, 2, (size,), generator=draw)
+        moves = torch.zeros((self.views, size, 3), dtype=torch.int64)
+        for move in moves:
+            if self.crop:
+                move[:, :2] = torch.randint(0, 2 * self.crop + 1, (size, 2), generator=draw)
+            if self.flip:
+                move[:, 2] = torch.randint(0, 2, (size,), generator=draw)
         order, moves = order.to(device), moves.to(device)
         epoch, self.epoch = self.epoch, self.epoch + 1
         for step in range(self._steps):
             index = order[step * self.batch : (step + 1) * self.batch]
-            labels, move = self.data.labels[index], moves[index]
-            if self._pixels is not None:
-                yield self._gather(self._pixels, index, move), labels, index
-                continue
-            assert self.before_augment is not None
-            images, labels = self.before_augment(to_float(self.data.images[index]), labels, index, epoch)
-            pixels = self._flat(quantise(images))
-            yield self._gather(pixels, torch.arange(len(index), device=device), move), labels, index
+            labels = self.data.labels[index]
+            pixels, row = self._pixels, index
+            if pixels is None:
+                assert self.before_augment is not None
+                images, labels = self.before_augment(to_float(self.data.images[index]), labels, index, epoch)
+                pixels, row = self._flat(quantise(images)), torch.arange(len(index), device=device)
+            seen = [self._gather(pixels, row, move[index]) for move in moves]
+            yield seen[0] if self.views == 1 else torch.cat(seen), labels, index

@@ -17,10 +17,12 @@ from torch import Tensor
 from models.backbone import Network
 from models.classifier import Classifier, pl
 from models.cost import metered
-from models.images import Batches, ImageSet, to_float
+from models.images import ImageSet, to_float
 from models.spec import Spec, check
 
-__all__ = ["Diverged", "Fitted", "Recipe", "accuracy", "default_device", "embed", "fit", "predict", "predict_head", "seeded"]
+__all__ = [
+    "Diverged", "Fitted", "Recipe", "accuracy", "default_device", "embed", "fit", "logits", "predict", "predict_head", "seeded",
+]  # fmt: skip
 
 
 class Diverged(RuntimeError):
@@ -116,9 +118,7 @@ def fit(module: Classifier, data: ImageSet, recipe: Recipe, seed: int) -> Fitted
     if recipe.epochs == 0 or len(data) < 2:
         return Fitted(net.eval(), time.perf_counter() - start, 0, 0)
     device = default_device()
-    batches = Batches(
-        data.to(device), recipe.batch, seed, crop=recipe.crop, flip=recipe.flip, before_augment=module.before_augment
-    )
+    batches = module.loader(data.to(device), seed)
     module.total_steps = len(batches) * recipe.epochs
     module.train()
     with metered() as cost, seeded(seed), warnings.catch_warnings():
@@ -183,6 +183,18 @@ def embed(net: Network, images: Tensor, batch: int = 500) -> list[Tensor]:
     parts = [net.embed(_floats(images[start : start + batch], device)) for start in range(0, len(images), batch)]
     net.train(was_training)
     return parts
+
+
+@torch.no_grad()
+def logits(net: Network, images: Tensor, batch: int = 500) -> Tensor:
+    """Logits float (N, num_classes) of uint8 images (N, C, H, W) in evaluation mode, computed on the default device, on the CPU.
+
+    Mode and device of the network are restored.
+    """
+    device = next(net.parameters()).device
+    parts = [net.head(z).cpu() for z in embed(net.to(default_device()), images, batch)]
+    net.to(device)
+    return torch.cat(parts)
 
 
 @torch.no_grad()

@@ -6,15 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
 
-from defenses import hid
 from defenses.base import Inapplicable, Knowledge
-from defenses.hid import HID, clean_split, mixmatch_loss, sharpened
+from defenses.hid import HID, clean_split
 from defenses.holder_pruning import holder_constants
 from models.backbone import Network
 from models.extractors import SelfSupervised, embeddings, fit_head, mlp
-from models.images import ImageSet, to_float
+from models.images import ImageSet
+from models.mixmatch import MixMatch
 from models.spec import BadInput, derive_seed, generator
 from models.training import fit
 from models.units import Scope, Writer, fixed, prune, select, unit_layers
@@ -24,10 +23,6 @@ TINY = HID(
 )
 
 
-def sines(count: int, step: float, *shape: int) -> torch.Tensor:
-    return torch.from_numpy(np.sin(step * np.arange(1, count + 1))).float().view(shape)
-
-
 def same(a, b) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
@@ -35,23 +30,6 @@ def same(a, b) -> bool:
 def default(candidates):
     (chosen,) = [candidate for candidate in candidates if candidate.is_default]
     return chosen
-
-
-def test_mixmatch_losses_at_the_reference_values():
-    """Closed-form inputs; the two numbers come from DBD's authors' functions."""
-    given = torch.eye(10)[torch.tensor([1, 2, 3, 4])]
-    lx, lu = mixmatch_loss(
-        2 * sines(40, 0.3, 4, 10), given, 2 * sines(80, 0.9, 8, 10), sines(80, 0.4, 8, 10).softmax(1)
-    )
-    assert lx.item() == pytest.approx(2.60990357, rel=1e-6)
-    assert lu.item() == pytest.approx(0.01453918, rel=1e-5)
-
-
-def test_sharpening_by_hand():
-    p = torch.tensor([[0.5, 0.3, 0.2]])
-    expected = [v**2 / (0.25 + 0.09 + 0.04) for v in (0.5, 0.3, 0.2)]
-    assert sharpened(p, 0.5)[0].tolist() == pytest.approx(expected)
-    torch.testing.assert_close(sharpened(p, 1.0), p)
 
 
 def test_the_clean_split_is_that_of_a_loop():
@@ -75,47 +53,6 @@ def test_a_label_the_head_contradicts_is_never_clean():
     assert clean_split(logits, labels, 1.0).tolist() == [True, False, True]
 
 
-def test_one_mixmatch_step_against_plain_numpy(net_of, data_of, monkeypatch):
-    """Guess, sharpen, mix with one share, both losses at the ramp's place: written out on the network's own probabilities."""
-    net, labelled, unlabelled = net_of(), data_of(1, 6), data_of(2, 10)
-    recipe = replace(TINY.semi, crop=0, flip=False)
-    module = hid._MixMatch(net, recipe, unlabelled, replace(TINY, unlabelled_weight=3.0), 0)
-    module.total_steps = 4
-    first, second = to_float(unlabelled.images[:6]), to_float(unlabelled.images[4:])
-    monkeypatch.setattr(module, "two_views", lambda count: (first, second))
-    monkeypatch.setattr(type(module), "global_step", 1)
-    order = torch.randperm(18, generator=generator(0, "order"))
-    monkeypatch.setattr(torch, "randperm", lambda count: order)
-    share = torch.tensor(0.3)
-    monkeypatch.setattr(torch.distributions.Beta, "sample", lambda self: share)
-    images = to_float(labelled.images)
-    loss = module.eval().training_step((images, labelled.labels, torch.arange(6)), 0).item()
-
-    def probabilities(x):
-        with torch.no_grad():
-            return net(x).double().softmax(1).numpy()
-
-    guess = ((probabilities(first) + probabilities(second)) / 2) ** 2
-    guess /= guess.sum(1, keepdims=True)
-    targets = np.concatenate([np.eye(4)[labelled.labels], guess, guess])
-    inputs = torch.cat([images, first, second])
-    p = probabilities(0.7 * inputs + 0.3 * inputs[order])
-    mixed = 0.7 * targets + 0.3 * targets[order.numpy()]
-    lx = -(mixed[:6] * np.log(p[:6])).sum(1).mean()
-    lu = np.square(p[6:] - mixed[6:]).mean()
-    assert loss == pytest.approx(lx + 3.0 * 1 / 4 * lu, rel=1e-4)
-
-
-def test_two_views_show_the_same_images_each_with_its_own_crop(net_of, data_of):
-    images = torch.arange(10, dtype=torch.uint8).mul(20).view(-1, 1, 1, 1).expand(10, 3, 8, 8).contiguous()
-    data = ImageSet(images, torch.zeros(10, dtype=torch.int64), 4)
-    module = hid._MixMatch(net_of(), replace(TINY.semi, crop=2, flip=False), data, TINY, 0)
-    first, second = module.two_views(7)
-    assert torch.equal(first.amax((1, 2, 3)), second.amax((1, 2, 3)))
-    assert first.shape == (7, 3, 8, 8)
-    assert not torch.equal(first, second)
-
-
 def test_one_round_without_pruning_is_its_four_stages(net_of, data_of, view_of):
     """Self-supervised features, head on the labels as given, split, semi-supervised training: the pipeline written out."""
     method = replace(TINY, rule="mean-std", u=100.0, grid=())
@@ -128,8 +65,10 @@ def test_one_round_without_pruning_is_its_four_stages(net_of, data_of, view_of):
     clean = clean_split(head(z).detach(), data.labels, 0.5)
     twin = Network(net.normalise, net.features, head)
     recipe = replace(method.semi, crop=1)
-    fit(hid._MixMatch(twin, recipe, data.subset(~clean), method, derive_seed(seed, "unlabelled")), data.subset(clean), recipe,
-        derive_seed(seed, "semi"))  # fmt: skip
+    module = MixMatch(
+        twin, recipe, lambda *_: clean, iterations=max(1, int(clean.sum()) // 8), sharpen=0.5, mixup=0.75, weight=15.0, ramp=1
+    )
+    fit(module, data, recipe, derive_seed(seed, "semi"))
     (candidate,) = method.candidates(view)
     assert same(candidate.model, twin)
     assert torch.equal(candidate.isolated, ~clean)
@@ -205,9 +144,3 @@ def test_it_needs_the_poisoned_set_alone(view_of, data_of):
 def test_settings_out_of_range_are_named(wrong, named):
     with pytest.raises(BadInput, match=f": {named} = "):
         HID(**wrong)
-
-
-def test_soft_cross_entropy_is_what_torch_means_by_it():
-    logits, targets = sines(12, 0.7, 3, 4), sines(12, 0.2, 3, 4).softmax(1)
-    by_hand = -(targets * logits.log_softmax(1)).sum(1).mean()
-    torch.testing.assert_close(cross_entropy(logits, targets), by_hand)

@@ -12,8 +12,9 @@ from torch.nn.functional import interpolate
 
 from models.classifier import Classifier
 from models.cost import metered
-from models.extractors import EXTRACTORS, Pretrained, SelfSupervised, Supervised, contrastive_loss, embeddings, fit_head, mlp, views
+from models.extractors import EXTRACTORS, Pretrained, SelfSupervised, Supervised, embeddings, fit_head, mlp
 from models.images import ImageSet, to_float
+from models.simclr import SimCLR
 from models.spec import BadInput, canonical, derive_seed, generator
 from models.training import Recipe, fit, seeded
 from models.vgg import VGG11BN
@@ -194,90 +195,21 @@ def test_a_trained_head_separates_what_can_be_separated_and_sees_every_sample():
     np.testing.assert_array_equal(head[0].weight.detach(), again[0].weight.detach())
 
 
-def pairs() -> torch.Tensor:
-    z = torch.from_numpy(np.sin(np.arange(1, 61))).float().view(6, 2, 5)
-    return z / z.norm(dim=-1, keepdim=True)
-
-
-@pytest.mark.parametrize(("temperature", "expected"), [(0.5, 2.48467946), (1.0, 2.26740742)])
-def test_contrastive_loss_at_the_reference_values(temperature, expected):
-    """Closed-form input; the numbers come from DBD's authors' function."""
-    assert contrastive_loss(pairs(), temperature).item() == pytest.approx(expected, rel=1e-6)
-
-
-def test_contrastive_loss_is_that_of_a_loop_and_ignores_length():
-    z = pairs().double()
-    flat = [*z[:, 0].numpy(), *z[:, 1].numpy()]
-    total = 0.0
-    for i in range(6):
-        others = sum(np.exp(flat[i] @ flat[k] / 0.3) for k in range(12) if k != i)
-        total -= flat[i] @ flat[i + 6] / 0.3 - np.log(others)
-    assert contrastive_loss(z, 0.3).item() == pytest.approx(total / 6)
-    lengths = torch.linspace(0.5, 3, 12, dtype=torch.float64).view(6, 2, 1)
-    assert contrastive_loss(z * lengths, 0.3).item() == pytest.approx(total / 6)
-
-
-def test_views_are_drawn_for_each_image_and_stay_images():
-    x = torch.rand((1, 3, 8, 8), generator=generator(0, "x")).expand(64, -1, -1, -1)
-    first = views(x, generator(0, "views"), flip=True)
-    assert torch.equal(first, views(x, generator(0, "views"), flip=True))
-    assert first.shape == x.shape
-    assert first.min() >= 0
-    assert first.max() <= 1
-    assert len({row.numpy().tobytes() for row in first}) == 64
-
-
-def test_a_share_of_the_views_is_grey_and_grey_images_stay_grey():
-    x = torch.rand((2000, 3, 8, 8), generator=generator(0, "x"))
-    seen = views(x, generator(0, "views"), flip=False)
-    grey = (seen - seen.mean(1, keepdim=True)).abs().amax((1, 2, 3)) < 1e-6
-    assert 0.15 < grey.double().mean() < 0.25
-    assert views(x[:4, :1], generator(0, "views"), flip=False).shape == (4, 1, 8, 8)
-
-
-def test_only_flipping_views_mirror():
-    """A horizontal ramp keeps its direction under crops and colours; mirrored it falls."""
-    ramp = torch.linspace(0.3, 0.6, 8).expand(400, 1, 8, 8).contiguous()
-
-    def falling(flip: bool) -> float:
-        seen = views(ramp, generator(0, "views"), flip=flip)
-        return float((seen[..., -1].mean((1, 2)) < seen[..., 0].mean((1, 2))).double().mean())
-
-    assert falling(False) == 0
-    assert 0.4 < falling(True) < 0.6
-
-
-def test_crops_show_between_a_fifth_and_all_of_the_image():
-    """Two ramps tell which window a view shows: its share of the ramp's range is its share of the side."""
-    across = torch.linspace(0, 1, 64).expand(64, 64)
-    x = torch.stack([across, across.T, torch.zeros(64, 64)]).expand(500, -1, -1, -1).contiguous()
-    seen = views(x, generator(1, "views"), flip=False)
-    wide = seen[:, 0].amax((1, 2)) - seen[:, 0].amin((1, 2))
-    untouched = seen[:, 2].amax((1, 2)) == 0  # neither contrast, saturation nor grey moved the empty channel
-    assert untouched.sum() > 30
-    assert wide[untouched].min() > 0.3
-    assert wide[untouched].max() > 0.9
-
-
-def test_self_supervised_looks_at_no_label_leaves_the_head_and_learns():
-    halves = torch.randint(0, 256, (32, 3, 2, 2), generator=generator(0, "patterns")).to(torch.uint8)
-    data = ImageSet(halves.repeat_interleave(4, 2).repeat_interleave(4, 3), torch.arange(32) % 4, 4)
-    method = SelfSupervised(epochs=30, batch=32, lr=3.0)
+def test_self_supervised_looks_at_no_label_leaves_the_head_and_is_the_training_of_its_settings():
+    data = data_of()
+    method = SelfSupervised(epochs=2, batch=8, lr=3.2, temperature=0.3, blur=0.25, symmetric=True)
     built = method.build(fresh, data, RECIPE, 3)
     other = method.build(fresh, ImageSet(data.images, data.labels.flip(0), 4), RECIPE, 3)
-    start = fresh(derive_seed(3, "self-supervised", "weights"))
+    twin = fresh(derive_seed(3, "self-supervised", "weights"))
     assert same(built.net, other.net)
-    assert same(built.net.head, start.head)
-    assert not same(built.net.features, start.features)
-    assert (built.samples_forward, built.samples_backward) == (30 * 64, 30 * 64)
-    images = to_float(data.images)
-
-    def loss(net: nn.Module) -> float:
-        with torch.no_grad():
-            z = torch.stack([net.embed(views(images, generator(k, "look"), flip=True)) for k in range(2)], dim=1)
-        return contrastive_loss(z, 0.5).item()
-
-    assert loss(built.net) < loss(start) - 0.1
+    assert same(built.net.head, twin.head)
+    assert not same(built.net.features, twin.features)
+    assert (built.samples_forward, built.samples_backward) == (2 * 32, 2 * 32)
+    recipe = Recipe(epochs=2, batch=8, lr=0.05, weight_decay=1e-4, crop=0, flip=False)
+    settings = {"temperature": 0.3, "flip": True, "blur": 0.25, "symmetric": True}
+    module = SimCLR(twin, recipe, width=16, seed=derive_seed(3, "self-supervised", "views"), **settings)
+    fit(module, data, recipe, derive_seed(3, "self-supervised", "batches"))
+    assert same(built.net, twin)
 
 
 def test_origins_say_what_they_read():
@@ -287,7 +219,8 @@ def test_origins_say_what_they_read():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"on": "test"}, {"epochs": -1}, {"batch": 1}, {"lr": 11.0}, {"temperature": 0.0}, {"weight_decay": 2.0}]
+    "wrong",
+    [{"on": "test"}, {"epochs": -1}, {"batch": 1}, {"lr": 11.0}, {"temperature": 0.0}, {"weight_decay": 2.0}, {"blur": 1.5}],
 )
 def test_settings_of_the_self_supervised_out_of_range_are_named(wrong):
     with pytest.raises(BadInput, match=f"self-supervised: {next(iter(wrong))}"):

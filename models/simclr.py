@@ -1,0 +1,81 @@
+"""SimCLR: Chen, Kornblith, Norouzi and Hinton, "A Simple Framework for Contrastive Learning of Visual Representations", ICML 2020,
+arXiv 2002.05709.
+
+Two random views of an image are pulled together and pushed away from all other images of the batch. No label is looked at.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+
+from models.augmentations import VIEW_DRAWS, simclr_view
+from models.backbone import Network
+from models.classifier import Classifier
+from models.spec import derive_seed, uniforms
+from models.training import Recipe, seeded
+
+__all__ = ["SimCLR", "contrastive_loss"]
+
+
+def contrastive_loss(z: Tensor, temperature: float, *, symmetric: bool = False) -> Tensor:
+    """NT-Xent of pairs: a view of every image must recognise the image's other view among all other embeddings.
+
+    ``-(1/b) sum_i [s(a_i, c_i)/t - log sum_{k != a_i} exp(s(a_i, k)/t)]`` with s the cosine, over the 2b - 1 others. ``a`` are the
+    first views alone, as DBD trains (Huang et al., ICLR 2022, arXiv 2202.03423); ``symmetric`` is SimCLR's own eq. 1, the mean over
+    both views in that part. They agree in expectation, not on one batch.
+
+    Args:
+        z: float (b, 2, d), the two views of every image; need not be normalised.
+    """
+    b = len(z)
+    flat = normalize(torch.cat([z[:, 0], z[:, 1]]), dim=1)
+    anchors = 2 * b if symmetric else b
+    similarity = flat[:anchors] @ flat.T / temperature
+    itself = torch.eye(anchors, 2 * b, dtype=torch.bool, device=z.device)
+    other_view = (torch.arange(anchors, device=z.device) + b) % (2 * b)
+    return cross_entropy(similarity.masked_fill(itself, -torch.inf), other_view)
+
+
+class SimCLR(Classifier):
+    """Contrastive training of the features, through a projection that is thrown away; the network's head stays as it is.
+
+    The projection is DBD's: a hidden layer of the features' size with batch norm and ReLU, then 128 outputs with a bias.
+
+    Args:
+        recipe: of the training; its crop and flip should be off, since the views crop and flip.
+        width: size of the features.
+        flip: whether views may be mirrored. blur: share of views that are blurred, see :func:`models.augmentations.simclr_view`.
+        seed: of the projection's weights, and of the views together with the epoch and the sample.
+    """
+
+    def __init__(
+        self,
+        net: Network,
+        recipe: Recipe,
+        *,
+        width: int,
+        temperature: float,
+        flip: bool,
+        blur: float,
+        seed: int,
+        symmetric: bool = False,
+    ) -> None:
+        super().__init__(net, recipe)
+        self.temperature, self.flip, self.blur, self.seed, self.symmetric = temperature, flip, blur, seed, symmetric
+        with seeded(derive_seed(seed, "projection")):
+            self.projection = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 128))
+
+    def trainable(self) -> list[nn.Parameter]:
+        return [*self.net.features.parameters(), *self.projection.parameters()]
+
+    def views(self, images: Tensor, index: Tensor) -> Tensor:
+        """Both views of this epoch, float (2 B, C, H, W): all first views before all second ones."""
+        keys = [derive_seed(self.seed, "view", number, int(self.current_epoch)) for number in range(2)]
+        return torch.cat([simclr_view(images, uniforms(key, index, VIEW_DRAWS), self.flip, self.blur) for key in keys])
+
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, _, index = batch
+        first, second = self.projection(self.net.embed(self.views(images, index))).chunk(2)
+        return contrastive_loss(torch.stack([first, second], dim=1), self.temperature, symmetric=self.symmetric)
