@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from defenses.abl import ABL
 from defenses.anp import ANP
 from defenses.base import Defense
 from defenses.benign_salience import BenignSalience
 from defenses.clp import CLP
 from defenses.controls import NoDefense, PerfectFilter, RandomPruning, TrainingFromScratch
+from defenses.dbd import DBD
 from defenses.extractor_controls import LinearProbe, NearestClassMean
 from defenses.fine_pruning import FinePruning
 from defenses.fine_tuning import FineTuning
@@ -30,6 +32,8 @@ DEFENSES: tuple[type[Defense], ...] = (
     BenignSalience,
     CLP,
     HolderPruning,
+    ABL,
+    DBD,
     HID,
 )
 """Every defense of the suite, in the order of the tables: controls first, then by what a defender must hold."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from models.backbone import Network
@@ -29,6 +30,7 @@ __all__ = [
     "Knowledge",
     "Scope",
     "Withheld",
+    "lowest",
     "prunable",
     "pruned_candidate",
 ]
@@ -208,6 +210,13 @@ def prunable(net: Network, scope: Scope, pairing: Pairing = "dataflow") -> tuple
         reason = "the head is a single linear layer and has no hidden units" if scope is Scope.HEAD else "no prunable layer"
         raise Inapplicable(f"nothing to prune at scope {scope.value!r}: {reason}")
     return layers
+
+
+def lowest(losses: Tensor, share: float) -> Tensor:
+    """The ``floor(share * N)`` samples of lowest loss, bool (N,); ties go to the lower index."""
+    mask = torch.zeros(len(losses), dtype=torch.bool)
+    mask[torch.argsort(losses, stable=True)[: int(share * len(losses))]] = True
+    return mask
 
 
 def pruned_candidate(model: Network, masks: Masks, writer: Writer, dial: float, is_default: bool) -> Candidate:

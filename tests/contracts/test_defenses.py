@@ -31,6 +31,10 @@ QUICK: Mapping[str, Mapping[str, object]] = {
     "benign-salience": {"epochs": 1, "batch": 8},
     "hid": {"ssl_epochs": 1, "ssl_batch": 8, "rounds": 1, "hidden": (8,), "head_epochs": 1, "semi_epochs": 1, "semi_batch": 8},
     "holder-pruning": {"estimator": "pixel-fgsm"},  # defined at both scopes
+    "abl": {
+        "rate": 0.2, "isolation_epochs": 1, "epochs": 3, "batch": 8, "hole": 1, "unlearning_epochs": 2, "points": (0, 1),
+    },
+    "dbd": {"ssl_epochs": 1, "ssl_batch": 16, "head_epochs": 1, "semi_epochs": 1, "iterations": 2, "semi_batch": 8},
 }
 
 ALL = Knowledge.MODEL | Knowledge.CLEAN | Knowledge.TRAIN | Knowledge.EXTRACTOR | Knowledge.ROLES

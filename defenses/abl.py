@@ -1,0 +1,162 @@
+"""ABL, anti-backdoor learning: Li, Lyu, Koren, Lyu, Li and Ma, "Anti-Backdoor Learning: Training Clean Models on Poisoned Data",
+NeurIPS 2021, arXiv 2110.11571.
+
+Backdoors are learned faster than the task, and most of all where training climbs back whenever its loss falls below a floor: then
+poisoned samples sink under the floor and clean ones hover above it. The samples of lowest loss are isolated and a training on the
+rest follows. At last gradient ascent on the isolated few breaks the tie between trigger and target.
+
+Needs: poisoned training set. Edits: everything; the model is new, of the victim's architecture.
+Dial: epochs of unlearning; default = ``unlearning_epochs``.
+Deviations from the paper: as in the authors' code, training on the rest and unlearning follow one another instead of sharing one
+loss. Isolation shuffles its batches, which the code does not. Each stage starts with fresh momentum. The code trains with Cutout
+and the victim's crop and flip; so does this. Nothing is stopped or chosen by attack success, and the last epoch is the result.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge, lowest
+from models.augmentations import cutout
+from models.backbone import Network
+from models.classifier import Classifier
+from models.images import ImageSet
+from models.spec import check, derive_seed, uniforms
+from models.training import Recipe, fit, logits
+
+__all__ = ["ABL", "local_ascent"]
+
+
+def local_ascent(loss: Tensor, gamma: float) -> Tensor:
+    """``sign(L - gamma) L`` of a batch's mean loss L, a scalar: descent above ``gamma``, ascent below.
+
+    Its derivative is that of flooding, ``|L - gamma| + gamma``, everywhere, so the paper's two options are one training.
+    """
+    return torch.sign(loss.detach() - gamma) * loss
+
+
+class _Isolating(Classifier):
+    def __init__(self, net: Network, recipe: Recipe, gamma: float) -> None:
+        super().__init__(net, recipe)
+        self.gamma = gamma
+
+    def loss(self, logits: Tensor, labels: Tensor, index: Tensor) -> Tensor:
+        return local_ascent(super().loss(logits, labels, index), self.gamma)
+
+
+class _CutOut(Classifier):
+    def __init__(self, net: Network, recipe: Recipe, size: int, seed: int) -> None:
+        super().__init__(net, recipe)
+        self.size, self.seed = size, seed
+
+    def on_batch(self, images: Tensor, labels: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        key = derive_seed(self.seed, "cutout", int(self.current_epoch))
+        return cutout(images, uniforms(key, index, 2), self.size), labels
+
+
+class _Unlearning(Classifier):
+    """Gradient ascent in training mode; keeps a copy of the network after each of the ``wanted`` epochs."""
+
+    def __init__(self, net: Network, recipe: Recipe, wanted: Sequence[int]) -> None:
+        super().__init__(net, recipe)
+        self.wanted, self.kept = wanted, {0: copy.deepcopy(net)}
+
+    def loss(self, logits: Tensor, labels: Tensor, index: Tensor) -> Tensor:
+        return -super().loss(logits, labels, index)
+
+    def on_train_epoch_end(self) -> None:
+        done = int(self.current_epoch) + 1
+        if done in self.wanted:
+            self.kept[done] = copy.deepcopy(self.net).cpu()
+
+
+@dataclass(frozen=True)
+class ABL(Defense):
+    """Settings of the three stages. All use SGD with Nesterov momentum 0.9.
+
+    Attributes:
+        rate: share of the training set that is isolated, at most the share that is poisoned (Sec. 4.1: 0.01).
+        gamma: floor of the batch loss while isolating (Sec. 4.1: 0.5). isolation_epochs: Sec. 4.1, 20; without augmentation.
+        isolation_lr: constant (authors' code: 0.1).
+        epochs: of training on the rest, the first two thirds at ``lr``, the last at a tenth of it (authors' code: 60).
+        lr, batch, weight_decay: authors' code.
+        hole: side of Cutout's square in pixels, 0 = none (authors' code: 3).
+        unlearning_epochs: of ascent, without augmentation (authors' code: 5, the first of which only tests).
+        unlearning_lr: constant (Sec. 4.1: 5e-4).
+        points: further numbers of unlearning epochs at which models are offered (ours); they cost next to nothing.
+    """
+
+    name: ClassVar[str] = "abl"
+    dial_name: ClassVar[str] = "epochs of unlearning"
+
+    rate: float = 0.01
+    gamma: float = 0.5
+    isolation_epochs: int = 20
+    isolation_lr: float = 0.1
+    epochs: int = 60
+    lr: float = 0.1
+    batch: int = 128
+    weight_decay: float = 1e-4
+    hole: int = 3
+    unlearning_epochs: int = 4
+    unlearning_lr: float = 5e-4
+    points: tuple[int, ...] = (0, 1, 2, 8)
+
+    def __post_init__(self) -> None:
+        check(self, "rate", 0 < self.rate < 1, "a share in (0, 1)")
+        check(self, "gamma", 0 <= self.gamma <= 100, "between 0 and 100")
+        for field in ("isolation_epochs", "epochs", "unlearning_epochs"):
+            check(self, field, 0 <= getattr(self, field) <= 10_000, "between 0 and 10000")
+        for field in ("isolation_lr", "lr", "unlearning_lr"):
+            check(self, field, 0 <= getattr(self, field) <= 10, "between 0 and 10")
+        check(self, "batch", 2 <= self.batch <= 65_536, "between 2 and 65536 samples")
+        check(self, "weight_decay", 0 <= self.weight_decay <= 1, "in [0, 1]")
+        check(self, "hole", 0 <= self.hole <= 64, "between 0 and 64 pixels")
+        check(self, "points", all(0 <= point <= 10_000 for point in self.points), "epochs between 0 and 10000")
+
+    @property
+    def needs(self) -> Knowledge:
+        return Knowledge.TRAIN
+
+    def recipe(self, epochs: int, lr: float, crop: int = 0, flip: bool = False) -> Recipe:
+        """Of any of the stages."""
+        return Recipe(
+            epochs=epochs, batch=self.batch, lr=lr, momentum=0.9, nesterov=True, weight_decay=self.weight_decay,
+            schedule="constant", crop=crop, flip=flip,
+        )  # fmt: skip
+
+    def isolate(self, net: Network, data: ImageSet, seed: int) -> Tensor:
+        """Trains ``net`` in place above the floor; returns the samples of lowest loss afterwards, bool (N,)."""
+        recipe = self.recipe(self.isolation_epochs, self.isolation_lr)
+        fit(_Isolating(net, recipe, self.gamma), data, recipe, seed)
+        return lowest(cross_entropy(logits(net, data.images), data.labels, reduction="none"), self.rate)
+
+    def train(self, net: Network, data: ImageSet, view: DefenderView, seed: int) -> None:
+        """Trains ``net`` in place on ``data`` with the victim's crop and flip, and Cutout."""
+        first = round(self.epochs * 2 / 3)
+        for part, (epochs, lr) in enumerate(((first, self.lr), (self.epochs - first, self.lr / 10))):
+            recipe, own = self.recipe(epochs, lr, view.recipe.crop, view.recipe.flip), derive_seed(seed, part)
+            fit(_CutOut(net, recipe, self.hole, own) if self.hole else Classifier(net, recipe), data, recipe, own)
+
+    def candidates(self, view: DefenderView) -> Iterator[Candidate]:
+        data = view.train
+        taken = int(self.rate * len(data))
+        if taken < 2:
+            raise Inapplicable(f"rate = {self.rate} isolates {taken} of {len(data)} samples; unlearning needs at least 2")
+        net = view.fresh(derive_seed(view.seed, "abl", "weights"))
+        mask = self.isolate(net, data, derive_seed(view.seed, "abl", "isolation"))
+        self.train(net, data.subset(~mask), view, derive_seed(view.seed, "abl", "training"))
+        wanted = sorted({*self.points, self.unlearning_epochs})
+        recipe = self.recipe(wanted[-1], self.unlearning_lr)
+        module = _Unlearning(net, recipe, wanted)
+        fit(module, data.subset(mask), recipe, derive_seed(view.seed, "abl", "unlearning"))
+        for epochs in wanted:
+            model = module.kept[epochs].requires_grad_(True).eval()
+            yield Candidate(model, float(epochs), epochs == self.unlearning_epochs, float(epochs), isolated=mask)

@@ -1,0 +1,128 @@
+"""DBD: Huang, Li, Wu, Qin and Ren, "Backdoor Defense via Decoupling the Training Process", ICLR 2022, arXiv 2202.03423.
+
+Poisoned samples gather in feature space because training end to end with their wrong labels pulls them there. So the features
+are learned without labels, by SimCLR; only then does a head on the frozen features see the labels, under a loss that wrong labels
+hardly move. What fits the head well keeps its label, the rest loses it, and the whole network is fine-tuned semi-supervised.
+
+Needs: poisoned training set. Edits: everything; the model is new, of the victim's architecture. Dial: none.
+Deviations from the paper: the numbers are the authors' code's. The extractor's running statistics stay as SimCLR left them while
+the head is trained (the code lets them drift); losses are recorded on images as they are (the code: augmented); the crop is the
+victim's, zero-padded (the code: reflected). Where the victim's head is an MLP, so is this one's. What is reported as isolated is
+the unlabelled side of the last split, half of the set by design.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn.functional import cross_entropy, one_hot
+
+from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge, Scope, lowest
+from defenses.fine_tuning import Tuned, tune
+from models.backbone import Network
+from models.extractors import SelfSupervised
+from models.images import ImageSet
+from models.mixmatch import MixMatch
+from models.spec import check, derive_seed
+from models.training import Recipe, fit, logits
+
+__all__ = ["DBD", "symmetric_cross_entropy"]
+
+
+def symmetric_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """``0.1 CE + RCE`` of every sample, float (N,) (Wang et al., ICCV 2019, arXiv 1908.06112).
+
+    ``RCE = - sum_c p_c log q_c``, with p the softmax, at least 1e-7, and q the given label's one-hot vector, at least 1e-4.
+    """
+    given = one_hot(labels, logits.shape[1]).to(logits.dtype).clamp(min=1e-4)
+    reverse = -(logits.softmax(1).clamp(min=1e-7) * given.log()).sum(1)
+    return 0.1 * cross_entropy(logits, labels, reduction="none") + reverse
+
+
+class _Head(Tuned):
+    def loss(self, logits: Tensor, labels: Tensor, index: Tensor) -> Tensor:
+        return symmetric_cross_entropy(logits, labels).mean()
+
+
+@dataclass(frozen=True)
+class DBD(Defense):
+    """Settings of the three stages, all from the authors' code.
+
+    Attributes:
+        ssl_epochs, ssl_batch, ssl_lr, blur: of SimCLR, see :class:`models.extractors.SelfSupervised`.
+        head_epochs, head_batch: of the head alone, on all labels. lr: of Adam from there on, constant.
+        clean_share: share of the set that keeps its labels; it must not exceed the share that is clean.
+        semi_epochs: of MixMatch; the set is split anew before each. iterations: steps per epoch. semi_batch: labelled samples per
+            step, and as many unlabelled ones.
+        sharpen, mixup, unlabelled_weight: MixMatch's temperature, Beta parameter and final weight of Lu, which it reaches after
+            ``semi_epochs``, the head's epochs included.
+    """
+
+    name: ClassVar[str] = "dbd"
+
+    ssl_epochs: int = 1000
+    ssl_batch: int = 512
+    ssl_lr: float = 0.4
+    blur: float = 0.5
+    head_epochs: int = 10
+    head_batch: int = 128
+    lr: float = 0.002
+    clean_share: float = 0.5
+    semi_epochs: int = 190
+    iterations: int = 1024
+    semi_batch: int = 64
+    sharpen: float = 0.5
+    mixup: float = 0.75
+    unlabelled_weight: float = 15.0
+
+    def __post_init__(self) -> None:
+        check(self, "head_epochs", 0 <= self.head_epochs <= 10_000, "between 0 and 10000")
+        check(self, "head_batch", 2 <= self.head_batch <= 65_536, "between 2 and 65536 samples")
+        check(self, "lr", 0 <= self.lr <= 10, "between 0 and 10")
+        check(self, "clean_share", 0 < self.clean_share < 1, "a share in (0, 1)")
+        check(self, "semi_epochs", 1 <= self.semi_epochs <= 10_000, "between 1 and 10000")
+        check(self, "iterations", 1 <= self.iterations <= 1_000_000, "between 1 and 1000000 steps")
+        check(self, "semi_batch", 2 <= self.semi_batch <= 65_536, "between 2 and 65536 samples")
+        check(self, "sharpen", 0 < self.sharpen <= 1, "in (0, 1]")
+        check(self, "mixup", 0 < self.mixup <= 100, "positive, at most 100")
+        check(self, "unlabelled_weight", 0 <= self.unlabelled_weight <= 1000, "between 0 and 1000")
+        self.extractor  # noqa: B018 - its own ranges are checked where it is built
+
+    @property
+    def needs(self) -> Knowledge:
+        return Knowledge.TRAIN
+
+    @property
+    def extractor(self) -> SelfSupervised:
+        """SimCLR on the poisoned images, under these settings."""
+        return SelfSupervised("poisoned", self.ssl_epochs, self.ssl_batch, self.ssl_lr, blur=self.blur)
+
+    def recipe(self, view: DefenderView, epochs: int, batch: int) -> Recipe:
+        """Of the head's training, or MixMatch's."""
+        return Recipe(
+            epochs=epochs, batch=batch, lr=self.lr, optimizer="adam", weight_decay=0, schedule="constant",
+            crop=view.recipe.crop, flip=view.recipe.flip,
+        )  # fmt: skip
+
+    def split(self, net: Network, data: ImageSet) -> Tensor:
+        """Samples that keep their labels, bool (N,)."""
+        return lowest(symmetric_cross_entropy(logits(net, data.images), data.labels.cpu()), self.clean_share)
+
+    def candidates(self, view: DefenderView) -> Iterator[Candidate]:
+        data = view.train
+        kept = int(self.clean_share * len(data))
+        if min(kept, len(data) - kept) < 2:
+            raise Inapplicable(f"clean_share = {self.clean_share} of {len(data)} samples leaves a side with fewer than 2")
+        net = self.extractor.build(view.fresh, data, view.recipe, derive_seed(view.seed, "dbd", "extractor")).net
+        head = _Head(net, self.recipe(view, self.head_epochs, self.head_batch), Scope.HEAD)
+        tune(head, data, derive_seed(view.seed, "dbd", "head"))
+        recipe = self.recipe(view, self.semi_epochs, self.semi_batch)
+        module = MixMatch(
+            net, recipe, self.split, iterations=self.iterations, sharpen=self.sharpen, mixup=self.mixup,
+            weight=self.unlabelled_weight, ramp=self.semi_epochs, head_start=self.head_epochs,
+        )  # fmt: skip
+        fit(module, data, recipe, derive_seed(view.seed, "dbd", "semi"))
+        yield Candidate(net.requires_grad_(True).eval(), isolated=~module.labelled)
