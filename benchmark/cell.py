@@ -1,7 +1,8 @@
 """The whole pipeline: scenario -> poisoned set -> victim -> view -> candidates -> scores -> rows.
 
-Two stages are stored: a *victim* (an attacked or benign network with its poisoned data) and a *defense run* (what every candidate
-of a cell scored). Rows are computed from stored outcomes alone, so they are the same whoever computed the stages, and when.
+Three stages are stored: a *victim* (an attacked or benign network with its poisoned data), an *extractor* (features learned on the
+clean or the poisoned images, shared by all who ask for the same ones) and a *defense run* (what every candidate of a cell scored).
+Rows are computed from stored outcomes alone, so they are the same whoever computed the stages, and when.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,15 @@ from defenses.base import Candidate, Inapplicable, Knowledge, Withheld
 from models.backbone import Network
 from models.classifier import Classifier
 from models.cost import Cost, metered
+from models.extractors import Extractor, embeddings, fit_head, mlp
 from models.images import ImageSet
 from models.spec import BadInput, derive_seed, digest
-from models.training import Diverged, fit
+from models.training import Diverged, Fitted, fit
 from models.units import unit_layers
 
 __all__ = [
-    "CellResult", "Victim", "World", "cell_key", "cell_rows", "defend", "measured_from", "read_victim", "run_cell", "run_victim",
-    "victim_key", "world",
+    "CellResult", "Victim", "World", "cell_key", "cell_rows", "defend", "extractor_key", "measured_from", "read_extractor",
+    "read_victim", "run_cell", "run_extractor", "run_victim", "victim_key", "world",
 ]  # fmt: skip
 
 REVISION = 1
@@ -83,6 +85,25 @@ def victim_key(scenario: Scenario, fingerprint: str) -> str:
     return digest("victim", REVISION, scenario.spec(), fingerprint)
 
 
+def extractor_key(extractor: Extractor, scenario: Scenario, fingerprint: str) -> str:
+    """Key of an extractor for a scenario: scenarios whose images and architecture agree share it."""
+    told: dict[str, Any] = {
+        "extractor": extractor.spec(),
+        "dataset": scenario.dataset.spec(),
+        "clean_fraction": scenario.clean_fraction,
+        "backbone": scenario.backbone.spec(),
+        "recipe": extractor.follows(scenario.recipe),
+        "seed": scenario.seed,
+    }
+    if extractor.reads == "poisoned" and scenario.attack is not None:
+        told |= {"attack": scenario.attack.spec(), "plan": scenario.plan.spec()}
+        if scenario.attack.power is Power.TRAINING:  # the poisoned set is what this victim's training left
+            told["victim"] = victim_key(scenario, fingerprint)
+        elif scenario.attack.needs_surrogate:
+            told["surrogate"] = victim_key(scenario.twin(), fingerprint)
+    return digest("extractor", REVISION, told, fingerprint)
+
+
 def cell_key(cell: Cell, fingerprint: str) -> str:
     """Key of a cell's defense run."""
     return digest("defended", REVISION, cell.spec(), victim_key(cell.scenario, fingerprint))
@@ -103,6 +124,103 @@ def _fresh(scenario: Scenario, w: World, seed: int) -> Network:
     return scenario.backbone.build(w.data.train.num_classes, w.data.train.shape, w.mean, w.std, seed)
 
 
+def _defender_seed(scenario: Scenario) -> int:
+    return derive_seed(scenario.seed, "defense")
+
+
+# -- extractors ----------------------------------------------------------------------------------------------------------------
+
+
+def run_extractor(extractor: Extractor, scenario: Scenario, store: Store, cache: Path, poisoned: ImageSet | None = None) -> None:
+    """Trains an extractor for the scenario and stores it; no-op when it stands, or reads none of our images.
+
+    ``poisoned``: the scenario's poisoned training set, where the caller has it; otherwise it is read off the victim.
+    """
+    w = world(scenario, cache)
+    key = extractor_key(extractor, scenario, w.data.fingerprint)
+    if extractor.reads == "nothing" or store.read("extractor", key, tensors=False):
+        return
+    if extractor.reads == "clean":
+        poisoned = w.train
+    data = poisoned or read_victim(scenario, store, cache).poisoned.visible
+    outcome: dict[str, Any]
+    tensors: dict[str, Tensor] = {}
+    try:
+        fitted = _extractor(extractor, scenario, w, data)
+        outcome = {
+            "status": "ok",
+            "forward": fitted.samples_forward,
+            "backward": fitted.samples_backward,
+            "seconds": fitted.seconds,
+        }
+        tensors = {f"net.{name}": value for name, value in fitted.net.state_dict().items()}
+    except Diverged as error:
+        outcome = {"status": "failed", "reason": f"{extractor.name}: {error}"}
+    store.write("extractor", key, {"extractor": extractor.spec(), "scenario": scenario.spec()}, outcome, tensors)
+
+
+def _extractor(extractor: Extractor, scenario: Scenario, w: World, data: ImageSet) -> Fitted:
+    seed = derive_seed(_defender_seed(scenario), "extractor")
+    return extractor.build(functools.partial(_fresh, scenario, w), data, scenario.recipe, seed)
+
+
+@functools.lru_cache(maxsize=2)
+def _read_extractor(extractor: Extractor, scenario: Scenario, root: Path, cache: Path) -> Fitted | None:
+    w = world(scenario, cache)
+    if extractor.reads == "nothing":
+        return _extractor(extractor, scenario, w, w.train)
+    entry = Store(root).read("extractor", extractor_key(extractor, scenario, w.data.fingerprint))
+    if entry is None:
+        return None
+    if entry.outcome["status"] != "ok":
+        raise Diverged(entry.outcome["reason"])
+    net = _fresh(scenario, w, 0)
+    net.load_state_dict({name.removeprefix("net."): value for name, value in entry.tensors.items()})
+    net.eval()
+    return Fitted(net, entry.outcome["seconds"], entry.outcome["forward"], entry.outcome["backward"])
+
+
+def read_extractor(extractor: Extractor, scenario: Scenario, store: Store, cache: Path, poisoned: ImageSet | None = None) -> Fitted:
+    """A stored extractor with its cost; trained first when it is absent or damaged.
+
+    Raises:
+        Diverged: its training did.
+    """
+    fitted = _read_extractor(extractor, scenario, store.root, cache)
+    if fitted is None:
+        _read_extractor.cache_clear()
+        run_extractor(extractor, scenario, store, cache, poisoned)
+        fitted = _read_extractor(extractor, scenario, store.root, cache)
+    assert fitted is not None
+    return fitted
+
+
+# -- victims -------------------------------------------------------------------------------------------------------------------
+
+
+def _on_features(given: Network, scenario: Scenario, w: World, seed: int) -> Network:
+    """``given``'s features under a fresh head of the scenario's backbone."""
+    first = given.head[0]
+    assert isinstance(first, torch.nn.Linear)
+    hidden = (scenario.backbone.hidden,) if scenario.backbone.hidden else ()
+    return Network(given.normalise, given.features, mlp(first.in_features, hidden, w.train.num_classes, seed)).eval()
+
+
+def _fit_on_features(
+    scenario: Scenario, w: World, data: ImageSet, poisoned: ImageSet | None, seed: int, store: Store, cache: Path
+) -> Network:
+    """A victim on given features: its head, trained on ``data``."""
+    frozen = scenario.frozen
+    assert frozen is not None
+    given = read_extractor(frozen.extractor, scenario, store, cache, poisoned).net
+    net = _on_features(given, scenario, w, derive_seed(scenario.backbone.spec(), scenario.seed, "init"))
+    z = embeddings(net, data)
+    fit_head(net.head, z, data.labels, epochs=frozen.epochs, lr=frozen.lr, batch=frozen.batch, seed=seed)
+    if not all(bool(torch.isfinite(value).all()) for value in net.head.state_dict().values()):
+        raise Diverged(f"training diverged: the head's weights are not finite after {frozen.epochs} epochs at lr {frozen.lr}")
+    return net
+
+
 def run_victim(scenario: Scenario, store: Store, cache: Path) -> None:
     """Trains the scenario's victim and stores it with its poisoned samples and triggered test set; no-op when it stands."""
     w = world(scenario, cache)
@@ -119,9 +237,12 @@ def run_victim(scenario: Scenario, store: Store, cache: Path) -> None:
     try:
         with metered() as cost:
             if scenario.attack is None:
-                fitted = fit(Classifier(net, scenario.recipe), w.train, scenario.recipe, seed)
+                if scenario.frozen:
+                    trained = _fit_on_features(scenario, w, w.train, w.train, seed, store, cache)
+                else:
+                    trained = fit(Classifier(net, scenario.recipe), w.train, scenario.recipe, seed).net
             else:
-                fitted, poisoned, triggered = _attack(scenario, w, net, seed, store, cache, outcome)
+                trained, poisoned, triggered = _attack(scenario, w, net, seed, store, cache, outcome)
                 touched = torch.nonzero(poisoned.role != Role.CLEAN).flatten()
                 tensors |= {
                     "role": poisoned.role,
@@ -132,16 +253,18 @@ def run_victim(scenario: Scenario, store: Store, cache: Path) -> None:
                     "test_source": triggered.source,
                     "test_target": triggered.target_labels,
                 }
-        measured = score(fitted.net, w.data.test, triggered)
+        measured = score(trained, w.data.test, triggered)
         outcome |= {
             "status": "ok",
             **_numbers(measured),
-            "val_acc": _none(val_accuracy(fitted.net, w.validation)),
+            "val_acc": _none(val_accuracy(trained, w.validation)),
             "samples_forward": cost.forward,
             "samples_backward": cost.backward,
             "train_size": len(w.train),
         }
-        tensors |= {f"net.{name}": value for name, value in fitted.net.state_dict().items()}
+        # Given features are stored once, as the extractor.
+        own = trained.state_dict().items()
+        tensors |= {f"net.{name}": value for name, value in own if not scenario.frozen or name.startswith("head.")}
     except Diverged as error:
         outcome, tensors = {"status": "failed", "reason": str(error), "train_size": len(w.train)}, {}
     outcome["seconds"] = time.perf_counter() - start
@@ -150,7 +273,7 @@ def run_victim(scenario: Scenario, store: Store, cache: Path) -> None:
 
 def _attack(
     scenario: Scenario, w: World, net: Network, seed: int, store: Store, cache: Path, outcome: dict[str, Any]
-) -> tuple[Any, PoisonedSet, PoisonedTest]:
+) -> tuple[Network, PoisonedSet, PoisonedTest]:
     attack, plan, recipe = scenario.attack, scenario.plan, scenario.recipe
     assert attack is not None
     if plan.target >= w.train.num_classes:
@@ -164,20 +287,23 @@ def _attack(
     crafted = attack.craft(w.train, plan, attack_seed, surrogate)
     module = attack.victim(net, recipe, crafted, plan, attack_seed)
     if attack.power is Power.TRAINING:
-        fitted = fit(module, w.train, recipe, seed)
+        trained = fit(module, w.train, recipe, seed).net
         crafted = attack.finished(module, crafted)
         poisoned = poison(w.train, attack, crafted, plan, attack_seed)
         shares = getattr(module, "realised", {"poison": poisoned.realised(Role.POISON), "cover": poisoned.realised(Role.COVER)})
         outcome |= {"realised_rate": shares["poison"], "realised_cover": shares["cover"], "exported": True}
     else:
         poisoned = poison(w.train, attack, crafted, plan, attack_seed)
-        fitted = fit(module, poisoned.visible, recipe, seed)
+        if scenario.frozen:
+            trained = _fit_on_features(scenario, w, poisoned.visible, poisoned.visible, seed, store, cache)
+        else:
+            trained = fit(module, poisoned.visible, recipe, seed).net
         outcome |= {
             "realised_rate": poisoned.realised(Role.POISON),
             "realised_cover": poisoned.realised(Role.COVER),
             "exported": False,
         }
-    return fitted, poisoned, poison_test(w.data.test, crafted, plan)
+    return trained, poisoned, poison_test(w.data.test, crafted, plan)
 
 
 @functools.lru_cache(maxsize=2)
@@ -187,19 +313,26 @@ def _read_victim(scenario: Scenario, root: Path, cache: Path) -> Victim | None:
     entry = store.read("victim", victim_key(scenario, w.data.fingerprint))
     if entry is None:
         return None
-    net = _fresh(scenario, w, 0)
     weights = {name.removeprefix("net."): value for name, value in entry.tensors.items() if name.startswith("net.")}
-    if weights:
+    t = entry.tensors
+    touched = None
+    if "role" in t:
+        images = w.train.images.clone()
+        images[t["touched"]] = t["touched_images"]
+        touched = ImageSet(images, t["labels"], w.train.num_classes)
+    net = _fresh(scenario, w, 0)
+    if weights and scenario.frozen:
+        given = read_extractor(scenario.frozen.extractor, scenario, store, cache, touched or w.train).net
+        net = _on_features(given, scenario, w, 0)
+        net.head.load_state_dict({name.removeprefix("head."): value for name, value in weights.items()})
+    elif weights:
         net.load_state_dict(weights)
     net.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    if "role" not in entry.tensors:
+    if touched is None:
         nothing = torch.zeros(len(w.train), dtype=torch.int8)
         scorer = Scorer(net, w.data.test, None, w.validation)
         return Victim(net, PoisonedSet(w.train, nothing, w.train.labels), None, scorer, entry.outcome)
-    t = entry.tensors
-    images = w.train.images.clone()
-    images[t["touched"]] = t["touched_images"]
-    poisoned = PoisonedSet(ImageSet(images, t["labels"], w.train.num_classes), t["role"], w.train.labels)
+    poisoned = PoisonedSet(touched, t["role"], w.train.labels)
     source = t["test_source"]
     triggered = PoisonedTest(t["test_images"], w.data.test.labels[source], t["test_target"], source)
     return Victim(net, poisoned, triggered, Scorer(net, w.data.test, triggered, w.validation), entry.outcome)
@@ -229,7 +362,11 @@ def run_cell(cell: Cell, store: Store, cache: Path) -> None:
     victim = read_victim(scenario, store, cache)
     reset_peak()
     if victim.outcome["status"] == "ok":
-        outcome = defend(cell, w, victim)
+
+        def fetch(extractor: Extractor) -> Fitted:
+            return read_extractor(extractor, scenario, store, cache, victim.poisoned.visible)
+
+        outcome = defend(cell, w, victim, fetch=fetch)
     else:
         outcome = _stopped("failed", f"no victim: {victim.outcome['reason']}")
     outcome |= {"peak_mib": peak_mib(), "victim_seconds": victim.outcome["seconds"]}
@@ -240,27 +377,54 @@ def _stopped(status: str, reason: str) -> dict[str, Any]:
     return {"status": status, "reason": reason, "candidates": [], "units": 0, "seconds": 0.0}
 
 
-def defend(cell: Cell, w: World, victim: Victim, keep: list[Network] | None = None) -> dict[str, Any]:
-    """Builds the view, lets the defense yield, scores what it yields. ``keep`` receives every candidate's network, if given."""
+def defend(
+    cell: Cell,
+    w: World,
+    victim: Victim,
+    keep: list[Network] | None = None,
+    fetch: Callable[[Extractor], Fitted] | None = None,
+) -> dict[str, Any]:
+    """Builds the view, lets the defense yield, scores what it yields.
+
+    Args:
+        keep: receives every candidate's network, if given.
+        fetch: where extractors come from; whoever uses one is charged its cost, in samples and seconds, with the first candidate.
+    """
     defense, scenario = cell.defense, cell.scenario
-    missing = defense.needs & ~cell.track.grants
+    missing = defense.needs & ~cell.grants
     if missing:
         return _stopped("refused", f"needs {defense.needs.words}; the track {cell.track.name!r} withholds {missing.words}")
     kept = victim.poisoned.role == Role.CLEAN
+    taken: list[Fitted] = []
+
+    def network_of(extractor: Extractor) -> Network:
+        assert fetch is not None
+        taken.append(fetch(extractor))
+        return taken[-1].net
+
+    try:
+        if fetch is not None:  # before any meter runs: a missing one is trained and stored here
+            for wanted in (cell.extractor, defense.extractor):
+                if wanted is not None:
+                    fetch(wanted)
+    except Diverged as error:
+        return _stopped("failed", f"no extractor: {error}")
     view = view_for(
-        cell.track,
+        cell.grants,
         defense,
         cell.scope,
         {
             Knowledge.MODEL: lambda: victim.net,
             Knowledge.CLEAN: lambda: (w.clean, w.validation),
             Knowledge.TRAIN: lambda: victim.poisoned.visible,
+            Knowledge.EXTRACTOR: lambda: network_of(cell.extractor) if cell.extractor else None,
             Knowledge.ROLES: lambda: victim.poisoned.visible.subset(kept),
         },
         fresh=functools.partial(_fresh, scenario, w),
         num_classes=w.train.num_classes,
-        seed=derive_seed(scenario.seed, "defense"),
+        seed=_defender_seed(scenario),
         recipe=scenario.recipe,
+        built=network_of if fetch is not None else None,
     )
     measured: list[dict[str, Any]] = []
     seconds = 0.0
@@ -277,9 +441,10 @@ def defend(cell: Cell, w: World, victim: Victim, keep: list[Network] | None = No
                     "pruned": candidate.pruned,
                     "note": candidate.note,
                     **_numbers(victim.scorer(candidate.model)),
-                    "val_acc": _none(victim.scorer.val_acc(candidate.model)) if Knowledge.CLEAN in cell.track.grants else None,
+                    "val_acc": _none(victim.scorer.val_acc(candidate.model)) if Knowledge.CLEAN in cell.grants else None,
                     "forward": cost.forward,
                     "backward": cost.backward,
+                    **_singled_out(candidate.isolated, victim.poisoned.role),
                 }
             )
     except Withheld as error:
@@ -291,14 +456,31 @@ def defend(cell: Cell, w: World, victim: Victim, keep: list[Network] | None = No
     if sum(entry["is_default"] for entry in measured) != 1:
         return _stopped("failed", f"{defense.name} must mark exactly one default among its {len(measured)} candidates")
     units = sum(layer.size for layer in unit_layers(victim.net, cell.scope))
+    lent = Cost(sum(fitted.samples_forward for fitted in taken), sum(fitted.samples_backward for fitted in taken))
+    measured[0]["forward"] += lent.forward
+    measured[0]["backward"] += lent.backward
+    seconds += sum(fitted.seconds for fitted in taken)
     return {
         "status": "ok",
         "reason": "",
         "candidates": measured,
         "units": units,
         "used": view.used.words,
+        "trained": view.trained,
+        "extractor_forward": lent.forward,
+        "extractor_backward": lent.backward,
+        "clean_images": len(w.clean) + len(w.validation),
         "seconds": seconds,
     }
+
+
+def _singled_out(isolated: Tensor | None, role: Tensor) -> dict[str, Any]:
+    """Samples taken for poisoned, and how they meet the roles: precision (none where nothing is isolated), recall."""
+    if isolated is None:
+        return {}
+    poisoned = role == Role.POISON
+    hits, taken, there = int((isolated & poisoned).sum()), int(isolated.sum()), int(poisoned.sum())
+    return {"isolated": taken, "precision": hits / taken if taken else None, "recall": hits / there if there else None}
 
 
 def _metered_candidates(candidates: Iterator[Candidate]) -> Iterator[tuple[Candidate, Cost, float]]:
@@ -340,6 +522,9 @@ def measured_from(c: dict[str, Any]) -> Measured:
         val_acc=_nan(c["val_acc"]),
         forward=c["forward"],
         backward=c["backward"],
+        isolated=c.get("isolated", 0),
+        precision=_nan(c.get("precision")),
+        recall=_nan(c.get("recall")),
     )
 
 
@@ -376,7 +561,7 @@ def cell_rows(matrix: str, dataset: str, cell: Cell, fingerprint: str, outcome: 
     before = _score_of(vic) if vic["status"] == "ok" else Score(math.nan)
     benign = _nan(twin.outcome.get("acc"))
     verdict = gate(before, benign)
-    before_val = _nan(vic.get("val_acc")) if Knowledge.CLEAN in cell.track.grants else math.nan
+    before_val = _nan(vic.get("val_acc")) if Knowledge.CLEAN in cell.grants else math.nan
     measured = [measured_from(candidate) for candidate in out["candidates"]]
     common = {
         "target": scenario.plan.target,
@@ -391,6 +576,8 @@ def cell_rows(matrix: str, dataset: str, cell: Cell, fingerprint: str, outcome: 
         "gate": verdict.words,
         "units": out["units"],
         "preset": cell.preset,
+        "features": scenario.frozen.extractor.origin if scenario.frozen else "",
+        **_given(cell, out, vic),
     }
     notes = []
     if vic.get("exported") and cell.defense.needs & (Knowledge.TRAIN | Knowledge.ROLES):
@@ -417,6 +604,9 @@ def cell_rows(matrix: str, dataset: str, cell: Cell, fingerprint: str, outcome: 
                 "samples_forward": forward,
                 "samples_backward": backward,
                 "cost_epochs": spent.epochs(vic["train_size"]),
+                "isolated": m.isolated,
+                "precision": m.precision,
+                "recall": m.recall,
             }
         rows.append(Row(**row))
     curves = [
@@ -436,6 +626,23 @@ def cell_rows(matrix: str, dataset: str, cell: Cell, fingerprint: str, outcome: 
     ]
     timing = Timing(**axes, seconds=out["seconds"], peak_mib=out["peak_mib"], victim_seconds=out["victim_seconds"])
     return CellResult(key, rows, curves, timing)
+
+
+def _given(cell: Cell, out: dict[str, Any], vic: dict[str, Any]) -> dict[str, Any]:
+    """What the defender was given and took, for its rows; nothing for a cell that did not finish."""
+    if out["status"] != "ok":
+        return {}
+    used = out["used"].split(" + ")
+    extractor = cell.extractor or cell.defense.extractor
+    lent = Cost(out["extractor_forward"], out["extractor_backward"])
+    return {
+        "used": out["used"],
+        "clean_images": out["clean_images"] if "clean" in used else 0,
+        "train_images": vic["train_size"] if {"train", "roles"} & set(used) else 0,
+        "trained_anew": out["trained"],
+        "extractor": extractor.origin if extractor else "",
+        "extractor_epochs": lent.epochs(vic["train_size"]) if extractor else math.nan,
+    }
 
 
 def _cost(how: Selection, measured: list[Measured], chosen: int) -> tuple[int, int]:

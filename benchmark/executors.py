@@ -1,7 +1,7 @@
 """Running stages: several processes on this machine, one thread each.
 
-A stage is a victim or a cell, named by its place in the matrix; the store is the hand-over between them, so who ran what, in which
-order and how often it was interrupted cannot change a row.
+A stage is a victim, an extractor or a cell, named by its place in the matrix; the store is the hand-over between them, so who ran
+what, in which order and how often it was interrupted cannot change a row.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ATTEMPTS = 3
 class Stage:
     """One piece of work: which list of the matrix it stands in, where, what it is called, and what must stand before it."""
 
-    kind: Literal["victim", "cell"]
+    kind: Literal["victim", "extractor", "cell"]
     number: int
     label: str
     after: tuple[int, ...] = ()
@@ -96,7 +96,7 @@ def _die_with(parent: int) -> None:
 
 
 def _work(kind: str, number: int, label: str) -> None:
-    from benchmark.cell import run_cell, run_victim
+    from benchmark.cell import run_cell, run_extractor, run_victim
 
     news, matrix = _state["news"], _state["matrix"]
     news.put((os.getpid(), "started", label, kind))
@@ -104,6 +104,9 @@ def _work(kind: str, number: int, label: str) -> None:
         if kind == "victim":
             scenarios = victims_of(matrix)
             run_victim(scenarios[number], _state["store"], _state["cache"])
+        elif kind == "extractor":
+            extractor, scenario = extractors_of(matrix)[number]
+            run_extractor(extractor, scenario, _state["store"], _state["cache"])
         else:
             run_cell(matrix.cells[number], _state["store"], _state["cache"])
     except BadInput:
@@ -123,6 +126,20 @@ def victims_of(matrix: Any) -> list[Any]:
     for scenario in [s.twin() for s in matrix.scenarios] + list(matrix.scenarios):
         seen.setdefault(canonical(scenario.spec()), scenario)
     return list(seen.values())
+
+
+def extractors_of(matrix: Any) -> list[Any]:
+    """Every (extractor, scenario) that is trained for a matrix, each once; those on clean images first: victims stand on them."""
+    from benchmark.cell import extractor_key
+
+    wanted = [(s.frozen.extractor, s) for s in victims_of(matrix) if s.frozen]
+    for cell in matrix.cells:
+        wanted += [(one, cell.scenario) for one in (cell.extractor, cell.defense.extractor) if one is not None]
+    seen: dict[str, Any] = {}
+    for extractor, scenario in wanted:
+        if extractor.reads != "nothing":
+            seen.setdefault(extractor_key(extractor, scenario, ""), (extractor, scenario))
+    return sorted(seen.values(), key=lambda pair: pair[0].reads != "clean")
 
 
 # -- in the parent -------------------------------------------------------------------------------------------------------------

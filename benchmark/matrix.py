@@ -1,13 +1,14 @@
 """A matrix: TOML -> checked settings -> cells. Every number of a run stands in such a file; no flag sets one.
 
-A matrix names one data set, backbones, a recipe, attacks, seeds, and defenses with the tracks and scopes they enter. Its cells are
-the product. A table's keys beside ``name`` are the fields of that method's dataclass (units and ranges stand there); keys the
-benchmark itself reads are listed in the ``*Table`` classes below.
+A matrix names one data set, backbones, a recipe, attacks, seeds, extractors, and defenses with the tracks and scopes they enter.
+Its cells are the product. A table's keys beside ``name`` are the fields of that method's dataclass (units and ranges stand there);
+keys the benchmark itself reads are listed in the ``*Table`` classes below.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import math
@@ -16,23 +17,24 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from attacks import ATTACKS
-from attacks.base import Attack, Plan
+from attacks.base import Attack, Plan, Power
 from benchmark.datasets import DatasetSpec
 from benchmark.selection import TAU
 from benchmark.tracks import CONTROL, Track, track_named
 from defenses import DEFENSES
-from defenses.base import Defense, Scope
+from defenses.base import Defense, Knowledge, Scope
 from models import BACKBONES
 from models.backbone import Backbone
-from models.spec import BadInput, Spec, digest, lookup, nearest
+from models.extractors import EXTRACTORS, Extractor
+from models.spec import BadInput, Spec, check, digest, lookup, nearest
 from models.training import Recipe
 
-__all__ = ["Cell", "Matrix", "Scenario", "find_matrix", "load_matrix", "matrix_names", "settings_hash"]
+__all__ = ["Cell", "Frozen", "Matrix", "Scenario", "find_matrix", "load_matrix", "matrix_names", "settings_hash"]
 
 FOLDER = Path(__file__).parent / "matrices"
 
@@ -62,13 +64,41 @@ class MatrixTable(_Table):
     dataset: DatasetTable = DatasetTable()
     recipe: dict[str, Any] = {}
     backbone: list[dict[str, Any]] = Field(min_length=1)
+    extractor: list[dict[str, Any]] = []
     attack: list[dict[str, Any]] = Field(min_length=1)
     defense: list[dict[str, Any]] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
+class Frozen(Spec):
+    """How a victim on given features is trained: its head alone, with Adam at a constant rate on the embedded poisoned set.
+
+    Attributes:
+        extractor: whose features; its head is left out.
+        label: the matrix's name of it.
+        epochs, lr, batch: of the head (ours, those of the heads that Hölder pruning inspects).
+    """
+
+    name: ClassVar[str] = "frozen"
+
+    extractor: Extractor
+    label: str
+    epochs: int = 50
+    lr: float = 1e-3
+    batch: int = 256
+
+    def __post_init__(self) -> None:
+        check(self, "epochs", 0 <= self.epochs <= 10_000, "between 0 and 10000")
+        check(self, "lr", 0 <= self.lr <= 10, "between 0 and 10")
+        check(self, "batch", 1 <= self.batch <= 65_536, "between 1 and 65536 samples")
+
+    def spec(self) -> dict[str, Any]:
+        return {key: value for key, value in super().spec().items() if key != "label"}
+
+
+@dataclass(frozen=True)
 class Scenario:
-    """The attacked world; knows no defense. ``attack`` None = the benign twin."""
+    """The attacked world; knows no defense. ``attack`` None = the benign twin; ``frozen`` None = trained end to end."""
 
     dataset: DatasetSpec
     clean_fraction: float
@@ -79,10 +109,12 @@ class Scenario:
     attack_label: str
     plan: Plan
     seed: int
+    frozen: Frozen | None = None
 
     def spec(self) -> dict[str, Any]:
         """What determines the trained victim: labels are left out."""
         return {
+            **({"frozen": self.frozen.spec()} if self.frozen else {}),
             "dataset": self.dataset.spec(),
             "clean_fraction": self.clean_fraction,
             "backbone": self.backbone.spec(),
@@ -108,9 +140,17 @@ class Cell:
     scope: Scope
     preset: str
     tau: float
+    extractor: Extractor | None = None
+    extractor_label: str = ""
+
+    @property
+    def grants(self) -> Knowledge:
+        """What the defender may hold: what the track gives, and an extractor trained on it, which is its own work."""
+        return self.track.grants | (Knowledge.EXTRACTOR if self.extractor else Knowledge.NONE)
 
     def spec(self) -> dict[str, Any]:
         return {
+            **({"extractor": self.extractor.spec()} if self.extractor else {}),
             "scenario": self.scenario.spec(),
             "defense": self.defense.spec(),
             "track": self.track.spec(),
@@ -199,7 +239,7 @@ Found = dict[type, list[type]]
 
 def _plugins(path: Path, files: Sequence[str]) -> tuple[tuple[tuple[str, str], ...], Found]:
     """Loads the files a matrix names (code, run as code) and collects the methods they define."""
-    found: Found = {Backbone: [], Attack: [], Defense: []}
+    found: Found = {Backbone: [], Attack: [], Defense: [], Extractor: []}
     loaded = []
     for name in files:
         file = path.parent / name
@@ -224,6 +264,8 @@ def _plugins(path: Path, files: Sequence[str]) -> tuple[tuple[tuple[str, str], .
 
 
 S = TypeVar("S", bound=Spec)
+PUBLISHED = "paper"
+"""The preset of a method's defaults: the paper's numbers, its authors' code's, or, where its file says so, ours."""
 
 
 def _fields(cls: type[Spec]) -> dict[str, Any]:
@@ -234,6 +276,10 @@ def _fields(cls: type[Spec]) -> dict[str, Any]:
 
 def _make(kind: str, cls: type[S], settings: Mapping[str, Any]) -> S:
     """An instance of a method's dataclass from a table; unknown keys and wrong types are named."""
+    return cls(**_settings(kind, cls, settings))
+
+
+def _settings(kind: str, cls: type[Spec], settings: Mapping[str, Any]) -> dict[str, Any]:
     fields = _fields(cls)
     values = {}
     for key, value in settings.items():
@@ -246,7 +292,7 @@ def _make(kind: str, cls: type[S], settings: Mapping[str, Any]) -> S:
             values[key] = TypeAdapter(fields[key]).validate_python(value, strict=not isinstance(value, list))
         except ValidationError as error:
             raise BadInput(f"{kind} {cls.name}: {key} = {value!r}: {error.errors()[0]['msg'].lower()}") from error
-    return cls(**values)
+    return values
 
 
 def _take(table: dict[str, Any], key: str, kind: type[Any], default: Any, where: str) -> Any:
@@ -277,14 +323,30 @@ def _unique(kind: str, labels: Sequence[str]) -> None:
 
 def _expand(table: MatrixTable, found: Found) -> tuple[tuple[Scenario, ...], tuple[Cell, ...]]:
     dataset = _make("dataset", DatasetSpec, table.dataset.model_dump(exclude={"clean_fraction"}, exclude_none=True))
+    extractors: dict[str, Extractor] = {}
+    labels = []
+    for number, entry in enumerate(map(dict, table.extractor), 1):
+        name = _named("extractor", entry, number)
+        label = _take(entry, "label", str, name, f"extractor {name}")
+        extractors[label] = _make("extractor", lookup("extractor", [*EXTRACTORS, *found[Extractor]], name), entry)
+        labels.append(label)
+    _unique("extractor", labels)
+    attack_names = [str(entry.get("label") or entry.get("name")) for entry in table.attack]
     backbones = []
     for number, entry in enumerate(map(dict, table.backbone), 1):
         name = _named("backbone", entry, number)
-        recipe = _take(entry, "recipe", dict, {}, f"backbone {name}")
-        label = _take(entry, "label", str, None, f"backbone {name}")
+        where = f"backbone {name}"
+        recipe = _take(entry, "recipe", dict, {}, where)
+        label = _take(entry, "label", str, None, where)
+        met = _take(entry, "attacks", list, attack_names, where)
+        for attack_name in met:
+            if attack_name not in attack_names:
+                raise BadInput(f"{where}: attacks: {attack_name!r} is not in this matrix{nearest(str(attack_name), attack_names)}")
+        frozen = _frozen(_take(entry, "frozen", dict, None, where), extractors, where)
         backbone: Backbone = _make("backbone", lookup("backbone", [*BACKBONES, *found[Backbone]], name), entry)
-        backbones.append((label or f"{name}-w{backbone.width}", backbone, recipe))
-    _unique("backbone", [label for label, _, _ in backbones])
+        tail = f" on {frozen.label}" if frozen else ""
+        backbones.append((label or f"{name}-w{backbone.width}{tail}", backbone, recipe, frozen, met))
+    _unique("backbone", [label for label, *_ in backbones])
     attacks = []
     plan_fields = {f.name for f in dataclasses.fields(Plan)}
     for number, entry in enumerate(map(dict, table.attack), 1):
@@ -305,14 +367,15 @@ def _expand(table: MatrixTable, found: Found) -> tuple[tuple[Scenario, ...], tup
             plan = _make(f"attack {name}:", Plan, {**planned, "rate": rate})
             mode = " all-to-all" if plan.label_mode == "all-to-all" else ""
             many = f" {100 * plan.rate:g} %" if rates is not None and len(rates) > 1 else ""
-            attacks.append((f"{label or name + mode}{many}", attack, plan, recipe))
-    _unique("attack", [label for label, _, _, _ in attacks])
+            attacks.append((f"{label or name + mode}{many}", attack, plan, recipe, label or name))
+    _unique("attack", [label for label, *_ in attacks])
     defenses = []
     for number, entry in enumerate(map(dict, table.defense), 1):
         name = _named("defense", entry, number)
         where = f"defense {name}"
         label = _take(entry, "label", str, None, where)
-        preset = _take(entry, "preset", str, "", where)
+        preset = _take(entry, "preset", str, PUBLISHED, where)
+        named = _take(entry, "extractors", list, None, where)
         defense_cls: type[Defense] = lookup("defense", [*DEFENSES, *found[Defense]], name)
         track_names = _take(entry, "tracks", list, ["control"] if defense_cls.control else None, where)
         scope_names = _take(entry, "scopes", list, ["whole"], where)
@@ -323,7 +386,9 @@ def _expand(table: MatrixTable, found: Found) -> tuple[tuple[Scenario, ...], tup
             raise BadInput(f"{where}: the track 'control' grants what no defender has and is for controls only")
         if "like_settings" in entry and isinstance(entry["like_settings"], dict):
             entry["like_settings"] = [list(pair) for pair in entry["like_settings"].items()]
+        preset, entry = _preset(defense_cls, preset, entry)
         defense = _make("defense", defense_cls, entry)
+        given = _given(defense, named, extractors, tracks, where)
         scopes = []
         for scope in scope_names:
             if scope not in [s.value for s in Scope]:
@@ -331,24 +396,116 @@ def _expand(table: MatrixTable, found: Found) -> tuple[tuple[Scenario, ...], tup
             if Scope(scope) not in defense.scopes:
                 raise BadInput(f"{where}: it has no scope {scope!r}; it has {', '.join(s.value for s in defense.scopes)}")
             scopes.append(Scope(scope))
-        defenses.append((label or name, defense, preset, tracks, scopes))
+        for extractor_name in given:
+            shown = f"{label or name} on {extractor_name}" if extractor_name else label or name
+            defenses.append((shown, defense, preset, tracks, scopes, extractor_name))
     _unique("defense", [label for label, *_ in defenses])
     scenarios = []
-    for backbone_label, backbone, backbone_recipe in backbones:
-        for attack_label, attack, plan, attack_recipe in attacks:
+    for backbone_label, backbone, backbone_recipe, frozen, met in backbones:
+        for attack_label, attack, plan, attack_recipe, attack_name in attacks:
+            if attack_name not in met:
+                continue
+            if frozen and attack.power is Power.TRAINING:
+                raise BadInput(
+                    f"backbone {backbone_label}: its features are given, so there is no training for {attack_label} to control: "
+                    f'list the attacks it meets, e.g. attacks = ["badnets"]'
+                )
             recipe = _recipe(table.recipe, backbone_recipe, attack_recipe)
+            share = table.dataset.clean_fraction
             scenarios += [
-                Scenario(dataset, table.dataset.clean_fraction, backbone, backbone_label, recipe, attack, attack_label, plan, seed)
+                Scenario(dataset, share, backbone, backbone_label, recipe, attack, attack_label, plan, seed, frozen)
                 for seed in table.seeds
             ]
     cells = tuple(
-        Cell(scenario, defense, label, track, scope, preset, table.tau)
+        Cell(scenario, defense, label, track, scope, preset, table.tau, extractors.get(extractor_name), extractor_name)
         for scenario in scenarios
-        for label, defense, preset, tracks, scopes in defenses
+        for label, defense, preset, tracks, scopes, extractor_name in defenses
         for track in tracks
         for scope in scopes
     )
-    return tuple(scenarios), cells
+    return tuple(scenarios), _one_trusted(cells)
+
+
+def _frozen(table: dict[str, Any] | None, extractors: Mapping[str, Extractor], where: str) -> Frozen | None:
+    if table is None:
+        return None
+    name = table.pop("extractor", None)
+    if not isinstance(name, str):
+        raise BadInput(f"{where}: frozen: 'extractor' is missing: name one of this matrix's extractors")
+    if name not in extractors:
+        raise BadInput(f"{where}: frozen: no extractor {name!r} in this matrix{nearest(name, extractors)}")
+    for key in ("label", "name"):
+        if key in table:
+            raise BadInput(f"{where}: frozen: unknown key {key!r}{nearest(key, ['extractor', 'epochs', 'lr', 'batch'])}")
+    return Frozen(extractors[name], name, **_settings(f"{where}:", Frozen, table))
+
+
+def _given(
+    defense: Defense, named: list[Any] | None, extractors: Mapping[str, Extractor], tracks: Sequence[Track], where: str
+) -> list[str]:
+    """Labels of the extractors a defense runs on; one empty label for a defense that needs none.
+
+    An extractor trained on the poisoned set is within the means of whoever holds that set; any other must be granted.
+    """
+    if Knowledge.EXTRACTOR not in defense.needs:
+        if named is not None:
+            raise BadInput(f"{where}: extractors = {named!r}: it uses none")
+        return [""]
+    if not named:
+        raise BadInput(f"{where}: 'extractors' is missing: say which it runs on{nearest('', extractors)}")
+    for name in named:
+        if name not in extractors:
+            raise BadInput(f"{where}: extractors: no extractor {name!r} in this matrix{nearest(str(name), extractors)}")
+        wanted = Knowledge.TRAIN if extractors[name].reads == "poisoned" else Knowledge.EXTRACTOR
+        for track in tracks:
+            if wanted not in track.grants:
+                raise BadInput(
+                    f"{where}: extractor {name!r} ({extractors[name].origin}) needs {wanted.words}, which the track "
+                    f"{track.name!r} withholds"
+                )
+    return [str(name) for name in named]
+
+
+def _one_trusted(cells: tuple[Cell, ...]) -> tuple[Cell, ...]:
+    """Within a track that grants a trusted extractor, everybody who competes gets the same one: nothing ranks across extractors.
+
+    Raises:
+        BadInput: a track has two.
+    """
+    granted: dict[str, str] = {}
+    for cell in cells:
+        if cell.extractor is None or cell.defense.control or cell.extractor.reads == "poisoned":
+            continue
+        first = granted.setdefault(cell.track.name, cell.extractor_label)
+        if first != cell.extractor_label:
+            raise BadInput(
+                f"track {cell.track.name!r}: {cell.defense_label} gets the extractor {cell.extractor_label!r} and others "
+                f"{first!r}; nothing may be ranked across extractors: use one, or two matrices"
+            )
+    return cells
+
+
+@functools.lru_cache(maxsize=1)
+def presets() -> dict[str, dict[str, dict[str, Any]]]:
+    """Shortened schedules by method and preset, as ``presets.toml`` has them."""
+    return tomllib.loads((Path(__file__).parent / "presets.toml").read_text(encoding="utf-8"))
+
+
+def _preset(defense: type[Defense], preset: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A defense's settings under a preset, and the preset's name with what the matrix changes of it.
+
+    Raises:
+        BadInput: the method has no such preset.
+    """
+    known = presets().get(defense.name, {})
+    if preset != PUBLISHED and preset not in known:
+        raise BadInput(f"defense {defense.name}: no preset {preset!r}{nearest(preset, [PUBLISHED, *known])}")
+    settings = {**known.get(preset, {}), **given}
+    defaults = {f.name: f.default for f in dataclasses.fields(defense)}  # type: ignore[arg-type]
+    own = {**defaults, **known.get(preset, {})}
+    plain = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    changed = [f"{key}={value}" for key, value in plain.items() if own.get(key) != value]
+    return (f"{preset}; {', '.join(changed)}" if changed else preset), settings
 
 
 def settings_hash(matrix: Matrix) -> str:

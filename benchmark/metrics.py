@@ -78,7 +78,7 @@ class Scorer:
 
     def _said(self, net: Network, which: str, images: Tensor) -> Tensor:
         state = net.state_dict()
-        if not all(torch.equal(state[name].cpu(), value) for name, value in self._features.items()):
+        if not all(name in state and torch.equal(state[name].cpu(), value) for name, value in self._features.items()):
             return predict(net, images)
         if which not in self._embedded:
             self._embedded[which] = embed(net, images)

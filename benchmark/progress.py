@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from types import TracebackType
+from typing import ClassVar
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -14,15 +16,18 @@ __all__ = ["RunProgress"]
 
 
 class RunProgress:
-    """Two bars (victims, defense cells) and a line per worker; on a plain pipe, a line every few seconds instead.
+    """A bar per kind of stage and a line per worker; on a plain pipe, a line every few seconds instead.
 
-    Use as a context manager around a run. ``victims`` and ``cells``: how many of each are still to be done.
+    Use as a context manager around a run. ``totals``: how many stages of each kind (``victim``, ``extractor``, ``cell``) are still
+    to be done; a kind with none has no bar.
     """
 
     PLAIN_EVERY = 15.0
     """Seconds between lines where the output is not a terminal."""
 
-    def __init__(self, console: Console, victims: int, cells: int) -> None:
+    WORDS: ClassVar[Mapping[str, str]] = {"victim": "attacked models", "extractor": "extractors", "cell": "defense cells"}
+
+    def __init__(self, console: Console, totals: Mapping[str, int]) -> None:
         self.console = console
         self.bars = Progress(
             TextColumn("[bold]{task.description:<16}"),
@@ -32,12 +37,9 @@ class RunProgress:
             TextColumn("{task.fields[left]}"),
             console=console,
         )
-        self.totals = {"victim": victims, "cell": cells}
-        self.counts = {"victim": 0, "cell": 0}
-        self.tasks = {
-            "victim": self.bars.add_task("attacked models", total=victims, left=""),
-            "cell": self.bars.add_task("defense cells", total=cells, left=""),
-        }
+        self.totals = {kind: totals[kind] for kind in self.WORDS if totals.get(kind)}
+        self.counts = dict.fromkeys(self.totals, 0)
+        self.tasks = {kind: self.bars.add_task(self.WORDS[kind], total=total, left="") for kind, total in self.totals.items()}
         self.now: dict[int, tuple[str, float]] = {}
         self.live = Live(get_renderable=self._picture, console=console, refresh_per_second=4, transient=False)
         self.begun = self.told = time.monotonic()
@@ -82,6 +84,5 @@ class RunProgress:
             return
         self.told = time.monotonic()
         running = "; ".join(label for label, _ in self.now.values())
-        names = {"victim": "models", "cell": "cells"}
-        done = ", ".join(f"{self.counts[kind]}/{self.totals[kind]} {name}" for kind, name in names.items())
+        done = ", ".join(f"{self.counts[kind]}/{total} {self.WORDS[kind]}" for kind, total in self.totals.items())
         self.console.print(f"[{self.told - self.begun:5.0f} s] {done}; running: {running or 'none'}", highlight=False, markup=False)

@@ -77,6 +77,26 @@ class Row(Key):
     samples_backward: int = 0
     cost_epochs: float = math.nan
     """Standard-epoch equivalents: 1 = forward and backward over the attacker's training set."""
+    isolated: int = 0
+    """Training samples the defense took for poisoned."""
+    precision: float = math.nan
+    """Share of these that are poisoned."""
+    recall: float = math.nan
+    """Share of the poisoned samples that are among them."""
+    used: str = ""
+    """What the defense took from its view, e.g. ``model + clean``."""
+    clean_images: int = 0
+    """Clean labelled images it used, those for validation included."""
+    train_images: int = 0
+    """Images of the published training set it used, labels as given."""
+    trained_anew: bool = False
+    """Whether it trained a network of its own from the public architecture (``model`` not edited but replaced)."""
+    extractor: str = ""
+    """Extractor it used, with its origin."""
+    extractor_epochs: float = math.nan
+    """The extractor's share of ``cost_epochs``."""
+    features: str = ""
+    """Of a victim on given features: the extractor and its origin. Empty = trained end to end."""
     preset: str = ""
     note: str = ""
 

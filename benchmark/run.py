@@ -20,9 +20,9 @@ import torch
 from rich.console import Console
 
 from benchmark import rows as files
-from benchmark.cell import CellResult, cell_key, cell_rows, victim_key
+from benchmark.cell import CellResult, cell_key, cell_rows, extractor_key, victim_key
 from benchmark.datasets import Dataset, load
-from benchmark.executors import Failure, Stage, cores, run_stages, victims_of
+from benchmark.executors import Failure, Stage, cores, extractors_of, run_stages, victims_of
 from benchmark.files import write_text
 from benchmark.matrix import Cell, Matrix, Scenario, settings_hash
 from benchmark.progress import RunProgress
@@ -150,38 +150,64 @@ def _execute(
 
     numbers = {id(cell): number for number, cell in enumerate(matrix.cells)}
     wanted = {canonical(world.spec()) for cell in cells for world in (cell.scenario.twin(), cell.scenario)}
+    todo_cells = [cell for cell in cells if store.read("defended", cell_key(cell, print_of(cell.scenario)), tensors=False) is None]
+    extractors, every = extractors_of(matrix), victims_of(matrix)
+    needed = {extractor_key(s.frozen.extractor, s, print_of(s)) for s in every if s.frozen and canonical(s.spec()) in wanted}
+    for cell in todo_cells:
+        own = [one for one in (cell.extractor, cell.defense.extractor) if one is not None]
+        needed |= {extractor_key(one, cell.scenario, print_of(cell.scenario)) for one in own}
     stages: list[Stage] = []
     place: dict[str, int] = {}
-    for number, scenario in enumerate(victims_of(matrix)):
+
+    def train_extractors(reads: str) -> None:
+        for number, (extractor, scenario) in enumerate(extractors):
+            key = extractor_key(extractor, scenario, print_of(scenario))
+            if extractor.reads != reads or key not in needed or store.read("extractor", key, tensors=False) is not None:
+                continue
+            victim = victim_key(scenario, print_of(scenario))
+            after = (place[victim],) if reads == "poisoned" and victim in place else ()
+            place[key] = len(stages)
+            of = f"{scenario.backbone_label} / seed {scenario.seed}" if reads == "clean" else _label(scenario)
+            stages.append(Stage("extractor", number, f"extractor {extractor.origin}: {of}", after))
+
+    # What waits comes after what it waits for, so that one process can take the stages as they stand.
+    train_extractors("clean")
+    for number, scenario in enumerate(every):
         key = victim_key(scenario, print_of(scenario))
         if canonical(scenario.spec()) in wanted and store.read("victim", key, tensors=False) is None:
+            given = extractor_key(scenario.frozen.extractor, scenario, print_of(scenario)) if scenario.frozen else ""
+            after = (place[given],) if given in place else ()
             place[key] = len(stages)
-            stages.append(Stage("victim", number, f"train {_label(scenario)}"))
+            stages.append(Stage("victim", number, f"train {_label(scenario)}", after))
+    train_extractors("poisoned")
     todo = []
-    for cell in cells:
-        if store.read("defended", cell_key(cell, print_of(cell.scenario)), tensors=False) is None:
-            victim = victim_key(cell.scenario, print_of(cell.scenario))
-            after = (place[victim],) if victim in place else ()
-            label = f"{cell.defense_label} ({cell.scope.value}) on {_label(cell.scenario)}"
-            todo.append(Stage("cell", numbers[id(cell)], label, after))
-    victims = len(stages)
+    for cell in todo_cells:
+        own = [one for one in (cell.extractor, cell.defense.extractor) if one is not None]
+        keys = [extractor_key(one, cell.scenario, print_of(cell.scenario)) for one in own]
+        keys.append(victim_key(cell.scenario, print_of(cell.scenario)))
+        label = f"{cell.defense_label} ({cell.scope.value}) on {_label(cell.scenario)}"
+        todo.append(Stage("cell", numbers[id(cell)], label, tuple(place[key] for key in keys if key in place)))
+    totals = {kind: sum(stage.kind == kind for stage in stages) for kind in ("victim", "extractor")} | {"cell": len(todo)}
     stages += order(todo) if order else todo
     if not stages:
         return {}
     count = min(processes or cores(), len(stages))
     console.print(
-        f"{matrix.name}: {victims} models to train, {len(todo)} defense cells to run ({len(cells) - len(todo)} already stand); "
+        f"{matrix.name}: {totals['victim']} models and {totals['extractor']} extractors to train, {len(todo)} defense cells to run "
+        f"({len(cells) - len(todo)} already stand); "
         f"{count} process{'es' if count > 1 else ''}, one thread each",
         highlight=False,
     )
-    with RunProgress(console, victims, len(todo)) as progress:
+    with RunProgress(console, totals) as progress:
         failed = run_stages(stages, matrix.path, store.root, cache, progress, count)
-    every = victims_of(matrix)
 
     def key_of(failure: Failure) -> str:
         stage = stages[failure.position]
         if stage.kind == "victim":
             return victim_key(every[stage.number], print_of(every[stage.number]))
+        if stage.kind == "extractor":
+            extractor, scenario = extractors[stage.number]
+            return extractor_key(extractor, scenario, print_of(scenario))
         cell = matrix.cells[stage.number]
         return cell_key(cell, print_of(cell.scenario))
 

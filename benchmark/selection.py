@@ -48,6 +48,9 @@ class Measured:
     val_acc: float
     forward: int
     backward: int
+    isolated: int = 0
+    precision: float = math.nan
+    recall: float = math.nan
 
 
 def choose(how: Selection, measured: Sequence[Measured], before: Score, before_val: float, tau: float = TAU) -> int | None:

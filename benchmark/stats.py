@@ -96,11 +96,11 @@ def tracks(rows: pd.DataFrame) -> list[str]:
 
 
 def selections(rows: pd.DataFrame, track: str | None = None) -> list[str]:
-    """The selections present, the honest one first; of a track: without those its competitors cannot be chosen by."""
+    """The selections present, the honest one first; of a track: without those that not all its competitors can be chosen by."""
+    present = set(rows["selection"])
     if track is not None:
         mine = rows[(rows["track"] == track) & ~_is_control(rows)]
-        rows = mine[mine["reason"] != NOTHING_TO_VALIDATE_ON] if len(mine) else rows
-    present = set(rows["selection"])
+        present = set(mine["selection"]) - set(mine.loc[mine["reason"] == NOTHING_TO_VALIDATE_ON, "selection"]) or present
     return [name for name in SELECTIONS if name in present]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from defenses.base import DefenderView, Defense, Knowledge, Scope
 from models.backbone import Network
+from models.extractors import Extractor
 from models.spec import BadInput, nearest
 from models.training import Recipe
 
@@ -33,6 +34,7 @@ TRACKS: tuple[Track, ...] = (
     Track("train", Knowledge.TRAIN, "the poisoned training set alone"),
     Track("train+clean", Knowledge.TRAIN | Knowledge.CLEAN, "the poisoned training set and a small clean labelled budget"),
     Track("train+extractor", Knowledge.TRAIN | Knowledge.EXTRACTOR, "the poisoned training set and a trusted extractor"),
+    Track("clean+extractor", Knowledge.CLEAN | Knowledge.EXTRACTOR, "a small clean labelled budget and a trusted extractor"),
 )
 CONTROL = Track("control", ~Knowledge.NONE, "controls: granted what no defender has, never ranked")
 
@@ -46,7 +48,7 @@ def track_named(name: str) -> Track:
 
 
 def view_for(
-    track: Track,
+    granted: Knowledge,
     defense: Defense,
     scope: Scope,
     sources: Mapping[Knowledge, Callable[[], object]],
@@ -55,11 +57,12 @@ def view_for(
     num_classes: int,
     seed: int,
     recipe: Recipe,
+    built: Callable[[Extractor], Network] | None = None,
 ) -> DefenderView:
-    """The view of ``defense`` on ``track``: only what is granted is ever put within reach of the object."""
-    reachable = {what: source for what, source in sources.items() if what in track.grants}
+    """The view of ``defense`` on a track that grants ``granted``: only that is ever put within reach of the object."""
+    reachable = {what: source for what, source in sources.items() if what in granted}
     return DefenderView(
-        granted=track.grants,
+        granted=granted,
         declared=defense.needs,
         sources=reachable,
         fresh=fresh,
@@ -67,4 +70,5 @@ def view_for(
         seed=seed,
         scope=scope,
         recipe=recipe,
+        built=built,
     )

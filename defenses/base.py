@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from models.backbone import Network
+from models.extractors import Extractor
 from models.images import ImageSet
-from models.spec import Spec
+from models.spec import Spec, derive_seed
 from models.training import Recipe
 from models.units import Masks, Pairing, Scope, UnitLayer, Writer, prune, unit_layers
 
@@ -61,7 +62,8 @@ class Inapplicable(ValueError):
 
 
 class DefenderView:
-    """Everything a defender gets. Each access is recorded in ``used`` and checked against ``granted`` and ``declared``.
+    """Everything a defender gets. Each access is recorded in ``used`` and checked against ``granted`` and ``declared``; whether it
+    built a network anew stands in ``trained``.
 
     Args:
         granted: what the track gives. declared: what the defense says it needs.
@@ -70,6 +72,7 @@ class DefenderView:
         fresh: builds an untrained network of the victim's architecture from a seed (the architecture is public).
         num_classes, seed, scope, recipe: number of classes; the defender's seed; which weights may be edited; the recipe the
             victim was trained with (public).
+        built: fetches an extractor that was trained on the poisoned training set before; without it, :meth:`extract` trains anew.
     """
 
     def __init__(
@@ -83,12 +86,20 @@ class DefenderView:
         seed: int,
         scope: Scope,
         recipe: Recipe,
+        built: Callable[[Extractor], Network] | None = None,
     ) -> None:
+        self.__built = built
         self.granted, self.declared, self.used = granted, declared, Knowledge.NONE
         self.num_classes, self.seed, self.scope, self.recipe = num_classes, seed, scope, recipe
-        self.fresh = fresh
+        self.trained = False
+        self.__fresh = fresh
         self.__sources = dict(sources)
         self.__fetched: dict[Knowledge, object] = {}
+
+    def fresh(self, seed: int) -> Network:
+        """An untrained network of the victim's architecture."""
+        self.trained = True
+        return self.__fresh(seed)
 
     def _fetch(self, what: Knowledge) -> object:
         if what not in self.granted:
@@ -135,6 +146,24 @@ class DefenderView:
         net = copy.deepcopy(self._fetch(Knowledge.EXTRACTOR))
         assert isinstance(net, Network)
         return net
+
+    def extract(self, extractor: Extractor) -> Network:
+        """An extractor of the defender's own making, trained on the poisoned training set; in evaluation mode.
+
+        Defenses that ask for the same one get the same weights, so it is trained once; each is charged its cost in full.
+
+        Raises:
+            ValueError: ``extractor`` reads anything but the poisoned images.
+        """
+        if extractor.reads != "poisoned":
+            raise ValueError(f"{extractor.name} reads {extractor.reads!r}: a defender holds the poisoned images only")
+        data = self.train
+        self.trained = True
+        if self.__built is not None:
+            net = copy.deepcopy(self.__built(extractor))
+        else:
+            net = extractor.build(self.fresh, data, self.recipe, derive_seed(self.seed, "extractor")).net
+        return net.requires_grad_(True).eval()
 
     @property
     def filtered(self) -> ImageSet:
@@ -188,6 +217,11 @@ class Defense(Spec, ABC):
     @abstractmethod
     def needs(self) -> Knowledge:
         """What this defense, with these settings, must be granted."""
+
+    @property
+    def extractor(self) -> Extractor | None:
+        """What it asks of :meth:`DefenderView.extract`, so that it can be trained beforehand; None = nothing."""
+        return None
 
     @abstractmethod
     def candidates(self, view: DefenderView) -> Iterator[Candidate]:

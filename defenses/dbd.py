@@ -116,7 +116,7 @@ class DBD(Defense):
         kept = int(self.clean_share * len(data))
         if min(kept, len(data) - kept) < 2:
             raise Inapplicable(f"clean_share = {self.clean_share} of {len(data)} samples leaves a side with fewer than 2")
-        net = self.extractor.build(view.fresh, data, view.recipe, derive_seed(view.seed, "dbd", "extractor")).net
+        net = view.extract(self.extractor)
         head = _Head(net, self.recipe(view, self.head_epochs, self.head_batch), Scope.HEAD)
         tune(head, data, derive_seed(view.seed, "dbd", "head"))
         recipe = self.recipe(view, self.semi_epochs, self.semi_batch)

@@ -59,7 +59,7 @@ def tune(module: Tuned, data: ImageSet, seed: int) -> Network:
     """
     module.net.features.requires_grad_(module.scope is Scope.WHOLE)
     fit(module, data, module.recipe, seed)
-    return module.net.requires_grad_(True).eval()
+    return module.net.cpu().requires_grad_(True).eval()  # a training of no epochs returns where it was
 
 
 def fine_tuned(

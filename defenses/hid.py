@@ -121,9 +121,7 @@ class HID(Defense):
     @property
     def pruner(self) -> HolderPruning:
         """The inner step, under these settings."""
-        return HolderPruning(
-            alpha=self.alpha, rule=self.rule, u=self.u, share=self.share, max_pairs=self.max_pairs, grid=self.grid
-        )
+        return HolderPruning(alpha=self.alpha, rule=self.rule, u=self.u, share=self.share, max_pairs=self.max_pairs, grid=self.grid)
 
     @property
     def semi(self) -> Recipe:
@@ -167,7 +165,7 @@ class HID(Defense):
         if len(data) < 2:
             raise Inapplicable(f"the poisoned training set holds {len(data)} samples; at least 2 are needed")
         recipe = replace(self.semi, crop=view.recipe.crop, flip=view.recipe.flip)
-        net = self.extractor.build(view.fresh, data, view.recipe, derive_seed(view.seed, "hid", "extractor")).net
+        net = view.extract(self.extractor)
         clean, done = torch.zeros(len(data), dtype=torch.bool), 0
         for number in range(self.rounds):
             seed = derive_seed(view.seed, "hid", "round", number)

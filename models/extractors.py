@@ -48,6 +48,15 @@ class Extractor(Spec, ABC):
     def reads(self) -> Reads:
         """Which images it is trained on: the training set before the attack, as published, or none of ours."""
 
+    @property
+    @abstractmethod
+    def origin(self) -> str:
+        """Where its features come from, in words for a table: "trained with labels on the clean images"."""
+
+    @abstractmethod
+    def follows(self, recipe: Recipe) -> dict[str, Any]:
+        """What of the victim's recipe the result depends on, as plain values; extractors that agree in it are one."""
+
     @abstractmethod
     def build(self, fresh: Fresh, data: ImageSet, recipe: Recipe, seed: int) -> Fitted:
         """The extractor, in evaluation mode on the CPU, and its cost.
@@ -81,8 +90,19 @@ class Supervised(Extractor):
     def reads(self) -> Reads:
         return "clean"
 
+    @property
+    def origin(self) -> str:
+        return "trained with labels on the clean images"
+
+    def recipe(self, victims: Recipe) -> Recipe:
+        """The victim's, for as many epochs as this says."""
+        return victims if self.epochs is None else dataclasses.replace(victims, epochs=self.epochs)
+
+    def follows(self, recipe: Recipe) -> dict[str, Any]:
+        return self.recipe(recipe).spec()
+
     def build(self, fresh: Fresh, data: ImageSet, recipe: Recipe, seed: int) -> Fitted:
-        recipe = recipe if self.epochs is None else dataclasses.replace(recipe, epochs=self.epochs)
+        recipe = self.recipe(recipe)
         net = fresh(derive_seed(seed, self.name, "weights"))
         return fit(Classifier(net, recipe), data, recipe, derive_seed(seed, self.name, "batches"))
 
@@ -123,6 +143,13 @@ class SelfSupervised(Extractor):
     @property
     def reads(self) -> Reads:
         return self.on
+
+    @property
+    def origin(self) -> str:
+        return f"self-supervised on the {self.on} images"
+
+    def follows(self, recipe: Recipe) -> dict[str, Any]:
+        return {"flip": recipe.flip}
 
     def build(self, fresh: Fresh, data: ImageSet, recipe: Recipe, seed: int) -> Fitted:
         own = Recipe(
@@ -203,6 +230,13 @@ class Pretrained(Extractor):
     @property
     def reads(self) -> Reads:
         return "nothing"
+
+    @property
+    def origin(self) -> str:
+        return f"{self.model} of {self.library}, weights from a file"
+
+    def follows(self, recipe: Recipe) -> dict[str, Any]:
+        return {}
 
     def build(self, fresh: Fresh, data: ImageSet, recipe: Recipe, seed: int) -> Fitted:
         start = time.perf_counter()

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmark.matrix import find_matrix, load_matrix, matrix_names, settings_hash
+from benchmark.matrix import Cell, find_matrix, load_matrix, matrix_names, presets, settings_hash
 from benchmark.tracks import TRACKS
-from defenses.base import Scope
-from models.spec import BadInput
+from defenses import DEFENSES
+from defenses.base import Knowledge, Scope
+from defenses.fine_tuning import FineTuning
+from models.spec import BadInput, canonical, lookup
 
 GOOD = """
 title = "tiny"
@@ -62,9 +64,96 @@ def test_expansion(tmp_path: Path) -> None:
 
 def test_labels_and_presets_do_not_change_the_key_but_settings_do(tmp_path: Path) -> None:
     base = settings_hash(load_matrix(written(tmp_path, GOOD)))
-    renamed = GOOD.replace('name = "clp"', 'name = "clp"\nlabel = "Channel Lipschitz"\npreset = "cpu"')
+    renamed = GOOD.replace('name = "clp"', 'name = "clp"\nlabel = "Channel Lipschitz"\npreset = "paper"')
     assert settings_hash(load_matrix(written(tmp_path, renamed))) == base
     assert settings_hash(load_matrix(written(tmp_path, GOOD.replace("u = 2", "u = 3")))) != base
+
+
+TUNED = GOOD + """
+[[defense]]
+name = "fine-tuning"
+tracks = ["model+clean"]
+"""
+
+
+def test_a_preset_is_its_settings_and_says_what_the_matrix_changes_of_it(tmp_path: Path) -> None:
+    def tuned(lines: str) -> Cell:
+        return load_matrix(written(tmp_path, TUNED + lines)).cells[-1]
+
+    epochs = presets()["fine-tuning"]["cpu"]["epochs"]
+    assert (tuned("").preset, tuned("").defense) == ("paper", FineTuning())
+    assert (tuned('preset = "cpu"').preset, tuned('preset = "cpu"').defense) == ("cpu", FineTuning(epochs=epochs))
+    assert tuned('preset = "cpu"').spec() == tuned(f"epochs = {epochs}").spec()
+    assert tuned(f"epochs = {epochs}").preset == f"paper; epochs={epochs}"
+    both = tuned('preset = "cpu"\nepochs = 7\nlr = 0.01')  # the rate is the default: nothing is changed of it
+    assert (both.preset, both.defense) == ("cpu; epochs=7", FineTuning(epochs=7))
+
+
+def test_presets_change_lengths_and_sample_counts_never_the_algorithm() -> None:
+    lengths = {"epochs", "batch", "iterations", "rounds", "points", "grid"}
+    for method, known in presets().items():
+        cls = lookup("defense", DEFENSES, method)
+        for name, settings in known.items():
+            assert name in ("cpu", "smoke")
+            assert all(key in lengths or key.endswith(("_epochs", "_batch")) for key in settings), (method, name)
+            cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
+
+
+EXTRACTED = """
+[[extractor]]
+name = "self-supervised"
+label = "theirs"
+on = "clean"
+epochs = 1
+[[extractor]]
+name = "self-supervised"
+label = "own"
+epochs = 1
+[[extractor]]
+name = "supervised"
+"""
+PROBE = """
+[[defense]]
+name = "linear-probe"
+labels = "train"
+extractors = ["theirs", "own"]
+"""
+
+
+def test_a_defense_on_two_extractors_is_two_entries(tmp_path: Path) -> None:
+    matrix = load_matrix(written(tmp_path, GOOD + EXTRACTED + PROBE))
+    probes = [cell for cell in matrix.cells if cell.defense.name == "linear-probe" and cell.scenario == matrix.scenarios[0]]
+    assert [cell.defense_label for cell in probes] == ["linear-probe on theirs", "linear-probe on own"]
+    assert [cell.extractor.reads if cell.extractor else None for cell in probes] == ["clean", "poisoned"]
+    assert canonical(probes[0].spec()) != canonical(probes[1].spec())
+    before = load_matrix(written(tmp_path, GOOD))
+    assert [cell.spec() for cell in matrix.cells[:3]] == [cell.spec() for cell in before.cells[:3]], "keys without extractors stand"
+
+
+def test_an_extractor_trained_on_the_poisoned_set_is_within_the_means_of_whoever_holds_it(tmp_path: Path) -> None:
+    inside = PROBE.replace('["theirs", "own"]', '["own"]\ntracks = ["train"]')
+    matrix = load_matrix(written(tmp_path, GOOD + EXTRACTED + inside))
+    probe = next(cell for cell in matrix.cells if cell.defense.name == "linear-probe")
+    assert probe.grants == Knowledge.TRAIN | Knowledge.EXTRACTOR
+    assert probe.track.grants == Knowledge.TRAIN
+
+
+FROZEN = 'width = 4\nattacks = ["badnets"]\nfrozen = { extractor = "theirs", epochs = 3 }'
+
+
+def test_a_frozen_victim_is_another_scenario(tmp_path: Path) -> None:
+    matrix = load_matrix(written(tmp_path, GOOD.replace("width = 4", FROZEN) + EXTRACTED))
+    first = matrix.scenarios[0]
+    assert {scenario.attack_label for scenario in matrix.scenarios} == {"badnets 10 %", "badnets 1 %"}
+    assert first.backbone_label == "resnet8-w4 on theirs"
+    assert first.frozen is not None
+    assert first.frozen.epochs == 3
+    assert first.twin().frozen == first.frozen
+    plain = load_matrix(written(tmp_path, GOOD)).scenarios[0]
+    assert "frozen" not in plain.spec(), "keys of end-to-end victims stand"
+    assert {**plain.spec(), "frozen": first.frozen.spec()} == first.spec()
+    relabelled = GOOD.replace("width = 4", FROZEN.replace("theirs", "other")) + EXTRACTED.replace("theirs", "other")
+    assert load_matrix(written(tmp_path, relabelled)).scenarios[0].spec() == first.spec(), "a label is no setting"
 
 
 BAD = {
@@ -77,6 +166,24 @@ BAD = {
     "unknown attack setting": (GOOD.replace("rate = 0.05", "raet = 0.05"), "unknown key 'raet'; did you mean 'rate'"),
     "unknown recipe key": (GOOD.replace("epochs = 2", "epoch = 2"), "recipe recipe: unknown key 'epoch'; did you mean 'epochs'"),
     "unknown track": (GOOD.replace('["model"]', '["modle"]'), "unknown track 'modle'; did you mean 'model'"),
+    "unknown preset": (TUNED + 'preset = "cpuu"', "no preset 'cpuu'; did you mean 'cpu'"),
+    "a preset nobody wrote": (GOOD.replace("u = 2", 'preset = "cpu"'), "defense clp: no preset 'cpu'"),
+    "unknown extractor": (GOOD + EXTRACTED + PROBE.replace('"own"', '"onw"'), "no extractor 'onw' in this matrix; did you mean 'own'"),
+    "no extractor named": (GOOD + PROBE.replace('extractors = ["theirs", "own"]', ""), "'extractors' is missing"),
+    "extractors for who uses none": (TUNED + 'extractors = ["theirs"]', "it uses none"),
+    "two extractors of one name": (GOOD + EXTRACTED.replace('"own"', '"theirs"'), "two extractors are called 'theirs'"),
+    "an extractor the track withholds": (
+        GOOD + EXTRACTED + PROBE + 'tracks = ["train"]',
+        "extractor 'theirs' (self-supervised on the clean images) needs extractor, which the track 'train' withholds",
+    ),
+    "frozen on nothing": (GOOD.replace("width = 4", "frozen = { epochs = 3 }"), "frozen: 'extractor' is missing"),
+    "frozen on an unknown one": (GOOD.replace("width = 4", FROZEN), "frozen: no extractor 'theirs' in this matrix"),
+    "frozen, misspelt": (GOOD.replace("width = 4", FROZEN.replace("epochs", "epoch")) + EXTRACTED, "did you mean 'epochs'"),
+    "an attack that is not there": (GOOD.replace("width = 4", 'attacks = ["badnet"]'), "did you mean 'badnets'"),
+    "nothing to control": (
+        GOOD.replace("width = 4", 'frozen = { extractor = "theirs" }').replace('"sig"', '"wanet"') + EXTRACTED,
+        "there is no training for wanet to control",
+    ),
     "unknown scope": (GOOD.replace('"head", "whole"', '"haed"'), "unknown scope 'haed'; did you mean 'head'"),
     "no tracks": (GOOD.replace('tracks = ["model"]\n', ""), "'tracks' is missing"),
     "control track for a defense": (GOOD.replace('["model"]', '["control"]'), "for controls only"),

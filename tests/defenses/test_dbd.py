@@ -71,7 +71,7 @@ def test_the_split_keeps_half_of_the_labels_those_of_lowest_loss(net_of, data_of
 def test_its_stages_written_out(view_of, data_of):
     """Features without labels, head, semi-supervised training with a new split each epoch: the pipeline written out."""
     view, data = view_of(TINY), data_of(3, 32)
-    own = derive_seed(view.seed, "dbd", "extractor")
+    own = derive_seed(view.seed, "extractor")
     net = SelfSupervised("poisoned", 1, 16).build(view.fresh, data, view.recipe, own).net
     adam = Recipe(epochs=1, batch=8, lr=0.002, optimizer="adam", weight_decay=0, schedule="constant", crop=1, flip=True)
 

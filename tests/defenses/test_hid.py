@@ -57,7 +57,7 @@ def test_one_round_without_pruning_is_its_four_stages(net_of, data_of, view_of):
     """Self-supervised features, head on the labels as given, split, semi-supervised training: the pipeline written out."""
     method = replace(TINY, rule="mean-std", u=100.0, grid=())
     view, data = view_of(method), data_of(3, 32)
-    net = SelfSupervised("poisoned", 1, 16).build(view.fresh, data, view.recipe, derive_seed(view.seed, "hid", "extractor")).net
+    net = SelfSupervised("poisoned", 1, 16).build(view.fresh, data, view.recipe, derive_seed(view.seed, "extractor")).net
     seed = derive_seed(view.seed, "hid", "round", 0)
     z = embeddings(net, data)
     head = mlp(6, (6,), 4, derive_seed(seed, "head"))
