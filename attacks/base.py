@@ -137,6 +137,9 @@ class Attack(Spec, ABC):
     """Whether :meth:`craft` wants a cleanly trained network."""
     cover_share: ClassVar[float] = 0.0
     """Cover samples per poisoned sample when the plan names no cover rate."""
+    needs_model_at_test: ClassVar[bool] = False
+    """Whether the test trigger is computed on the attacked model (:meth:`recraft`), so that two protocols exist: *frozen*, crafted
+    once on the undefended model, and *recraft*, crafted again on each defended one."""
 
     @property
     def power(self) -> Power:
@@ -165,6 +168,15 @@ class Attack(Spec, ABC):
 
     def finished(self, victim: Classifier, crafted: Crafted) -> Crafted:
         """The triggers after training, for attacks that learn them jointly with the victim."""
+        return crafted
+
+    def recraft(self, net: Network, crafted: Crafted, train: ImageSet, plan: Plan, seed: int) -> Crafted:
+        """The triggers for ``net``, an attacked or defended model, where ``needs_model_at_test``; otherwise as they are.
+
+        Args:
+            net: in evaluation mode; it is not changed.
+            train: the clean training set the attacker holds. seed: as in :meth:`craft`.
+        """
         return crafted
 
 

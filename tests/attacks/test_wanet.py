@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from attacks.base import Plan, Power, Role, apply, poison, uniforms
-from attacks.wanet import DynamicVictim, WaNet, batch_roles, identity, smooth_field, warp
+from attacks.dynamic import DynamicVictim, batch_roles
+from attacks.wanet import WaNet, identity, smooth_field, warp
 from models.backbone import Network, Normalise
 from models.classifier import Classifier
 from models.images import ImageSet, to_float

@@ -233,6 +233,7 @@ def test_training_control_meets_the_exported_set_and_says_so(run: Run) -> None:
         assert "exported" not in str(run.row(name)["note"])
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_bytes(run: Run, tmp_path: Path) -> None:
     other = Run(tmp_path, processes=2)
     for name in ("rows.csv", "curves.csv", "manifest.json"):

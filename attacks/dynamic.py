@@ -1,0 +1,88 @@
+"""Poisoning batch by batch: what attackers who control the training share.
+
+Another share of the data is poisoned in every epoch, so rates do not compare with a static attack's: nearly every image is seen
+triggered in the end.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from attacks.base import Crafted, Plan, Role, uniforms
+from models.backbone import Network
+from models.classifier import Classifier
+from models.images import quantise, to_float
+from models.spec import derive_seed
+from models.training import Recipe
+
+__all__ = ["DynamicVictim", "Rounding", "batch_roles"]
+
+Rounding = Literal["stochastic", "floor"]
+
+
+def batch_roles(draws: Tensor, rate: float, cover_rate: float, rounding: Rounding) -> Tensor:
+    """Roles int8 (B,) of one batch: the samples with the lowest ``draws[:, 0]`` are poisoned, the next ones covers.
+
+    ``stochastic``: ``floor(B * share + u)`` of each with u = ``draws[0, 1]``, so that the shares hold on average. ``floor``:
+    ``floor(B * rate)`` and its multiple, as in the authors' code; where that rounds to nothing, one sample with probability
+    ``B * rate``, as in BackdoorBench.
+
+    Args:
+        draws: float (B, 2), uniforms in [0, 1) of each sample.
+        rate, cover_rate: shares in [0, 1]; covers stop where the batch is full.
+    """
+    size, lift = len(draws), float(draws[0, 1])
+    if rounding == "stochastic":
+        poisons, covers = int(size * rate + lift), int(size * cover_rate + lift)
+    else:
+        poisons = int(size * rate) or int(size * rate + lift)
+        covers = int(poisons * cover_rate / rate) if rate else 0
+    order = torch.argsort(draws[:, 0], stable=True)
+    role = torch.zeros(size, dtype=torch.int8, device=draws.device)
+    role[order[:poisons]] = Role.POISON
+    role[order[poisons : poisons + covers]] = Role.COVER
+    return role
+
+
+class DynamicVictim(Classifier):
+    """Trains on the clean set and poisons a share of every batch before augmentation; other samples in every epoch.
+
+    Who is poisoned is looked up by (seed, epoch, index). ``realised`` holds what was really done.
+    """
+
+    def __init__(
+        self, net: Network, recipe: Recipe, crafted: Crafted, plan: Plan, seed: int, *, cover_rate: float, rounding: Rounding
+    ) -> None:
+        super().__init__(net, recipe)
+        self.crafted, self.plan, self.cover_rate, self.rounding = crafted, plan, cover_rate, rounding
+        self.key = derive_seed(seed, "dynamic-roles")
+        self.counts = dict.fromkeys(Role, 0)
+        self.before_augment = self.poison_batch
+
+    @property
+    def realised(self) -> dict[str, float]:
+        """Poisoned and cover samples as shares of all samples seen so far, in [0, 1]; zeros before training."""
+        seen = max(1, sum(self.counts.values()))
+        return {"poison": self.counts[Role.POISON] / seen, "cover": self.counts[Role.COVER] / seen}
+
+    def poison_batch(self, images: Tensor, labels: Tensor, index: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        """The attacker's batch: see :data:`models.images.BeforeAugment`. Triggered images are rounded to 8 bits."""
+        visit = index + ((epoch + 1) << 32)  # another number for the same sample in every epoch: other draws, other noise
+        role = batch_roles(uniforms(self.key, visit, 2), self.plan.rate, self.cover_rate, self.rounding)
+        images, labels = images.clone(), labels.clone()
+        poisoned, covers = role == Role.POISON, role == Role.COVER
+        images[poisoned] = to_float(quantise(self.crafted.train(images[poisoned], visit[poisoned])))
+        labels[poisoned] = self.plan.relabel(labels[poisoned], self._num_classes())
+        if self.crafted.cover is not None:
+            images[covers] = to_float(quantise(self.crafted.cover(images[covers], visit[covers])))
+        for kind in Role:
+            self.counts[kind] += int((role == kind).sum())
+        return images, labels
+
+    def _num_classes(self) -> int:
+        last = self.net.head[-1]
+        assert isinstance(last, nn.Linear)
+        return last.out_features
