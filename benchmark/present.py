@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -193,10 +194,11 @@ def catalogue(console: Console) -> None:
     """Prints everything a matrix may name."""
     from attacks import ATTACKS
     from benchmark.datasets import DATASETS
-    from benchmark.matrix import FOLDER, matrix_names
+    from benchmark.matrix import FOLDER, matrix_names, presets
     from benchmark.tracks import TRACKS
     from defenses import DEFENSES
     from models import BACKBONES
+    from models.extractors import EXTRACTORS
 
     def head(cls: type) -> str:
         module = __import__(cls.__module__, fromlist=["__doc__"]).__doc__ or ""
@@ -213,4 +215,8 @@ def catalogue(console: Console) -> None:
     table("backbones", [(cls.name, head(cls)) for cls in BACKBONES])
     table("attacks", [(cls.name, head(cls)) for cls in ATTACKS])
     table("defenses", [(cls.name + (" (control)" if cls.control else ""), head(cls)) for cls in DEFENSES])
+    # The first sentence of the class, without what it cites in brackets.
+    told = [(cls.name, re.split(r"\. | \(|\.$", " ".join((cls.__doc__ or "").split()))[0]) for cls in EXTRACTORS]
+    table("extractors", told)
+    table("presets", [(name, ", ".join(["paper", *known])) for name, known in presets().items()])
     table("tracks", [(track.name, track.title) for track in TRACKS])

@@ -85,7 +85,7 @@ def test_a_bad_input_is_one_line_on_stderr_and_exit_status_two() -> None:
 
 def test_list_names_everything() -> None:
     out = runner.invoke(cli.app, ["list"]).output
-    for name in ("quick", "digits", "resnet8", "badnets", "holder-pruning", "model+clean"):
+    for name in ("quick", "digits", "resnet8", "badnets", "holder-pruning", "model+clean", "self-supervised", "paper, cpu"):
         assert name in out
 
 

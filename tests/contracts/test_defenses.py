@@ -17,8 +17,9 @@ from torch import nn
 from defenses import DEFENSES
 from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge, Scope, Withheld
 from models.backbone import Network, Normalise
+from models.extractors import Extractor, SelfSupervised, Supervised
 from models.images import ImageSet
-from models.spec import canonical, generator
+from models.spec import canonical, derive_seed, generator
 from models.training import Recipe
 
 QUICK: Mapping[str, Mapping[str, object]] = {
@@ -69,7 +70,13 @@ def data(seed: int, size: int) -> ImageSet:
 VICTIM = fresh(0)
 
 
-def view_for(defense: Defense, scope: Scope, granted: Knowledge = ALL, victim: Network = VICTIM) -> DefenderView:
+def view_for(
+    defense: Defense,
+    scope: Scope,
+    granted: Knowledge = ALL,
+    victim: Network = VICTIM,
+    built: Callable[[Extractor], Network] | None = None,
+) -> DefenderView:
     sources: dict[Knowledge, Callable[[], object]] = {
         Knowledge.MODEL: lambda: victim,
         Knowledge.CLEAN: lambda: (data(1, 24), data(2, 12)),
@@ -79,7 +86,7 @@ def view_for(defense: Defense, scope: Scope, granted: Knowledge = ALL, victim: N
     }
     return DefenderView(
         granted=granted, declared=defense.needs, sources=sources, fresh=fresh, num_classes=4, seed=7, scope=scope,
-        recipe=Recipe(epochs=1, batch=8, crop=1),
+        recipe=Recipe(epochs=1, batch=8, crop=1), built=built,
     )  # fmt: skip
 
 
@@ -178,3 +185,46 @@ def test_the_same_view_gives_the_same_candidates(defense, scope):
     for a, b in zip(first, second, strict=True):
         assert (a.dial, a.is_default, a.strength) == (b.dial, b.is_default, b.strength)
         assert same(a.model, b.model)
+
+
+@pytest.mark.parametrize("defense", EACH)
+def test_an_extractor_of_its_own_is_named_beforehand_and_left_as_it_was(defense):
+    """So that it can be trained once for everybody who asks for the same."""
+    asked: list[Extractor] = []
+    theirs = fresh(5)
+
+    def built(extractor: Extractor) -> Network:
+        asked.append(extractor)
+        return theirs
+
+    view = view_for(defense, defense.scopes[0], built=built)
+    try:
+        list(defense.candidates(view))
+    except Inapplicable as reason:
+        pytest.skip(str(reason))
+    assert asked == ([] if defense.extractor is None else [defense.extractor])
+    assert same(theirs, fresh(5))
+    assert view.trained or not asked
+
+
+def test_an_extractor_of_ones_own_reads_the_poisoned_images_and_needs_them():
+    defense = next(defense for defense in TINY if defense.extractor is not None)
+    view = view_for(defense, Scope.WHOLE)
+    own = SelfSupervised("poisoned", epochs=1, batch=8)
+    net = view.extract(own)
+    assert same(net, view.extract(own)), "the same request gives the same weights"
+    direct = own.build(fresh, data(3, 32), view.recipe, derive_seed(view.seed, "extractor")).net
+    assert same(net, direct)
+    for other in (SelfSupervised("clean", epochs=1), Supervised()):
+        with pytest.raises(ValueError, match="holds the poisoned images only"):
+            view.extract(other)
+    with pytest.raises(Withheld):
+        view_for(defense, Scope.WHOLE, granted=Knowledge.MODEL).extract(own)
+
+
+def test_building_a_network_anew_is_recorded():
+    defense = TINY[0]
+    view = view_for(defense, Scope.WHOLE)
+    assert not view.trained
+    view.fresh(0)
+    assert view.trained
