@@ -32,13 +32,13 @@ from models.classifier import Classifier
 from models.cost import Cost, metered
 from models.extractors import Extractor, embeddings, fit_head, mlp
 from models.images import ImageSet
-from models.spec import BadInput, derive_seed, digest
+from models.spec import BadInput, derive_seed, digest, generator
 from models.training import Diverged, Fitted, fit
 from models.units import unit_layers
 
 __all__ = [
-    "CellResult", "Victim", "World", "cell_key", "cell_rows", "defend", "extractor_key", "measured_from", "read_extractor",
-    "read_victim", "run_cell", "run_extractor", "run_victim", "victim_key", "world",
+    "CellResult", "Victim", "World", "cell_key", "cell_rows", "clean_seeds", "defend", "extractor_key", "measured_from",
+    "read_extractor", "read_victim", "run_cell", "run_extractor", "run_victim", "victim_key", "world",
 ]  # fmt: skip
 
 REVISION = 1
@@ -418,6 +418,7 @@ def defend(
             Knowledge.CLEAN: lambda: (w.clean, w.validation),
             Knowledge.TRAIN: lambda: victim.poisoned.visible,
             Knowledge.EXTRACTOR: lambda: network_of(cell.extractor) if cell.extractor else None,
+            Knowledge.SEEDS: lambda: clean_seeds(victim.poisoned, derive_seed(scenario.seed, "clean-seeds")),
             Knowledge.ROLES: lambda: victim.poisoned.visible.subset(kept),
         },
         fresh=functools.partial(_fresh, scenario, w),
@@ -472,6 +473,20 @@ def defend(
         "clean_images": len(w.clean) + len(w.validation),
         "seconds": seconds,
     }
+
+
+SEEDS_PER_CLASS = 10
+"""How many training samples of every class are known to be clean where a track says so (ASD's protocol: Gao et al., CVPR 2023)."""
+
+
+def clean_seeds(poisoned: PoisonedSet, seed: int) -> Tensor:
+    """Ten samples of every class, or all it has, drawn from those that nobody touched: bool (N,)."""
+    order = torch.randperm(len(poisoned.role), generator=generator(seed))
+    mask = torch.zeros(len(order), dtype=torch.bool)
+    for label in range(poisoned.visible.num_classes):
+        own = (poisoned.true_labels[order] == label) & (poisoned.role[order] == Role.CLEAN)
+        mask[order[own][:SEEDS_PER_CLASS]] = True
+    return mask
 
 
 def _singled_out(isolated: Tensor | None, role: Tensor) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def _cells(matrix: str, dataset: str, backbone: Backbone, attack: str | None) ->
         attack=instance,
         attack_label=attack or "none",
     )
-    withheld = Knowledge.TRAIN | Knowledge.ROLES | Knowledge.EXTRACTOR
+    withheld = ~(Knowledge.MODEL | Knowledge.CLEAN)
     return [
         dataclasses.replace(cell, scenario=scenario)
         for cell in loaded.cells

@@ -38,7 +38,8 @@ __all__ = [
 
 
 class Knowledge(enum.Flag):
-    """What a defender may hold. ROLES (which samples are poisoned) is granted to the perfect-filter control alone."""
+    """What a defender may hold. SEEDS: a few training samples known to be clean. ROLES (which samples are poisoned) is granted to
+    the perfect-filter control alone."""
 
     NONE = 0
     MODEL = enum.auto()
@@ -46,6 +47,7 @@ class Knowledge(enum.Flag):
     TRAIN = enum.auto()
     EXTRACTOR = enum.auto()
     ROLES = enum.auto()
+    SEEDS = enum.auto()
 
     @property
     def words(self) -> str:
@@ -68,7 +70,8 @@ class DefenderView:
     Args:
         granted: what the track gives. declared: what the defense says it needs.
         sources: how to fetch each thing, keyed by knowledge; called at most once each. MODEL -> Network, CLEAN -> (fit part,
-            validation part) of the clean budget, TRAIN -> ImageSet, EXTRACTOR -> Network, ROLES -> ImageSet without the poison.
+            validation part) of the clean budget, TRAIN -> ImageSet, EXTRACTOR -> Network, ROLES -> ImageSet without the poison,
+            SEEDS -> bool (N,) over the training set.
         fresh: builds an untrained network of the victim's architecture from a seed (the architecture is public).
         num_classes, seed, scope, recipe: number of classes; the defender's seed; which weights may be edited; the recipe the
             victim was trained with (public).
@@ -139,6 +142,13 @@ class DefenderView:
         data = self._fetch(Knowledge.TRAIN)
         assert isinstance(data, ImageSet)
         return data
+
+    @property
+    def seeds(self) -> Tensor:
+        """Training samples known to be clean, the same number of every class: bool (N,), a copy."""
+        mask = self._fetch(Knowledge.SEEDS)
+        assert isinstance(mask, Tensor)
+        return mask.clone()
 
     @property
     def extractor(self) -> Network:

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from attacks.base import Role
-from benchmark.cell import extractor_key, read_extractor, read_victim, run_extractor, world
+from benchmark.cell import clean_seeds, extractor_key, read_extractor, read_victim, run_extractor, world
 from benchmark.executors import extractors_of
 from benchmark.matrix import Cell, Matrix, load_matrix
 from benchmark.rows import Row, read
@@ -251,3 +251,14 @@ def test_a_damaged_extractor_is_trained_again_and_a_diverged_one_is_a_reason(run
     read_extractor.__globals__["_read_extractor"].cache_clear()
     assert read_extractor(extractor, cell.scenario, run.store, run.cache).net is not None
     assert json.loads(entry.read_text())["content"]["tensors"] == before["tensors"]
+
+
+def test_clean_seeds_are_ten_untouched_samples_of_every_class(run: Run) -> None:
+    poisoned = read_victim(run.cell("none").scenario, run.store, run.cache).poisoned
+    mask = clean_seeds(poisoned, 3)
+    for label in range(10):
+        there = [i for i in range(len(mask)) if int(poisoned.true_labels[i]) == label and poisoned.role[i] == Role.CLEAN]
+        chosen = [i for i in range(len(mask)) if mask[i] and int(poisoned.visible.labels[i]) == label]
+        assert len(chosen) == min(10, len(there))
+        assert set(chosen) <= set(there)
+    assert not torch.equal(mask, clean_seeds(poisoned, 4))

@@ -38,7 +38,7 @@ QUICK: Mapping[str, Mapping[str, object]] = {
     "dbd": {"ssl_epochs": 1, "ssl_batch": 16, "head_epochs": 1, "semi_epochs": 1, "iterations": 2, "semi_batch": 8},
 }
 
-ALL = Knowledge.MODEL | Knowledge.CLEAN | Knowledge.TRAIN | Knowledge.EXTRACTOR | Knowledge.ROLES
+ALL = ~Knowledge.NONE
 
 
 def fresh(seed: int) -> Network:
@@ -83,6 +83,7 @@ def view_for(
         Knowledge.TRAIN: lambda: data(3, 32),
         Knowledge.EXTRACTOR: lambda: victim,
         Knowledge.ROLES: lambda: data(4, 28),
+        Knowledge.SEEDS: lambda: torch.arange(32) % 3 == 0,
     }
     return DefenderView(
         granted=granted, declared=defense.needs, sources=sources, fresh=fresh, num_classes=4, seed=7, scope=scope,
