@@ -3,9 +3,10 @@
 from attacks.badnets import BadNets
 from attacks.base import Attack
 from attacks.blended import Blended
+from attacks.bpp import Bpp
 from attacks.sig import SIG
 from attacks.wanet import WaNet
 
 __all__ = ["ATTACKS"]
 
-ATTACKS: tuple[type[Attack], ...] = (BadNets, Blended, SIG, WaNet)
+ATTACKS: tuple[type[Attack], ...] = (BadNets, Blended, SIG, WaNet, Bpp)
