@@ -76,6 +76,15 @@ def _ordered(rows: pd.DataFrame, track: str) -> list[_Entry]:
     return sorted(roles, key=lambda entry: roles[entry])
 
 
+def _legend_columns(names: Sequence[str], width: float) -> int:
+    """Into how many columns a legend fits within ``width`` inches, filled column by column as matplotlib does; at least 1."""
+    for columns in range(min(len(names), 6), 1, -1):
+        parts = np.array_split(np.array([len(name) for name in names]), columns)
+        if sum(0.45 + 0.07 * int(part.max()) for part in parts) <= width - 0.2:
+            return columns
+    return 1
+
+
 # -- heat maps -----------------------------------------------------------------------------------------------------------------
 
 
@@ -186,6 +195,7 @@ def _controls(rows: pd.DataFrame, track: str) -> int:
 def _scatter(plt: Any, rows: pd.DataFrame, track: str, title: str) -> Any:
     """ACC against ASR, arrows from the undefended model; one panel per scenario."""
     from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
     table = _at(_counted(_at(stats.field(rows, track), selection=stats.headline(rows, track))), status="ok")
     cells = _cells(table)
@@ -195,9 +205,13 @@ def _scatter(plt: Any, rows: pd.DataFrame, track: str, title: str) -> Any:
     places = _places(table, *stats.SCENARIO)
     one_dataset = len(_places(table, "dataset")) == 1
     by_backbone = len(_places(table, "attack")) <= 4
-    columns = len(_places(table, "attack")) if by_backbone else 4
-    legend_columns = 4 if columns > 2 else 3
-    below = 0.85 + 0.21 * math.ceil(len(order) / legend_columns)
+    columns = min(len(places), len(_places(table, "attack")) if by_backbone else 4)
+    in_legend = [wrapped(names[entry], 60, 1) for entry in order]
+    dead = "attack not implanted: not counted"
+    some_dead = not all(implanted.get(place, False) for place in places)
+    width = max(7.0, 0.9 + 2.35 * columns + 0.25 * (columns - 1))
+    legend_columns = _legend_columns([*in_legend, *[dead] * some_dead], width)
+    below = 0.85 + 0.21 * math.ceil((len(order) + some_dead) / legend_columns)
     panels = Panels(plt, len(places), columns, (2.35, 2.1), (0.25, 0.78), (0.7, 0.2, below, 0.85), title)
     for position, (axis, place) in enumerate(zip(panels.axes, places, strict=True)):
         here = table[(table[stats.SCENARIO] == list(place)).all(axis=1)]
@@ -237,16 +251,7 @@ def _scatter(plt: Any, rows: pd.DataFrame, track: str, title: str) -> Any:
         percent_axis(axis.xaxis)
         percent_axis(axis.yaxis, floor=floor)
         if not live:
-            axis.set_facecolor("#EFEFEF")
-            axis.text(
-                50,
-                (100 + floor) / 2 - 0.2 * (100 - floor),
-                "attack not implanted:\nnot counted",
-                ha="center",
-                va="center",
-                color="#777777",
-                fontsize=9,
-            )
+            axis.set_facecolor("#E6E6E6")
         world = plain(place[1]) if one_dataset else plain(f"{place[0]}, {place[1]}")
         axis.set_title(f"{wrapped(plain(place[2]), 28, 1)}\n{wrapped(world, 30, 1)}", fontsize=9)
         if not panels.left_of_row(position):
@@ -257,7 +262,7 @@ def _scatter(plt: Any, rows: pd.DataFrame, track: str, title: str) -> Any:
             axis.set_xlabel("ASR in %")
         else:
             axis.set_xticklabels([])
-    handles = [
+    handles: list[Any] = [
         Line2D(
             [],
             [],
@@ -267,10 +272,12 @@ def _scatter(plt: Any, rows: pd.DataFrame, track: str, title: str) -> Any:
             markeredgecolor="white",
             markeredgewidth=0.6,
             markersize=10 if entry[0] == stats.UNDEFENDED else 7,
-            label=wrapped(names[entry], 36, 1),
+            label=name,
         )
-        for entry in order
+        for entry, name in zip(order, in_legend, strict=True)
     ]
+    if some_dead:
+        handles.append(Patch(facecolor="#E6E6E6", edgecolor="#BBBBBB", label=dead))
     panels.legend(handles, legend_columns)
     crop = f" The ACC axis starts at {floor} %." if floor else ""
     panels.footnote(
@@ -319,9 +326,12 @@ def _dials(plt: Any, rows: pd.DataFrame, curves: pd.DataFrame, track: str, title
     strokes: dict[tuple[str, ...], Any] = dict(
         zip(worlds, ["-", (0, (4, 1.6)), (0, (1, 1.2)), (0, (5, 1, 1, 1))] * len(worlds), strict=False)
     )
-    marks = {"validation": "o", "default": "s", "oracle": "X"}
-    entries_in_legend = len(attacks) + len(worlds) * (len(worlds) > 1) + len(marks)
-    below = 0.85 + 0.21 * math.ceil(entries_in_legend / 5)
+    judged = stats.selections(rows, track)
+    marks = {name: mark for name, mark in (("validation", "o"), ("default", "s"), ("oracle", "X")) if name in judged}
+    world_names = [wrapped(plain(", ".join(world)), 40, 1) for world in worlds] if len(worlds) > 1 else []
+    in_legend = [*(wrapped(plain(name), 40, 1) for name in attacks), *world_names, *marks]
+    legend_columns = _legend_columns(in_legend, 10.2)
+    below = 0.85 + 0.21 * math.ceil(len(in_legend) / legend_columns)
     panels = Panels(plt, 3 * len(order), 3, (2.75, 1.75), (0.55, 0.72), (0.65, 0.2, below, 0.7), title)
     for line, entry in enumerate(order):
         mine = _at(table, defense=entry[0], scope=entry[1])
@@ -359,14 +369,16 @@ def _dials(plt: Any, rows: pd.DataFrame, curves: pd.DataFrame, track: str, title
                 axis.set_ylabel("%")
             axis.set_title(f"{wrapped(names[entry], 36, 1)}: {_WORDS[metric]}", fontsize=8.5)
             axis.set_xlabel(wrapped(plain(mine["dial_name"].iloc[0]) or "dial", 42, 1))
-    handles = [Line2D([], [], color=colours[name], linewidth=2, label=wrapped(plain(name), 24, 1)) for name in attacks]
-    if len(worlds) > 1:
-        handles += [Line2D([], [], color="#444444", linestyle=strokes[world], label=plain(", ".join(world))) for world in worlds]
+    handles = [Line2D([], [], color=colours[name], linewidth=2, label=wrapped(plain(name), 40, 1)) for name in attacks]
+    handles += [
+        Line2D([], [], color="#444444", linestyle=strokes[world], label=name)
+        for world, name in zip(worlds, world_names, strict=False)
+    ]
     handles += [
         Line2D([], [], color="#444444", marker=mark, linestyle="", markeredgecolor="white", label=name)
         for name, mark in marks.items()
     ]
-    panels.legend(handles, 5)
+    panels.legend(handles, legend_columns)
     panels.footnote("Means over seeds, implanted scenarios. Markers: where each selection stands on average.")
     return panels.figure
 
@@ -412,7 +424,7 @@ def _gaps(plt: Any, rows: pd.DataFrame, title: str) -> Any | None:
         1,
         (8.6 - left, 1.0),
         (0.3, 0.95),
-        (left, 0.5, 1.15, 0.7),
+        (left, 0.5, 1.15, 0.82),
         title,
         heights=[0.42 * len(gaps) + 0.1 for _, gaps in found],
     )
@@ -496,7 +508,7 @@ def _attacks(plt: Any, rows: pd.DataFrame, title: str) -> Any | None:
     places = _places(worlds, "dataset", "backbone")
     widest = max(len(_at(worlds, dataset=d, backbone=b)["attack"].unique()) for d, b in places)
     across = min(len(places), 2 if widest <= 6 else 1)
-    panels = Panels(plt, len(places), across, (max(3.2, 0.95 * widest), 2.2), (0.35, 1.05), (0.65, 0.2, 1.4, 0.7), title)
+    panels = Panels(plt, len(places), across, (max(3.2, 0.95 * widest), 2.2), (0.35, 1.05), (0.65, 0.2, 1.4, 0.82), title)
     metrics = {"acc": "acc_undefended", "asr": "asr_undefended", "ra": "ra_undefended"}
     for position, (axis, (dataset, backbone)) in enumerate(zip(panels.axes, places, strict=True)):
         here = _at(worlds, dataset=dataset, backbone=backbone)
@@ -554,13 +566,112 @@ def _attacks(plt: Any, rows: pd.DataFrame, title: str) -> Any | None:
     return panels.figure
 
 
+# -- samples singled out -------------------------------------------------------------------------------------------------------
+
+
+def _isolation_letters(line: pd.Series | None) -> tuple[str, str]:
+    """What stands in the place of precision and of recall where they cannot be drawn; empty where they can."""
+    if line is None or line["cells_ok"] == 0:
+        letter = "n" if line is None else _ABBREVIATIONS.get(str(line["missing"]).split(" / ")[0], "?")
+        return letter, letter
+    return "" if line["precision_seeds"] else "0", "" if line["recall_seeds"] else "?"
+
+
+def _detectors(plt: Any, rows: pd.DataFrame, track: str, title: str) -> Any | None:
+    """Precision (filled) and recall (hollow) of the samples each entry isolated, by attack, one panel per dataset and backbone.
+
+    One lane per entry and attack, precision above recall; small marks are seeds. None when no entry isolates anything.
+    """
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    found = stats.detectors(rows, track)
+    if found.empty:
+        return None
+    style, names = looks(rows), _names(rows)
+    order = stats.entries(found)
+    cells = _cells(_at(stats.field(rows, track), selection="default", status="ok"))
+    lines = {(*line[stats.SCENARIO], *line[stats.ENTRY]): line for _, line in found.iterrows()}
+    places, attacks = _places(found, "dataset", "backbone"), [name for (name,) in _places(found, "attack")]
+    lane, group = 0.34, 0.34 * len(order) + 0.22
+    attack_labels = [wrapped(plain(name), 18, 3) for name in attacks]
+    left = _margin([part for text in attack_labels for part in text.split("\n")])
+    columns = min(len(places), 3 if left < 2 else 2)
+    width = max(7.0, left + 0.3 + 3.6 * columns + 0.3 * (columns - 1))
+    texts = [wrapped(names[entry], 60, 1) for entry in order]
+    letters = {(*place, attack, *entry): _isolation_letters(lines.get((*place, attack, *entry)))
+               for place in places for attack in attacks for entry in order}  # fmt: skip
+    used = {letter for pair in letters.values() for letter in pair}
+    words = {"F": "F = failed", "R": "R = refused", "n": "n = not run", "0": "0 = nothing isolated", "?": "? = not measured"}
+    shapes = ["precision (filled)", "recall (hollow)", "one seed", "base rate: precision of a random choice"]
+    shapes += ["attack not implanted"] * (not found["implanted"].all())
+    in_legend = [*texts, *shapes, *(word for letter, word in words.items() if letter in used)]
+    legend_columns = _legend_columns(in_legend, width)
+    below = 0.95 + 0.21 * math.ceil(len(in_legend) / legend_columns)
+    size = (3.6, group * len(attacks))
+    panels = Panels(plt, len(places), columns, size, (0.3, 0.85), (left, 0.3, below, 0.82), title)
+    for position, (axis, place) in enumerate(zip(panels.axes, places, strict=True)):
+        percent_axis(axis.xaxis, "precision and recall in %")
+        axis.set_ylim(group * len(attacks), 0)
+        for row, attack in enumerate(attacks):
+            top = row * group
+            here = [lines[key] for entry in order if (key := (*place, attack, *entry)) in lines]
+            live = not here or bool(here[0]["implanted"])
+            if row:
+                axis.axhline(top, color="#BBBBBB", linewidth=0.8)
+            if not live:
+                axis.axhspan(top, top + group, facecolor="#F1F1F1", edgecolor="#CFCFCF", hatch="////", linewidth=0, zorder=0)
+            if here and not math.isnan(here[0]["base_rate"]):
+                base = 100 * here[0]["base_rate"]
+                axis.plot([base, base], [top, top + group], color="#111111", linewidth=1.2, linestyle=(0, (2, 1)), zorder=2)
+            for number, entry in enumerate(order):
+                middle = top + 0.11 + lane * (number + 0.5)
+                key, look = (*place, attack, *entry), style[entry]
+                for name, letter, y in zip(
+                    ("precision", "recall"), letters[key], (middle - 0.24 * lane, middle + 0.24 * lane), strict=True
+                ):
+                    if letter:
+                        axis.text(1, y, letter, va="center", color=look.colour, fontweight="bold", fontsize=8)
+                        continue
+                    values = 100 * cells[key][name].dropna().to_numpy()
+                    filled = name == "precision"
+                    face = look.colour if filled else "white"
+                    drawn: dict[str, Any] = {"marker": look.marker, "facecolors": face, "clip_on": False}
+                    axis.scatter([values.mean()], [y], s=46, linewidths=1.2, edgecolors=look.colour, zorder=3, **drawn)
+                    if len(values) > 1:
+                        edge = "white" if filled else look.colour
+                        axis.scatter(values, [y] * len(values), s=11, linewidths=0.6, edgecolors=edge, zorder=4, **drawn)
+        axis.grid(False, axis="y")
+        axis.set_yticks([group * (row + 0.5) for row in range(len(attacks))])
+        axis.set_yticklabels(attack_labels if panels.left_of_row(position) else [])
+        axis.tick_params(axis="y", length=0)
+        axis.set_title(wrapped(f"{plain(place[0])}, {plain(place[1])}", 42, 1))
+    handles: list[Any] = [
+        Line2D([], [], linestyle="", marker=style[entry].marker, color=style[entry].colour, markersize=7, label=text)
+        for entry, text in zip(order, texts, strict=True)
+    ]
+    plain_mark: dict[str, Any] = {"linestyle": "", "marker": "o", "markeredgecolor": "#444444"}
+    handles += [
+        Line2D([], [], markerfacecolor="#444444", markersize=7, label=shapes[0], **plain_mark),
+        Line2D([], [], markerfacecolor="white", markersize=7, label=shapes[1], **plain_mark),
+        Line2D([], [], markerfacecolor="#444444", markersize=3, label=shapes[2], **plain_mark),
+        Line2D([], [], color="#111111", linewidth=1.2, linestyle=(0, (2, 1)), label=shapes[3]),
+    ]
+    if len(shapes) == 5:
+        handles.append(Patch(facecolor="#F1F1F1", edgecolor="#BBBBBB", hatch="////", label=shapes[4]))
+    handles += [Patch(facecolor="white", edgecolor="white", label=words[letter]) for letter in words if letter in used]
+    panels.legend(handles, legend_columns)
+    panels.footnote("Large marks: means over all seeds, implanted or not; default selection.")
+    return panels.figure
+
+
 # -- everything ----------------------------------------------------------------------------------------------------------------
 
 
 def write_plots(rows: pd.DataFrame, curves: pd.DataFrame, timings: pd.DataFrame, folder: Path, title: str) -> list[Path]:
     """Draws every figure of a matrix below ``folder/plots`` and returns the paths (PNG and SVG of each), in reading order.
 
-    Figures that would be empty (no dial anywhere, no timing) are not written.
+    Figures that would be empty (no dial anywhere, no timing, nothing isolated) are not written.
 
     Args:
         rows, curves, timings: as :func:`benchmark.rows.read` returns them.
@@ -590,6 +701,7 @@ def write_plots(rows: pd.DataFrame, curves: pd.DataFrame, timings: pd.DataFrame,
                 put(f"scatter-{tail}", _scatter, rows, track, f"{words}, what is kept and what is removed")
             if len(curves):
                 put(f"dials-{tail}", _dials, rows, curves, track, f"{words}, along the dial")
+            put(f"detectors-{tail}", _detectors, rows, track, f"{words}, training samples taken for poisoned")
             put(f"cost-{tail}", _cost, rows, timings, track, f"{words}, cost")
         put("selection-gap", _gaps, rows, f"{head}: what choosing with the test set is worth")
     return written

@@ -11,10 +11,13 @@ import pandas as pd
 from benchmark import stats
 from benchmark.files import write_text
 from benchmark.metrics import IMPLANTED_ASR, MAX_ACC_LOSS
+from benchmark.selection import NOTHING_TO_VALIDATE_ON
 from benchmark.tables import (
+    GIVEN_NOTES,
     NOTHING,
     SELECTION_WORDS,
     gate_words,
+    given_markdown,
     leaderboard_markdown,
     markdown,
     problems_markdown,
@@ -38,6 +41,7 @@ _TRACK_FIGURES = (
     ("heatmap-asr", "Attack success rate by attack and defense"),
     ("scatter", "Accuracy against attack success, from the undefended model"),
     ("dials", "Along the dial"),
+    ("detectors", "Training samples taken for poisoned: precision and recall"),
     ("cost", "Cost"),
 )
 
@@ -119,7 +123,8 @@ def headline(rows: pd.DataFrame, folder: str) -> str:
             shown.add(entry)
             place = markdown(track) if competes else "*(reference)*" if line["role"] == "reference" else "*(control)*"
             figures = [*(share(line, name) for name in ("acc", "asr", "ra")), share(line, "d_acc", signed=True)]
-            lines.append(f"| {' | '.join([place, markdown(entry[0]), entry[1], *figures, best.get(entry, _MISSING)])} |\n")
+            cells = [place, markdown(entry[0]), markdown(entry[1]), *figures, best.get(entry, _MISSING)]
+            lines.append(f"| {' | '.join(cells)} |\n")
         said.append(f"- **{markdown(track)}**, {judged} selection: {summary(rows, track)}\n")
     about = f"Percent, means over implanted scenarios ({gate_words(rows)}). Intervals and the rest: [{folder}]({folder}/README.md)."
     return "".join([*lines, "\n", about, "\n\n", *said])
@@ -153,7 +158,8 @@ def _reading(rows: pd.DataFrame) -> str:
         "half of its seeds do. Only those enter a mean or a rank; the others are shown, marked.\n"
         "- **Selection**: how one candidate was picked along a defense's dial. "
         + "; ".join(SELECTION_WORDS[name] for name in stats.selections(rows) if name in SELECTION_WORDS)
-        + ".\n"
+        + ". In a track that grants nothing to validate on to a defense that has a dial, everybody is judged by default.\n"
+        f"- **What the defender was given**: {GIVEN_NOTES}\n"
         "- **Intervals**: seeds are averaged inside a scenario, then scenarios; brackets are 95 % percentile bootstrap intervals "
         f"that resample seeds within scenarios. {few} they are rough and rather too narrow, and they say nothing about other "
         "attacks or data.\n"
@@ -205,8 +211,10 @@ def write_report(
         judged = stats.headline(rows, track)
         board = stats.leaderboard(rows, track, judged)
         if len(board):
-            why = "" if judged == "validation" else " (the track grants no clean images to validate on)"
+            blind = ((rows["track"] == track) & (rows["reason"] == NOTHING_TO_VALIDATE_ON)).any()
+            why = f" ({NOTHING_TO_VALIDATE_ON})" if blind and judged != "validation" else ""
             text.append(f"Selection: {judged}{why}; {gate_words(rows)}.\n\n{leaderboard_markdown(board, track)}")
+        text.append(f"**What the defender was given**\n\n{given_markdown(rows, track)}")
         lines = []
         for selection in stats.selections(rows, track):
             for kind, words in (("leaderboard", "leaderboard"), ("attacks", "every attack")):
@@ -214,8 +222,16 @@ def write_report(
                 present = [f"{stem}{end}" for end in (".md", ".csv", ".tex") if f"tables/{stem}{end}" in have]
                 if present:
                     lines.append(f"- {words}, {selection}: {_links(present, 'tables')}\n")
+        for kind, words in (("given", "what the defender was given"),):
+            present = [f"{kind}-{tail}{end}" for end in (".md", ".csv", ".tex") if f"tables/{kind}-{tail}{end}" in have]
+            if present:
+                lines.append(f"- {words}: {_links(present, 'tables')}\n")
         text.append("".join(lines))
-        text += [_picture(f"{name}-{tail}", f"{words}, {markdown(track)}", have) for name, words in _TRACK_FIGURES]
+        for name, words in _TRACK_FIGURES:
+            text.append(_picture(f"{name}-{tail}", f"{words}, {markdown(track)}", have))
+            if name == "detectors":
+                present = [f"detectors-{tail}{end}" for end in (".md", ".csv") if f"tables/detectors-{tail}{end}" in have]
+                text.append(f"Every figure of it: {_links(present, 'tables')}.\n" if present else "")
     text.append(_picture(*_FIGURES[2], have))
     others = [("attack-validity.md", "did the attacks work?"), ("selection-gap.md", "what choosing with the test set is worth"),
               ("cost.md", "seconds, memory and epochs"), ("missing.md", "refused and failed cells")]  # fmt: skip

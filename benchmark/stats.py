@@ -26,10 +26,10 @@ from scipy import stats as scipy_stats
 from benchmark.selection import NOTHING_TO_VALIDATE_ON
 
 __all__ = [
-    "ENTRY", "MIN_BLOCKS", "NO_ATTACK", "RANK_KEY", "SCENARIO", "SELECTIONS", "UNDEFENDED", "WORLD",
-    "Interval", "Significance", "average_ranks", "entries", "field", "headline", "implanted_worlds", "interval", "leaderboard",
-    "problems",
-    "scenarios", "selection_gaps", "selections", "significance", "spread", "timing_summary", "tracks",
+    "ENTRY", "EXPORTED", "MIN_BLOCKS", "NO_ATTACK", "RANK_KEY", "SCENARIO", "SELECTIONS", "UNDEFENDED", "WORLD",
+    "Interval", "Significance", "average_ranks", "detectors", "entries", "field", "given", "headline", "implanted_worlds",
+    "interval", "leaderboard", "problems", "scenarios", "selection_gaps", "selections", "significance", "spread",
+    "timing_summary", "tracks",
 ]  # fmt: skip
 
 SCENARIO = ["dataset", "backbone", "attack"]
@@ -46,6 +46,9 @@ RANK_KEY = "ra"
 broken model, which has a low ASR for free, cannot score on it."""
 MIN_BLOCKS = 11
 """Fewest implanted scenarios for which a rank test is reported; below, its chi-squared approximation is not to be trusted."""
+
+EXPORTED = "met through its exported static set"
+"""In the note of a row: the attack needs control of training, and a defense that reads the training set met what it left behind."""
 
 _RESAMPLES = 2000
 _METRICS = ("acc", "asr", "ra", "der", "d_acc", "d_asr", "d_ra")
@@ -225,7 +228,7 @@ def leaderboard(rows: pd.DataFrame, track: str, selection: str) -> pd.DataFrame:
             "role": mine["role"].iloc[0], "defense": defense, "scope": scope, "source": mine["source"].iloc[0],
             "rank": ranks.get((defense, scope), math.nan), "cells_ok": len(good), "cells": len(mine),
             "scenarios_ok": good[SCENARIO].drop_duplicates().shape[0], "reasons": _reasons(mine),
-            "missing": " / ".join(dict.fromkeys(mine.loc[mine["status"] != "ok", "status"])), "position": position,
+            "missing": _missing(mine), "position": position,
         }  # fmt: skip
         measured = _stratified(good, _METRICS)
         for name in _METRICS:
@@ -236,7 +239,7 @@ def leaderboard(rows: pd.DataFrame, track: str, selection: str) -> pd.DataFrame:
     if not lines:
         return pd.DataFrame()
     board = pd.DataFrame(lines)
-    block = board["role"].map({"defense": 0, "reference": 1, "control": 2})
+    block = board["role"].map(_BLOCK)
     board = board.assign(block=block).sort_values(["block", "rank", "position"], kind="stable", na_position="last")
     ranked = board["rank"].notna()
     place = board["rank"].where(ranked).rank(method="min").fillna(0).astype(int)
@@ -268,6 +271,84 @@ def selection_gaps(rows: pd.DataFrame, track: str) -> pd.DataFrame:
             if column.startswith("gap_"):
                 line |= {f"{column}_low": part.low, f"{column}_high": part.high}
         lines.append(line)
+    return pd.DataFrame(lines)
+
+
+_BLOCK = {"defense": 0, "reference": 1, "control": 2}
+
+
+def _by_role(table: pd.DataFrame) -> list[tuple[tuple[str, str], pd.DataFrame]]:
+    """Each entry of a field with its rows: competing entries in matrix order, then the reference, then the controls."""
+    groups = [(entry, table[(table["defense"] == entry[0]) & (table["scope"] == entry[1])]) for entry in entries(table)]
+    return sorted(groups, key=lambda group: _BLOCK[group[1]["role"].iloc[0]])
+
+
+def _missing(mine: pd.DataFrame) -> str:
+    return " / ".join(dict.fromkeys(mine.loc[mine["status"] != "ok", "status"]))
+
+
+def given(rows: pd.DataFrame, track: str, selection: str) -> pd.DataFrame:
+    """What each entry of the track's field took: competing entries in matrix order, then the reference, then the controls.
+
+    Columns: ``role``, ``defense``, ``scope``, ``source``, ``cells_ok``, ``cells``, ``missing`` (``refused``, ``failed`` or both);
+    over finished cells, implanted or not: ``used``, ``trained_anew``, ``extractor``, ``preset`` (tuples of the distinct values, in
+    matrix order), ``clean_images`` and ``train_images``, each as ``_min`` and ``_max``, ``cost_epochs`` and ``extractor_epochs``
+    (means; NaN where there is none).
+    """
+    table = field(rows, track)
+    lines = []
+    for (defense, scope), mine in _by_role(table[table["selection"] == selection]):
+        good = mine[mine["status"] == "ok"]
+        line: dict[str, object] = {
+            "role": mine["role"].iloc[0], "defense": defense, "scope": scope, "source": mine["source"].iloc[0],
+            "cells_ok": len(good), "cells": len(mine), "missing": _missing(mine),
+        }  # fmt: skip
+        line |= {name: tuple(dict.fromkeys(good[name])) for name in ("used", "trained_anew", "extractor", "preset")}
+        for name in ("clean_images", "train_images"):
+            line |= {f"{name}_{end}": int(getattr(good[name], end)()) if len(good) else 0 for end in ("min", "max")}
+        line |= {name: float(good[name].mean()) for name in ("cost_epochs", "extractor_epochs")}
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def detectors(rows: pd.DataFrame, track: str) -> pd.DataFrame:
+    """How the training samples that entries of the track's field singled out meet the poisoned ones; a line per entry and scenario.
+
+    Entries that single out nothing anywhere have no line. Rows of the default selection (isolation does not depend on it), all
+    seeds, implanted or not. Columns: ``role``, ``defense``, ``scope``, ``source``, the scenario, ``cells_ok``, ``cells``,
+    ``missing``; means over finished cells: ``isolated`` (samples), ``isolated_share`` (of the training set), ``precision`` (where
+    something was isolated) and ``recall``, each with ``_sd`` (sample deviation over seeds) and ``_seeds`` (how many it is a mean
+    of), ``base_rate`` (of poison: the precision of a random choice); ``seeds``, ``implanted_seeds``, ``implanted``, ``exported``
+    (the attack was met through its exported static set).
+    """
+    table = field(rows, track)
+    table = table[(table["selection"] == "default") & (table["attack"] != NO_ATTACK)]
+    told = table["precision"].notna() | table["recall"].notna()
+    counts = ["seeds", "implanted_seeds", "implanted"]
+    gate = {tuple(line[SCENARIO]): line[counts].to_dict() for _, line in scenarios(rows).iterrows()}
+    lines = []
+    for (defense, scope), every in _by_role(table):
+        if not told[every.index].any():
+            continue
+        for place in dict.fromkeys(every[SCENARIO].itertuples(index=False, name=None)):
+            mine = every[(every[SCENARIO] == list(place)).all(axis=1)]
+            good = mine[mine["status"] == "ok"]
+            reported = good[told[good.index]]
+            size = reported["train_images"].where(reported["train_images"] > 0)
+            line: dict[str, object] = {
+                "role": mine["role"].iloc[0], "defense": defense, "scope": scope, "source": mine["source"].iloc[0],
+                **dict(zip(SCENARIO, place, strict=True)), "cells_ok": len(good), "cells": len(mine), "missing": _missing(mine),
+                "isolated": float(reported["isolated"].mean()),
+                "isolated_share": float((reported["isolated"] / size).mean()),
+            }  # fmt: skip
+            for name in ("precision", "recall"):
+                values = [float(value) for value in good[name].dropna()]
+                line |= {name: float(np.mean(values)) if values else math.nan, f"{name}_sd": spread(values),
+                         f"{name}_seeds": len(values)}  # fmt: skip
+            line["base_rate"] = float(mine["realised_rate"].mean())
+            line |= {name: gate[place][name] for name in counts}
+            line["exported"] = bool(mine["note"].str.contains(EXPORTED, regex=False).any())
+            lines.append(line)
     return pd.DataFrame(lines)
 
 

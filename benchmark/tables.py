@@ -1,4 +1,5 @@
-"""Rows -> tables: leaderboards, per-attack details, attack validity, selection gaps, missing cells, cost.
+"""Rows -> tables: leaderboards, what each defender was given, per-attack details, samples singled out, attack validity, selection
+gaps, missing cells, cost.
 
 Markdown for reading, LaTeX (booktabs) for papers, CSV (shares in [0, 1], unrounded) for everything else. A second run writes the
 same bytes. Seconds depend on the machine, so they stand in ``cost.md`` alone. Names come from settings files and are treated as
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = [
-    "NOTHING", "SELECTION_WORDS", "console_leaderboard", "csv_text", "gate_words", "latex", "leaderboard_markdown", "markdown",
-    "plain", "problems_markdown", "setting_words", "slug", "track_words", "write_tables",
+    "GIVEN_NOTES", "NOTHING", "SELECTION_WORDS", "console_leaderboard", "csv_text", "gate_words", "given_markdown", "latex",
+    "leaderboard_markdown", "markdown", "plain", "problems_markdown", "setting_words", "slug", "track_words", "write_tables",
 ]  # fmt: skip
 
 NOTHING = "No attack was implanted under the attack-validity gate, so there is nothing to rank a defense on."
@@ -238,11 +239,16 @@ def _leaderboard_latex(board: pd.DataFrame, track: str, caption: str, label: str
             body.append(r"\midrule")
         body += [" & ".join(cell.replace(_MISSING, "--") for cell in line) + r" \\" for line in lines]
     notes = _NOTES + " The lower block holds the reference and the controls, which are not ranked."
+    return _latex_table(_HEADER, "rll" + "r" * (len(_HEADER) - 3), body, f"{caption} {notes}", label)
+
+
+def _latex_table(header: Sequence[str], columns: str, body: Sequence[str], caption: str, label: str) -> str:
+    """A floating booktabs table as wide as the text; ``body`` is LaTeX already, ``caption`` and ``header`` are not."""
     return "\n".join([
-        r"% needs \usepackage{booktabs,graphicx}", r"\begin{table}", r"\centering", rf"\caption{{{latex(caption + ' ' + notes)}}}",
+        r"% needs \usepackage{booktabs,graphicx}", r"\begin{table}", r"\centering", rf"\caption{{{latex(caption)}}}",
         rf"\label{{tab:{label}}}", r"\resizebox{\linewidth}{!}{%",
-        r"\begin{tabular}{rll" + "r" * (len(_HEADER) - 3) + "}", r"\toprule",
-        " & ".join(latex(name) for name in _HEADER) + r" \\", r"\midrule", *body, r"\bottomrule",
+        rf"\begin{{tabular}}{{{columns}}}", r"\toprule",
+        " & ".join(latex(name) for name in header) + r" \\", r"\midrule", *body, r"\bottomrule",
         r"\end{tabular}}", r"\end{table}", "",
     ])  # fmt: skip
 
@@ -254,6 +260,164 @@ def _leaderboard_csv(board: pd.DataFrame, rows: pd.DataFrame, track: str, select
         "scenarios_implanted": int(found["implanted"].sum()), "scenarios": len(found),
     })  # fmt: skip
     return csv_text(pd.concat([head, board], axis=1))
+
+
+# -- what the defender was given -----------------------------------------------------------------------------------------------
+
+GIVEN_NOTES = (
+    "What each entry took, as recorded while it ran. Model: edited (the attacked model is deployed, changed), replaced (another "
+    "network is deployed: trained anew, or put on an extractor), unchanged. Clean labelled images: all of the budget, its "
+    "validation part included; that the benchmark itself validates on them is not counted. Training images: of the attacker's "
+    "training set, as published, labels included (some known clean: the track vouches for a few of every class), or without the "
+    "poison, which only a control can tell. Controls training: it "
+    "trains a network from initial weights itself. Preset: the schedule (paper: the method's own), then settings of the matrix. "
+    "Cost: standard-epoch equivalents, mean over finished cells, implanted or not; of which extractor: the part that training its "
+    "extractor took. A range runs from the least to the most over cells."
+)
+_GIVEN_HEADER = [
+    "Defense", "Scope", "Model", "Clean labelled images", "Training images", "Extractor", "Controls training", "Preset", "Cost",
+    "Of which extractor",
+]  # fmt: skip
+_GIVEN_LEFT = 8
+_NONE = "none"
+
+
+def _range(low: float, high: float) -> str:
+    return f"{low:g}" if low == high else f"{low:g}{_MISSING}{high:g}"
+
+
+def _any(words: Sequence[str]) -> str:
+    """Distinct words of an entry's cells; one, as a rule."""
+    return " or ".join(dict.fromkeys(words))
+
+
+def _model_words(line: pd.Series) -> str:
+    if line["role"] == "reference":
+        return "unchanged"
+    if any(line["trained_anew"]):
+        return "replaced" if all(line["trained_anew"]) else "edited or replaced"
+    taken = [used.split(" + ") for used in line["used"]]
+    return _any(["edited" if "model" in words else "replaced" if "extractor" in words else "not used" for words in taken])
+
+
+def _training_words(line: pd.Series) -> str:
+    """Which training images, without their number: as published (perhaps with a few vouched for), without the poison, none."""
+    taken = [set(used.split(" + ")) for used in line["used"]]
+    published = ["as published, some known clean" if "seeds" in words else "as published" for words in taken]
+    return _any([
+        "without the poison" if "roles" in words else text if "train" in words else _NONE
+        for words, text in zip(taken, published, strict=True)
+    ])  # fmt: skip
+
+
+def _given_words(line: pd.Series) -> dict[str, str]:
+    """The texts of a line of :func:`benchmark.stats.given`, from ``model`` to ``preset``."""
+    if line["cells_ok"] == 0:
+        nothing = dict.fromkeys(("clean_images", "training_images", "extractor", "controls_training", "preset"), _MISSING)
+        return {"model": str(line["missing"]), **nothing}
+    which, count = _training_words(line), _range(line["train_images_min"], line["train_images_max"])
+    images = which if which == _NONE else f"{which} (of {count})" if which == "without the poison" else f"{count} {which}"
+    return {
+        "model": _model_words(line),
+        "clean_images": _range(line["clean_images_min"], line["clean_images_max"]) if line["clean_images_max"] else _NONE,
+        "training_images": images,
+        "extractor": _any([text or _NONE for text in line["extractor"]]),
+        "controls_training": _any(["yes" if anew else "no" for anew in line["trained_anew"]]),
+        "preset": _any([text or _MISSING for text in line["preset"]]),
+    }
+
+
+def _given_lines(table: pd.DataFrame, track: str, escape: Callable[[object], str]) -> list[list[str]]:
+    return [
+        [*map(escape, (_name(line, track), line["scope"], *_given_words(line).values())),
+         *(_number(float(line[name])) for name in ("cost_epochs", "extractor_epochs"))]
+        for _, line in table.iterrows()
+    ]  # fmt: skip
+
+
+def given_markdown(rows: pd.DataFrame, track: str) -> str:
+    """What the defender was given, one line per entry of the track's field, under the selection that the track is judged by."""
+    table = stats.given(rows, track, stats.headline(rows, track))
+    competing = table["role"] == "defense"
+    lines = _given_lines(table[competing], track, markdown)
+    rest = _given_lines(table[~competing], track, markdown)
+    if rest:
+        lines += [["**Reference and controls**", *[""] * (len(_GIVEN_HEADER) - 1)], *rest]
+    return _pipe(_GIVEN_HEADER, lines, left=_GIVEN_LEFT)
+
+
+def _given_latex(rows: pd.DataFrame, track: str, caption: str, label: str) -> str:
+    table = stats.given(rows, track, stats.headline(rows, track))
+    body: list[str] = []
+    for competing in (True, False):
+        lines = _given_lines(table[(table["role"] == "defense") == competing], track, latex)
+        if lines and body:
+            body.append(r"\midrule")
+        body += [" & ".join(cell.replace(_MISSING, "--") for cell in line) + r" \\" for line in lines]
+    columns = "l" * _GIVEN_LEFT + "r" * (len(_GIVEN_HEADER) - _GIVEN_LEFT)
+    return _latex_table(_GIVEN_HEADER, columns, body, f"{caption} {GIVEN_NOTES}", label)
+
+
+def _given_csv(rows: pd.DataFrame, track: str) -> str:
+    """The same with numbers apart from words; what an unfinished entry took is empty."""
+    selection = stats.headline(rows, track)
+    lines = []
+    for _, line in stats.given(rows, track, selection).iterrows():
+        done = line["cells_ok"] > 0
+        words = _given_words(line) if done else {}
+        images = {f"{name}_images_{end}": line[f"{name}_images_{end}"] if done else "" for name in ("clean", "train")
+                  for end in ("min", "max")}  # fmt: skip
+        lines.append({
+            "track": track, "selection": selection, **{name: line[name] for name in ("role", "defense", "scope", "source")},
+            "used": _any(line["used"]), "model": words.get("model", ""), **images,
+            "training_images": _training_words(line) if done else "", "extractor": _any(line["extractor"]),
+            "controls_training": words.get("controls_training", ""), "preset": _any(line["preset"]),
+            **{name: line[name] for name in ("cost_epochs", "extractor_epochs", "cells_ok", "cells", "missing")},
+        })  # fmt: skip
+    return csv_text(pd.DataFrame(lines))
+
+
+# -- samples singled out -------------------------------------------------------------------------------------------------------
+
+_DETECTOR_NOTES = (
+    "Training samples that an entry took for poisoned, under the default selection (which samples are isolated does not depend on "
+    "the selection). Precision: share of them that are poisoned. Recall: share of the poisoned samples that are among them. "
+    "Percent, mean ± sample standard deviation over all seeds, implanted or not. Base rate: share of the training set that is "
+    "poisoned, which is the precision of a random choice. Precision is undefined where nothing is isolated; such seeds are not in "
+    "its mean."
+)
+
+
+def _detector_share(line: pd.Series, name: str) -> str:
+    deviation, seeds = float(line[f"{name}_sd"]), int(line[f"{name}_seeds"])
+    text = _percent(float(line[name])) + ("" if math.isnan(deviation) else f"±{100 * deviation:.1f}")
+    return f"{text} ({seeds} of {line['cells']} seeds)" if 0 < seeds < line["cells"] else text
+
+
+def _detectors(found: pd.DataFrame, track: str) -> str:
+    """:func:`benchmark.stats.detectors` as a Markdown table."""
+    header = ["Defense", "Scope", "Dataset", "Backbone", "Attack", "Implanted", "Isolated", "Of training set", "Precision",
+              "Recall", "Base rate"]  # fmt: skip
+    lines = []
+    for _, line in found.iterrows():
+        names = [_name(line, track) + (" (control)" if line["role"] == "control" else ""), line["scope"]]
+        start = [*map(markdown, [*names, *line[stats.SCENARIO]])]
+        start[-1] += "<br>" + stats.EXPORTED if line["exported"] else ""
+        start.append(f"{'yes' if line['implanted'] else '**no**'}, {line['implanted_seeds']} of {line['seeds']} seeds")
+        base = _percent(float(line["base_rate"]))
+        if line["cells_ok"] == 0:
+            lines.append([*start, markdown(line["missing"]), *[_MISSING] * 3, base])
+            continue
+        share = [_percent(float(line["isolated_share"])), *(_detector_share(line, name) for name in ("precision", "recall"))]
+        count = _MISSING if math.isnan(line["isolated"]) else _tidy(float(line["isolated"]))
+        lines.append([*start, count, *share, base])
+    exported = (
+        f"\nAttacks marked *{stats.EXPORTED}* control the training; what the defense reads is the poisoned set they leave, and "
+        "their base rate is the share that the training of the attacked model met.\n"
+        if found["exported"].any()
+        else ""
+    )
+    return _pipe(header, lines, left=6) + exported
 
 
 # -- the other tables ----------------------------------------------------------------------------------------------------------
@@ -353,11 +517,10 @@ def _gap_table(rows: pd.DataFrame) -> str:
         if lines
         else "No defense with a dial stands on an implanted scenario under all three selections.\n"
     )
-    return text + (
-        f"\nNo gap, or none to measure (no dial, or no finished cell): {markdown(', '.join(dict.fromkeys(without)))}.\n"
-        if without
-        else ""
-    )
+    if not without:
+        return text
+    names = markdown(", ".join(dict.fromkeys(without)))
+    return f"{text}\nNo gap, or none to measure (no dial, no finished cell, or nothing to validate on): {names}.\n"
 
 
 def problems_markdown(rows: pd.DataFrame) -> str:
@@ -448,6 +611,21 @@ def write_tables(rows: pd.DataFrame, curves: pd.DataFrame, timings: pd.DataFrame
                 f"{_detail(rows, track, selection)}\n{note}"
             )
             put(f"attacks-{name}.md", detail)
+        name = slug(track)
+        caption = _caption(rows, f"{plain(title)}: what the defender was given", track, stats.headline(rows, track))
+        put(f"given-{name}.md", (
+            f"# {head}what the defender was given, {markdown(track)}\n\n{given_markdown(rows, track)}\n"
+            f"{markdown(caption)}\n\n{markdown(GIVEN_NOTES)}\n"
+        ))  # fmt: skip
+        put(f"given-{name}.csv", _given_csv(rows, track))
+        put(f"given-{name}.tex", _given_latex(rows, track, caption, f"given-{name}"))
+        singled = stats.detectors(rows, track)
+        if len(singled):
+            put(f"detectors-{name}.md", (
+                f"# {head}samples singled out, {markdown(track)}\n\n{markdown(_DETECTOR_NOTES)}\n\n"
+                f"{_detectors(singled, track)}\n{gate_words(rows)}.\n"
+            ))  # fmt: skip
+            put(f"detectors-{name}.csv", csv_text(singled.assign(track=track)[["track", *singled.columns]]))
     put("attack-validity.md", (
         f"# {head}did the attacks work?\n\nThe undefended models, one figure per seed. Gate: ASR at least "
         f"{100 * IMPLANTED_ASR:g} % and ACC at most {100 * MAX_ACC_LOSS:g} points below the benign twin (same data, "

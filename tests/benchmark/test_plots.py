@@ -13,6 +13,7 @@ from PIL import Image
 
 from benchmark import plots, style
 from benchmark.rows import Curve, Row, Timing, frame
+from benchmark.selection import NOTHING_TO_VALIDATE_ON
 from models.spec import BadInput
 
 KEY = ("matrix", "dataset", "backbone", "attack", "rate", "seed", "track", "scope", "defense", "cell")
@@ -171,6 +172,81 @@ def test_a_matrix_without_dials_timings_or_implanted_attacks(tmp_path):
     assert "attacks.png" in names
     assert "heatmap-ra-model-clean.png" in names
     assert not any(name.startswith(("dials", "selection-gap", "cost")) for name in names)
+
+
+def isolating() -> list[Row]:
+    """Two defenses, two attacks (one not implanted), two seeds; letters for what is missing."""
+    told = {"selection": "default", "track": "train", "train_images": 200, "isolated": 20}
+    rows = [row("badnets", seed, "abl", precision=0.6 + 0.2 * seed, recall=0.3, **told) for seed in (0, 1)]
+    rows += [row("wanet", seed, "abl", recall=0.0, implanted=False, **{**told, "isolated": 0}) for seed in (0, 1)]
+    rows += [row("badnets", seed, "dbd", status="failed", reason="why", **told) for seed in (0, 1)]
+    return [*rows, row("wanet", 0, "dbd", precision=0.1, recall=1.0, implanted=False, **told)]
+
+
+def test_detectors_by_hand():
+    rows = frame(isolating())
+    with style.figures() as plt:
+        figure = plots._detectors(plt, rows, "train", "t")
+        assert figure is not None
+        axis = figure.axes[0]
+        dots = [collection for collection in axis.collections if isinstance(collection, mpl.collections.PathCollection)]
+        means = {(round(float(x), 3), tuple(np.round(dot.get_facecolor()[0][:3], 2))) for dot in dots
+                 for x, _ in dot.get_offsets() if dot.get_sizes()[0] > 40}  # fmt: skip
+        seeds = sorted(round(float(x), 3) for dot in dots for x, _ in dot.get_offsets() if dot.get_sizes()[0] < 40)
+        filled = {entry: tuple(np.round(mpl.colors.to_rgb(look.colour), 2)) for entry, look in style.looks(rows).items()}
+        assert means == {(70.0, filled["abl", "whole"]), (30.0, (1, 1, 1)), (0.0, (1, 1, 1)), (10.0, filled["dbd", "whole"]),
+                         (100.0, (1, 1, 1))}  # fmt: skip
+        assert seeds == [0.0, 0.0, 30.0, 30.0, 60.0, 80.0]  # a single seed is its mean
+        assert texts(figure) == ["F", "F", "0"]
+        bases = [line.get_xdata()[0] for line in axis.lines if line.get_linestyle() == "--"]
+        assert bases == pytest.approx([10.0, 10.0])
+        legend = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert legend[:2] == ["abl", "dbd"]
+        assert legend[-3:] == ["attack not implanted", "F = failed", "0 = nothing isolated"]
+
+
+def test_detectors_are_drawn_only_where_something_is_isolated(tmp_path):
+    curves, timings = (table.iloc[:0] for table in world()[1:])
+    written = plots.write_plots(frame(isolating()), curves, timings, tmp_path, "tiny")
+    mine = [path for path in written if path.name.startswith("detectors")]
+    assert [path.name for path in mine] == ["detectors-train.png", "detectors-train.svg"]
+    before = [path.read_bytes() for path in mine]
+    plots.write_plots(frame(isolating()), curves, timings, tmp_path, "tiny")
+    assert [path.read_bytes() for path in mine] == before
+
+
+def test_dials_name_only_the_selections_a_track_is_shown_under():
+    rows, curves, _ = world()
+    blind = (rows["selection"] == "validation") & rows["defense"].str.startswith("dial")
+    rows.loc[blind, ["status", "reason"]] = ["refused", NOTHING_TO_VALIDATE_ON]
+    with style.figures() as plt:
+        figure = plots._dials(plt, rows, curves, "model+clean", "t")
+        assert [text.get_text() for text in figure.legends[0].get_texts()][-2:] == ["default", "oracle"]
+
+
+@pytest.mark.parametrize("width", [7.0, 11.0, 13.5])
+@pytest.mark.parametrize("name", ["x", "nearest-class-mean on poisoned, no labels", "n" * 60])
+def test_legends_stay_within_the_figure(width, name):
+    from matplotlib.lines import Line2D
+
+    names = [name, "short", *[name] * 14]
+    columns = plots._legend_columns(names, width)
+    with style.figures() as plt:
+        panels = style.Panels(plt, 1, 1, (width - 1, 1.0), (0, 0), (0.5, 0.5, 4.0, 0.5), "t", min_width=width)
+        panels.legend([Line2D([], [], marker="o", label=text) for text in names], columns)
+        box = panels.figure.legends[0].get_window_extent(panels.figure.canvas.get_renderer())
+        assert box.x1 <= width * panels.figure.dpi
+
+
+def test_long_names_of_controls_are_told_apart_in_the_scatter_legend():
+    long = [f"nearest-class-mean on {which}, {labels} labels" for which in ("clean", "poisoned") for labels in ("no", "with")]
+    rows = frame([row("badnets", 0, name, 0.3, control=name != "good") for name in ("good", "none", *long)]
+                 + [row("wanet", 0, "good", 0.3, implanted=False)])  # fmt: skip
+    with style.figures() as plt:
+        figure = plots._scatter(plt, rows, "model+clean", "t")
+        legend = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert legend == ["undefended", "good", *long, "attack not implanted: not counted"]
+        assert texts(figure) == [""] * len(texts(figure))  # arrows; nothing is written over the points
 
 
 def test_looks_are_distinct_and_keep_their_place():

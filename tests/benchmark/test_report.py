@@ -6,6 +6,7 @@ from pathlib import Path
 
 from benchmark import report, tables
 from benchmark.rows import Row, frame
+from benchmark.selection import NOTHING_TO_VALIDATE_ON
 
 
 def row(attack: str, seed: int, defense: str, ra: float = 0.0, **more: object) -> Row:
@@ -78,6 +79,31 @@ def test_report_links_what_exists_and_nothing_else(tmp_path: Path):
     stamp = path.stat().st_mtime_ns
     report.write_report(tmp_path, table, "A *title*", description="One sentence.")
     assert path.stat().st_mtime_ns == stamp
+
+
+def test_report_shows_what_each_was_given_and_links_the_isolated_samples_below_their_picture(tmp_path: Path):
+    files = [tmp_path / name for name in ("tables/given-train.md", "tables/detectors-train.md", "tables/detectors-train.csv",
+                                          "plots/detectors-train.png")]  # fmt: skip
+    rows = [row("badnets", 0, "abl", 0.5, track="train", used="train", train_images=99, trained_anew=True)]
+    text = report.write_report(tmp_path, frame(rows), "t", files=files).read_text()
+    given = text.index("**What the defender was given**")
+    assert text.index("| 1 | abl |") < given < text.index("| abl | whole | replaced | none | 99 as published |")
+    assert "- what the defender was given: [md](tables/given-train.md)\n" in text
+    picture = text.index("](plots/detectors-train.png)")
+    assert picture < text.index("[md](tables/detectors-train.md), [csv](tables/detectors-train.csv)")
+    assert tables.GIVEN_NOTES in text
+    assert "detectors" not in report.write_report(tmp_path, frame(rows), "t", files=[]).read_text()
+
+
+def test_report_says_why_a_track_is_judged_by_default(tmp_path: Path):
+    blind = {"status": "refused", "reason": NOTHING_TO_VALIDATE_ON, "track": "train"}
+    rows = [row("badnets", 0, name, 0.5, track="train", selection="default") for name in ("dial", "single")]
+    rows += [row("badnets", 0, "single", 0.5, track="train"), row("badnets", 0, "dial", **blind)]
+    text = report.write_report(tmp_path, frame(rows), "t", files=[]).read_text()
+    assert f"Selection: default ({NOTHING_TO_VALIDATE_ON});" in text
+    assert "Selection: validation" not in text
+    text = report.write_report(tmp_path, frame(rows[:2]), "t", files=[]).read_text()  # a table without validation rows at all
+    assert "Selection: default; " in text
 
 
 def test_report_takes_the_files_it_is_given(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 
@@ -9,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmark import stats
+from benchmark import cell, stats
 from benchmark.rows import Row, Timing, frame
 
 RA = {  # (attack, seed) -> defense -> RA; acc is 0.9 and asr is 0.95 - ra throughout
@@ -221,6 +222,79 @@ def test_rank_tests_need_eleven_scenarios_and_match_a_hand_made_holm():
     assert by_pair["x", "y"] == pytest.approx(3 * least)
     assert by_pair["y", "z"] == pytest.approx(3 * least)  # Holm: max(3 p, 2 p)
     assert by_pair["x", "z"] > 0.05
+
+
+def detector(attack: str, seed: int, defense: str, precision: float, recall: float, **more: object) -> Row:
+    settings: dict[str, object] = {"selection": "default", "isolated": 10 + seed, "train_images": 200, "precision": precision,
+                                   "recall": recall, "realised_rate": 0.1 + 0.01 * seed}  # fmt: skip
+    return row(attack, seed, defense, 0.5, **{**settings, **more})
+
+
+def test_detectors_equal_plain_loops_over_the_rows():
+    nan = math.nan
+    rows = [
+        *(detector("badnets", seed, "abl", 0.5 + 0.1 * seed, 0.2 * seed) for seed in range(3)),
+        detector("wanet", 0, "abl", 0.25, 0.75, note="training-control attack: met through its exported static set; more"),
+        detector("wanet", 1, "abl", nan, 0.0, isolated=0),  # nothing isolated: no precision
+        detector("wanet", 2, "abl", nan, nan, status="failed", isolated=0, train_images=0),
+        *(detector("sig", seed, "abl", 0.1, 0.3) for seed in range(2)),
+        detector("none", 0, "abl", 0.0, nan),  # no attack: nothing to find
+        *(detector("badnets", seed, "blind", nan, nan, isolated=0) for seed in range(3)),
+        *(detector("badnets", seed, "lent", 0.9, 0.9, control=True, track="control") for seed in range(3)),
+        *(detector("badnets", seed, "abl", 0.99, 0.99, selection="oracle") for seed in range(3)),
+    ]
+    found = stats.detectors(frame(rows), "t")
+    assert list(zip(found["defense"], found["attack"], strict=True)) == [
+        ("abl", "badnets"), ("abl", "wanet"), ("abl", "sig"), ("lent", "badnets"),
+    ]  # fmt: skip
+    for _, got in found.iterrows():
+        mine = [r for r in rows if (r.defense, r.attack, r.selection) == (got["defense"], got["attack"], "default")]
+        good = [r for r in mine if r.status == "ok"]
+        assert (got["cells_ok"], got["cells"]) == (len(good), len(mine))
+        assert got["isolated"] == pytest.approx(sum(r.isolated for r in good) / len(good))
+        assert got["isolated_share"] == pytest.approx(sum(r.isolated / 200 for r in good) / len(good))
+        assert got["base_rate"] == pytest.approx(sum(r.realised_rate for r in mine) / len(mine))
+        for name in ("precision", "recall"):
+            values = [getattr(r, name) for r in good if not math.isnan(getattr(r, name))]
+            mean = sum(values) / len(values)
+            assert got[name] == pytest.approx(mean)
+            assert got[f"{name}_seeds"] == len(values)
+            if len(values) > 1:
+                assert got[f"{name}_sd"] == pytest.approx(math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)))
+            else:
+                assert math.isnan(got[f"{name}_sd"])
+    assert list(found["implanted"]) == [True, True, False, True]
+    assert list(found["exported"]) == [False, True, False, False]
+    assert list(found["missing"]) == ["", "failed", "", ""]
+    assert list(found["role"]) == ["defense"] * 3 + ["control"]
+    assert stats.detectors(frame([r for r in rows if r.defense == "blind"]), "t").empty
+
+
+def test_the_note_that_marks_an_exported_attack_is_the_one_that_cells_write():
+    assert stats.EXPORTED in inspect.getsource(cell.cell_rows)
+
+
+def test_given_by_plain_loops():
+    rows = [
+        *(row(attack, seed, "mixed", 0.5, used="model + clean", clean_images=100 + 50 * (attack == "wanet"), preset="cpu",
+              cost_epochs=1.0 + seed, status="failed" if (attack, seed) == ("sig", 1) else "ok") for attack, seed in RA),
+        *(row(attack, seed, "lost", status="refused", cost_epochs=math.nan) for attack, seed in RA),
+        *(row(attack, seed, "none", used="model") for attack, seed in RA),
+        *(row(attack, seed, "random", control=True, track="control", used="clean + extractor", extractor="there",
+              extractor_epochs=0.5) for attack, seed in RA),
+    ]  # fmt: skip
+    found = stats.given(frame([rows[-1], *rows]).drop_duplicates(), "t", "validation")
+    assert list(found["defense"]) == ["mixed", "lost", "none", "random"]
+    mixed, lost, _, random = (line for _, line in found.iterrows())
+    good = [r for r in rows if r.defense == "mixed" and r.status == "ok"]
+    assert (mixed["cells_ok"], mixed["cells"], mixed["missing"]) == (len(good), 6, "failed")
+    assert (mixed["clean_images_min"], mixed["clean_images_max"]) == (100, 150)
+    assert mixed["cost_epochs"] == pytest.approx(sum(r.cost_epochs for r in good) / len(good))
+    assert math.isnan(mixed["extractor_epochs"])
+    assert (mixed["used"], mixed["preset"]) == (("model + clean",), ("cpu",))
+    assert (lost["cells_ok"], lost["used"], lost["missing"], lost["clean_images_max"]) == (0, (), "refused", 0)
+    assert (random["role"], random["source"]) == ("control", "control")
+    assert (random["extractor"], random["extractor_epochs"]) == (("there",), 0.5)
 
 
 def test_spread():

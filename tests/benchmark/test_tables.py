@@ -198,15 +198,17 @@ def test_selection_gap_table(tmp_path):
     text = run(rows, tmp_path)["selection-gap.md"]
     good = next(cells(line) for line in text.splitlines() if "| good |" in line)
     assert good[-2:] == ["+10.0 [+10.0, +10.0]", "+30.0 [+30.0, +30.0]"]
-    assert "no dial, or no finished cell): plain (whole)." in text
+    assert "no dial, no finished cell, or nothing to validate on): plain (whole)." in text
 
 
 def test_hostile_names_break_nothing(tmp_path):
     rows = [
-        row(r.attack + HOSTILE, r.seed, HOSTILE if r.defense == "good" else r.defense, r.ra, selection=r.selection, track=HOSTILE)
+        row(r.attack + HOSTILE, r.seed, HOSTILE if r.defense == "good" else r.defense, r.ra, selection=r.selection, track=HOSTILE,
+            used="train", extractor=HOSTILE, preset=HOSTILE, isolated=1, precision=0.5, recall=0.5)
         for r in field()
-    ]
+    ]  # fmt: skip
     written = run(rows, tmp_path, title=HOSTILE)
+    assert {"given", "detectors"} <= {name.split("-")[0] for name in written}
     for name, text in written.items():
         assert "\x1b" not in text
         assert "\u202e" not in text
@@ -218,12 +220,113 @@ def test_hostile_names_break_nothing(tmp_path):
     parsed = list(csv.reader(io.StringIO(board)))
     assert len({len(line) for line in parsed}) == 1
     assert all(line[0].startswith("'=") for line in parsed[1:])
-    tex = next(text for name, text in written.items() if name.endswith("validation.tex"))
-    body = tex[tex.index(r"\midrule") : tex.index(r"\bottomrule")]
-    for line in body.splitlines()[1:]:
-        if line != r"\midrule":
-            assert len(re.findall(r"(?<!\\)&", line)) == 12
-            assert not re.search(r"(?<!\\)[#%_]", line.removesuffix(r" \\"))
+    for start, columns in (("leaderboard", 13), ("given", 10)):
+        tex = next(text for name, text in written.items() if name.startswith(start) and name.endswith(".tex"))
+        body = tex[tex.index(r"\midrule") : tex.index(r"\bottomrule")]
+        for line in body.splitlines()[1:]:
+            if line != r"\midrule":
+                assert len(re.findall(r"(?<!\\)&", line)) == columns - 1
+                assert not re.search(r"(?<!\\)[#%_]", line.removesuffix(r" \\"))
+    for start in ("given", "detectors"):
+        table = next(text for name, text in written.items() if name.startswith(start) and name.endswith(".csv"))
+        parsed = list(csv.reader(io.StringIO(table)))
+        assert len({len(line) for line in parsed}) == 1
+        assert all(line[0].startswith("'=") for line in parsed[1:])
+
+
+# -- what the defender was given -----------------------------------------------------------------------------------------------
+
+POISONED = "self-supervised on the poisoned images"
+KINDS: dict[str, dict[str, object]] = {
+    "edits": {"used": "model + clean", "clean_images": 120, "preset": "cpu"},
+    "bare": {"used": "model"},
+    "anew": {"used": "train", "train_images": 480, "trained_anew": True, "preset": "smoke; a_b=1"},
+    "features": {"used": "train", "train_images": 480, "trained_anew": True, "extractor": POISONED, "extractor_epochs": 4.0},
+    "vouched": {"used": "train + seeds", "train_images": 480, "trained_anew": True},
+    "lost": {"status": "refused", "reason": "why", "cost_epochs": float("nan")},
+    "none": {"used": "model", "control": True},
+    "scratch": {"used": "clean", "clean_images": 120, "trained_anew": True, "control": True},
+    "filter": {"used": "roles", "train_images": 480, "trained_anew": True, "control": True, "track": "control"},
+    "means": {"used": "clean + extractor", "clean_images": 120, "extractor": "given", "extractor_epochs": 0.0, "control": True},
+    "probe": {"used": "train + extractor", "train_images": 480, "extractor": "given", "extractor_epochs": 4.0, "control": True},
+}
+DASH = "\N{EN DASH}"
+WORDS = {  # model, clean labelled images, training images, extractor, controls training, preset, cost, of which extractor
+    "edits": ["edited", "120", "none", "none", "no", "cpu", "0.125", DASH],
+    "bare": ["edited", "none", "none", "none", "no", DASH, "0.125", DASH],
+    "anew": ["replaced", "none", "480 as published", "none", "yes", "smoke; a_b=1", "0.125", DASH],
+    "features": ["replaced", "none", "480 as published", POISONED, "yes", DASH, "0.125", "4"],
+    "vouched": ["replaced", "none", "480 as published, some known clean", "none", "yes", DASH, "0.125", DASH],
+    "lost": ["refused", *[DASH] * 7],
+    "none (undefended)": ["unchanged", "none", "none", "none", "no", DASH, "0.125", DASH],
+    "scratch": ["replaced", "120", "none", "none", "yes", DASH, "0.125", DASH],
+    "filter": ["replaced", "none", "without the poison (of 480)", "none", "yes", DASH, "0.125", DASH],
+    "means": ["replaced", "120", "none", "given", "no", DASH, "0.125", "0"],
+    "probe": ["replaced", "none", "480 as published", "given", "no", DASH, "0.125", "4"],
+}
+
+
+def kinds(**more: object) -> list[Row]:
+    """Controls first, to see them moved to the end."""
+    return [
+        row("badnets", seed, name, 0.5, **{"control": False, **settings, **more})
+        for name, settings in [*list(KINDS.items())[6:], *list(KINDS.items())[:6]] for seed in (0, 1)
+    ]  # fmt: skip
+
+
+def test_given_words_for_every_kind_of_defense(tmp_path):
+    written = run(kinds(), tmp_path)
+    lines = [cells(line) for line in written["given-model-clean.md"].splitlines() if line.startswith("| ")]
+    assert {line[0]: line[2:] for line in lines[2:] if line[1]} == WORDS
+    assert [line[0] for line in lines[2:]] == [
+        "edits", "bare", "anew", "features", "vouched", "lost", "**Reference and controls**",
+        "none (undefended)", "scratch", "means", "probe", "filter",
+    ]  # fmt: skip
+    assert "Controls training: it trains a network from initial weights itself." in written["given-model-clean.md"]
+    records = {line["defense"]: line for line in csv.DictReader(io.StringIO(written["given-model-clean.csv"]))}
+    assert (records["filter"]["training_images"], records["filter"]["train_images_max"]) == ("without the poison", "480")
+    assert (records["lost"]["missing"], records["lost"]["clean_images_min"]) == ("refused", "")
+    assert (records["anew"]["controls_training"], records["probe"]["controls_training"]) == ("yes", "no")
+    assert r"smoke; a\_b=1 & 0.125 & -- \\" in written["given-model-clean.tex"]
+
+
+def test_given_numbers_that_differ_are_a_range_and_words_a_choice(tmp_path):
+    rows = [row("badnets", 0, "d", used="model + clean", clean_images=96, preset="cpu"),
+            row("wanet", 0, "d", used="model + clean + train", clean_images=400, train_images=7, cost_epochs=0.5)]  # fmt: skip
+    text = run(rows, tmp_path)["given-model-clean.md"]
+    found = next(cells(line) for line in text.splitlines() if line.startswith("| d |"))
+    assert found[2:] == ["edited", f"96{DASH}400", f"0{DASH}7 none or as published", "none", "no", f"cpu or {DASH}", "0.312", DASH]
+
+
+def test_given_is_there_when_nothing_is_implanted(tmp_path):
+    assert "| edits |" in run(kinds(implanted=False), tmp_path)["given-model-clean.md"]
+
+
+# -- samples singled out -------------------------------------------------------------------------------------------------------
+
+
+def test_no_table_of_detectors_where_nothing_is_isolated(tmp_path):
+    assert not any(name.startswith("detectors") for name in run(field(), tmp_path))
+
+
+def test_detector_lines_by_hand(tmp_path):
+    told = {"selection": "default", "used": "train", "train_images": 200, "track": "train"}
+    rows = [row("badnets", seed, "abl", isolated=10 + seed, precision=0.5 + 0.2 * seed, recall=0.25, **told) for seed in (0, 1)]
+    note = f"training-control attack: {tables.stats.EXPORTED}"
+    rows += [row("badnets", 0, "abl", track="train"),
+             row("wanet", 0, "abl", isolated=0, recall=0.0, implanted=False, note=note, **told),
+             row("wanet", 1, "abl", isolated=5, precision=1.0, recall=0.5, implanted=False, **told),
+             row("sig", 0, "abl", **{**told, "status": "failed", "reason": "why"})]  # fmt: skip
+    written = run(rows, tmp_path)
+    lines = [cells(line)[4:] for line in written["detectors-train.md"].splitlines() if line.startswith("| abl |")]
+    assert lines == [
+        ["badnets", "yes, 2 of 2 seeds", "10.5", "5.3", "60.0±14.1", "25.0±0.0", "10.0"],
+        [f"wanet<br>{tables.stats.EXPORTED}", "**no**, 0 of 2 seeds", "2.5", "1.2", "100.0 (1 of 2 seeds)", "25.0±35.4", "10.0"],
+        ["sig", "yes, 1 of 1 seeds", "failed", DASH, DASH, DASH, "10.0"],
+    ]
+    assert f"Attacks marked *{tables.stats.EXPORTED}*" in written["detectors-train.md"]
+    first = next(csv.DictReader(io.StringIO(written["detectors-train.csv"])))
+    assert (first["track"], first["precision"], first["isolated_share"], first["base_rate"]) == ("train", "0.6", "0.0525", "0.1")
 
 
 @pytest.mark.parametrize(
