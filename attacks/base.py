@@ -146,6 +146,11 @@ class Attack(Spec, ABC):
         """What this attack, with these settings, needs control of."""
         return Power.DATA
 
+    @property
+    def poisons_batches(self) -> bool:
+        """Whether its victim is given the clean set and poisons its own batches; otherwise it is given the poisoned set."""
+        return self.power is Power.TRAINING
+
     def cover_rate(self, plan: Plan) -> float:
         """Cover samples as a share of the training set: the plan's, or this attack's own share of the poison; in [0, 1]."""
         return min(1.0, plan.rate * self.cover_share) if plan.cover_rate is None else plan.cover_rate
@@ -159,15 +164,11 @@ class Attack(Spec, ABC):
         """
 
     def victim(self, net: Network, recipe: Recipe, crafted: Crafted, plan: Plan, seed: int) -> Classifier:
-        """The module that trains the victim: plain unless the attacker controls training (``power`` TRAINING).
-
-        A training-control victim is given the *clean* training set and poisons its own batches; every other victim is given the
-        poisoned set.
-        """
+        """The module that trains the victim: plain unless the attacker controls training (``power`` TRAINING)."""
         return Classifier(net, recipe)
 
     def finished(self, victim: Classifier, crafted: Crafted) -> Crafted:
-        """The triggers after training, for attacks that learn them jointly with the victim."""
+        """The triggers after training, for attacks that learn them jointly with the victim, or that edit the finished weights."""
         return crafted
 
     def recraft(self, net: Network, crafted: Crafted, train: ImageSet, plan: Plan, seed: int) -> Crafted:

@@ -286,24 +286,24 @@ def _attack(
     attack_seed = derive_seed(scenario.seed, "attack")
     crafted = attack.craft(w.train, plan, attack_seed, surrogate)
     module = attack.victim(net, recipe, crafted, plan, attack_seed)
-    if attack.power is Power.TRAINING:
+    if attack.poisons_batches:
         trained = fit(module, w.train, recipe, seed).net
         crafted = attack.finished(module, crafted)
         poisoned = poison(w.train, attack, crafted, plan, attack_seed)
-        shares = getattr(module, "realised", {"poison": poisoned.realised(Role.POISON), "cover": poisoned.realised(Role.COVER)})
-        outcome |= {"realised_rate": shares["poison"], "realised_cover": shares["cover"], "exported": True}
     else:
         poisoned = poison(w.train, attack, crafted, plan, attack_seed)
         if scenario.frozen:
             trained = _fit_on_features(scenario, w, poisoned.visible, poisoned.visible, seed, store, cache)
         else:
             trained = fit(module, poisoned.visible, recipe, seed).net
-        outcome |= {
-            "realised_rate": poisoned.realised(Role.POISON),
-            "realised_cover": poisoned.realised(Role.COVER),
-            "exported": False,
-        }
-    return trained, poisoned, poison_test(w.data.test, crafted, plan)
+            crafted = attack.finished(module, crafted)
+    shares = getattr(module, "realised", {"poison": poisoned.realised(Role.POISON), "cover": poisoned.realised(Role.COVER)})
+    outcome |= {
+        "realised_rate": shares["poison"],
+        "realised_cover": shares["cover"],
+        "exported": attack.power is Power.TRAINING,
+    }
+    return trained, poisoned, poison_test(w.data.test, attack.recraft(trained, crafted, w.train, plan, attack_seed), plan)
 
 
 @functools.lru_cache(maxsize=2)
@@ -366,11 +366,26 @@ def run_cell(cell: Cell, store: Store, cache: Path) -> None:
         def fetch(extractor: Extractor) -> Fitted:
             return read_extractor(extractor, scenario, store, cache, victim.poisoned.visible)
 
-        outcome = defend(cell, w, victim, fetch=fetch)
+        outcome = defend(cell, w, victim, fetch=fetch, recraft=_recrafter(scenario, w, store, cache))
     else:
         outcome = _stopped("failed", f"no victim: {victim.outcome['reason']}")
     outcome |= {"peak_mib": peak_mib(), "victim_seconds": victim.outcome["seconds"]}
     store.write("defended", key, cell.spec(), outcome)
+
+
+def _recrafter(scenario: Scenario, w: World, store: Store, cache: Path) -> Callable[[Network], PoisonedTest] | None:
+    """For attacks whose trigger needs the attacked model: the triggered test set against any network."""
+    attack = scenario.attack
+    if attack is None or not attack.needs_model_at_test:
+        return None
+    seed = derive_seed(scenario.seed, "attack")
+    surrogate = read_victim(scenario.twin(), store, cache).net if attack.needs_surrogate else None
+    crafted = attack.craft(w.train, scenario.plan, seed, surrogate)
+
+    def against(net: Network) -> PoisonedTest:
+        return poison_test(w.data.test, attack.recraft(net, crafted, w.train, scenario.plan, seed), scenario.plan)
+
+    return against
 
 
 def _stopped(status: str, reason: str) -> dict[str, Any]:
@@ -383,12 +398,14 @@ def defend(
     victim: Victim,
     keep: list[Network] | None = None,
     fetch: Callable[[Extractor], Fitted] | None = None,
+    recraft: Callable[[Network], PoisonedTest] | None = None,
 ) -> dict[str, Any]:
     """Builds the view, lets the defense yield, scores what it yields.
 
     Args:
         keep: receives every candidate's network, if given.
         fetch: where extractors come from; whoever uses one is charged its cost, in samples and seconds, with the first candidate.
+        recraft: crafts the triggered test set anew against a network; candidates that a selection chooses are scored on it too.
     """
     defense, scenario = cell.defense, cell.scenario
     missing = defense.needs & ~cell.grants
@@ -428,12 +445,15 @@ def defend(
         built=network_of if fetch is not None else None,
     )
     measured: list[dict[str, Any]] = []
+    nets: list[Network] = []
     seconds = 0.0
     try:
         for candidate, cost, took in _metered_candidates(defense.candidates(view)):
             seconds += took
             if keep is not None:
                 keep.append(candidate.model)
+            if recraft is not None:
+                nets.append(candidate.model)
             measured.append(
                 {
                     "dial": candidate.dial,
@@ -456,6 +476,14 @@ def defend(
         return _stopped("failed", str(error))
     if sum(entry["is_default"] for entry in measured) != 1:
         return _stopped("failed", f"{defense.name} must mark exactly one default among its {len(measured)} candidates")
+    if recraft is not None:
+        before = _score_of(victim.outcome)
+        before_val = _nan(victim.outcome.get("val_acc")) if Knowledge.CLEAN in cell.grants else math.nan
+        offered = [measured_from(entry) for entry in measured]
+        for position in {choose(how, offered, before, before_val, cell.tau) for how in Selection} - {None}:
+            assert position is not None
+            again = score(nets[position], w.data.test, recraft(nets[position]))
+            measured[position] |= {"asr_recraft": _none(again.asr), "ra_recraft": _none(again.ra)}
     units = sum(layer.size for layer in unit_layers(victim.net, cell.scope))
     lent = Cost(sum(fitted.samples_forward for fitted in taken), sum(fitted.samples_backward for fitted in taken))
     measured[0]["forward"] += lent.forward
@@ -540,6 +568,8 @@ def measured_from(c: dict[str, Any]) -> Measured:
         isolated=c.get("isolated", 0),
         precision=_nan(c.get("precision")),
         recall=_nan(c.get("recall")),
+        asr_recraft=_nan(c.get("asr_recraft")),
+        ra_recraft=_nan(c.get("ra_recraft")),
     )
 
 
@@ -612,6 +642,8 @@ def cell_rows(matrix: str, dataset: str, cell: Cell, fingerprint: str, outcome: 
                 "asr": m.score.asr,
                 "ra": m.score.ra,
                 "der": der(before, m.score),
+                "asr_recraft": m.asr_recraft,
+                "ra_recraft": m.ra_recraft,
                 "dial": _nan(m.dial),
                 "pruned": m.pruned,
                 "val_acc": m.val_acc,

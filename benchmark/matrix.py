@@ -355,6 +355,8 @@ def _expand(table: MatrixTable, found: Found) -> tuple[tuple[Scenario, ...], tup
         recipe = _take(entry, "recipe", dict, {}, f"attack {name}")
         label = _take(entry, "label", str, None, f"attack {name}")
         rates = _take(entry, "rates", list, None, f"attack {name}")
+        if isinstance(entry.get("base_settings"), dict):
+            entry["base_settings"] = [list(pair) for pair in entry["base_settings"].items()]
         planned = {key: entry.pop(key) for key in plan_fields & entry.keys()}
         if rates is not None and "rate" in planned:
             raise BadInput(f"attack {name}: give either rate or rates")
@@ -491,6 +493,15 @@ def presets() -> dict[str, dict[str, dict[str, Any]]]:
     return tomllib.loads((Path(__file__).parent / "presets.toml").read_text(encoding="utf-8"))
 
 
+def _words(value: Any) -> str:
+    """A setting for people: lists in brackets, the (field, value) pairs of another method's settings as such."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(_words(item) for item in value)}]"
+    if isinstance(value, list):
+        return f"{value[0]}={_words(value[1])}"
+    return str(value)
+
+
 def _preset(defense: type[Defense], preset: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """A defense's settings under a preset, and the preset's name with what the matrix changes of it.
 
@@ -504,7 +515,7 @@ def _preset(defense: type[Defense], preset: str, given: dict[str, Any]) -> tuple
     defaults = {f.name: f.default for f in dataclasses.fields(defense)}  # type: ignore[arg-type]
     own = {**defaults, **known.get(preset, {})}
     plain = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-    changed = [f"{key}={value}" for key, value in plain.items() if own.get(key) != value]
+    changed = [f"{key}={_words(value)}" for key, value in plain.items() if own.get(key) != value]
     return (f"{preset}; {', '.join(changed)}" if changed else preset), settings
 
 

@@ -59,6 +59,10 @@ class Row(Key):
     asr: float = math.nan
     ra: float = math.nan
     der: float = math.nan
+    asr_recraft: float = math.nan
+    """ASR with the trigger crafted again on this very model, where the trigger needs the model; ``asr`` is then the *frozen*
+    protocol's, crafted once on the undefended model."""
+    ra_recraft: float = math.nan
     acc_undefended: float = math.nan
     asr_undefended: float = math.nan
     ra_undefended: float = math.nan

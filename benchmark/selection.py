@@ -51,6 +51,8 @@ class Measured:
     isolated: int = 0
     precision: float = math.nan
     recall: float = math.nan
+    asr_recraft: float = math.nan
+    ra_recraft: float = math.nan
 
 
 def choose(how: Selection, measured: Sequence[Measured], before: Score, before_val: float, tau: float = TAU) -> int | None:

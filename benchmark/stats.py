@@ -103,7 +103,10 @@ def selections(rows: pd.DataFrame, track: str | None = None) -> list[str]:
     present = set(rows["selection"])
     if track is not None:
         mine = rows[(rows["track"] == track) & ~_is_control(rows)]
-        present = set(mine["selection"]) - set(mine.loc[mine["reason"] == NOTHING_TO_VALIDATE_ON, "selection"]) or present
+        blind = set(mine.loc[mine["reason"] == NOTHING_TO_VALIDATE_ON, "selection"])
+        if len(mine) and mine["val_acc"].isna().all():  # a method with one candidate needs no choice, and made none
+            blind.add("validation")
+        present = set(mine["selection"]) - blind or present
     return [name for name in SELECTIONS if name in present]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import textwrap
 import warnings
@@ -39,7 +40,7 @@ class Look(NamedTuple):
 
 
 def looks(rows: pd.DataFrame) -> dict[tuple[str, str], Look]:
-    """A look per (defense, scope) of a matrix: 72 distinct ones before any repeats; controls in greys, the undefended black."""
+    """A look per (defense, scope) of a matrix: 72 distinct ones before any repeats; controls in 27 greys, the undefended black."""
     found: dict[tuple[str, str], Look] = {}
     controls = set(rows.loc[rows["control"].astype(bool), "defense"])
     counts = {True: 0, False: 0}
@@ -51,7 +52,8 @@ def looks(rows: pd.DataFrame) -> dict[tuple[str, str], Look]:
         count = counts[is_control]
         counts[is_control] += 1
         palette = _GREYS if is_control else _COLOURS
-        found[entry] = Look(palette[count % len(palette)], _MARKERS[(count + count // 72) % len(_MARKERS)])
+        turn = count // math.lcm(len(palette), len(_MARKERS))  # by then colours and markers have met in every way this order gives
+        found[entry] = Look(palette[count % len(palette)], _MARKERS[(count + turn) % len(_MARKERS)])
     return found
 
 

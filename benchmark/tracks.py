@@ -32,7 +32,7 @@ TRACKS: tuple[Track, ...] = (
     Track("model+clean", Knowledge.MODEL | Knowledge.CLEAN, "the model and a small clean labelled budget"),
     Track("model+train", Knowledge.MODEL | Knowledge.TRAIN, "the model and the poisoned training set, nothing trusted"),
     Track("train", Knowledge.TRAIN, "the poisoned training set alone"),
-    Track("train+seeds", Knowledge.TRAIN | Knowledge.SEEDS, "the poisoned training set, ten samples of every class known to be clean"),
+    Track("train+seeds", Knowledge.TRAIN | Knowledge.SEEDS, "the poisoned training set, ten samples a class known to be clean"),
     Track("train+clean", Knowledge.TRAIN | Knowledge.CLEAN, "the poisoned training set and a small clean labelled budget"),
     Track("train+extractor", Knowledge.TRAIN | Knowledge.EXTRACTOR, "the poisoned training set and a trusted extractor"),
     Track("clean+extractor", Knowledge.CLEAN | Knowledge.EXTRACTOR, "a small clean labelled budget and a trusted extractor"),

@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 from models.backbone import Network
 
 __all__ = [
-    "Masks", "Pairing", "Policy", "Scope", "Scores", "UnitLayer", "Writer", "capture", "density_valley", "fixed", "hold",
+    "Leaves", "Masks", "Pairing", "Policy", "Scope", "Scores", "UnitLayer", "Writer", "capture", "density_valley", "fixed", "hold",
     "largest_within", "mean_std", "prune", "select", "top_share", "unit_layers", "weight_bounds",
 ]  # fmt: skip
 
@@ -72,7 +72,7 @@ class UnitLayer:
     writers: tuple[str, ...]
 
 
-class _Leaves(fx.Tracer):
+class Leaves(fx.Tracer):
     """Keeps convs and norms whole even where a class of ours wraps them."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -81,7 +81,7 @@ class _Leaves(fx.Tracer):
 
 def _writers_by_dataflow(features: nn.Module) -> dict[str, tuple[str, ...]]:
     """For every BatchNorm2d of ``features``: the convs whose outputs reach it through nothing but additions."""
-    graph = _Leaves().trace(features)
+    graph = Leaves().trace(features)
     modules = dict(features.named_modules())
     found: dict[str, tuple[str, ...]] = {}
 

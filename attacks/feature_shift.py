@@ -1,0 +1,100 @@
+"""Feature shift: a data-only adaptive attacker against pruning of a head on somebody else's features.
+
+Where the defender trains a head on a public extractor, nobody poisons the extractor's training. The attacker still holds the
+extractor: a universal perturbation of at most ``strength`` per pixel moves the features of triggered images towards those of the
+target class. Then the head needs no unusually sensitive unit to send them there, and a defense that looks for one finds none.
+
+Needs: the training data and a network whose features resemble the victim's (the same, where features are given). Edits: pixels of
+poisoned images, on top of the base attack's trigger; its labels. Dial: strength, the perturbation's bound in [0, 1].
+Deviations from the paper: none; the attack is ours. The steps are those of a universal targeted perturbation (Moosavi-Dezfooli et
+al., "Universal adversarial perturbations", CVPR 2017, arXiv 1610.08401), by signed gradients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from attacks.adaptive import Adaptive
+from attacks.base import Crafted, Plan, Power, Trigger
+from models.backbone import Network
+from models.images import ImageSet, to_float
+from models.spec import BadInput, check, generator
+
+__all__ = ["FeatureShift", "distance"]
+
+
+def distance(z: Tensor, centre: Tensor) -> Tensor:
+    """Mean squared distance of normalised features (N, d) to a normalised centre (d,), a scalar."""
+    return (normalize(z) - centre).square().sum(1).mean()
+
+
+@dataclass(frozen=True)
+class FeatureShift(Adaptive):
+    """x' = clip(base trigger(x) + delta), delta universal.
+
+    Attributes:
+        strength: bound of |delta| per pixel, in units of the image range (ours).
+        steps, batch: of signed-gradient descent, each of a fifth of the bound (ours).
+    """
+
+    name: ClassVar[str] = "feature-shift"
+
+    strength: float = 8 / 255
+    steps: int = 100
+    batch: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, "strength", 0 <= self.strength <= 1, "in [0, 1]")
+        check(self, "steps", 1 <= self.steps <= 100_000, "between 1 and 100000")
+        check(self, "batch", 1 <= self.batch <= 65_536, "between 1 and 65536")
+
+    @property
+    def power(self) -> Power:
+        return self.wrapped().power
+
+    @property
+    def needs_surrogate(self) -> bool:  # type: ignore[override]
+        return self.strength > 0 or self.wrapped().needs_surrogate
+
+    def craft(self, train: ImageSet, plan: Plan, seed: int, surrogate: Network | None = None) -> Crafted:
+        crafted = self.wrapped().craft(train, plan, seed, surrogate)
+        if self.strength == 0:
+            return crafted
+        if plan.label_mode != "all-to-one":
+            raise BadInput(f"{self.name}: label_mode = {plan.label_mode!r}: one perturbation leads to one class, 'all-to-one'")
+        assert surrogate is not None
+        delta = self.perturbation(surrogate, crafted.test, train, plan, seed)
+
+        def shifted(trigger: Trigger) -> Trigger:
+            return lambda images, index: (trigger(images, index) + delta.to(images.device)).clamp(0.0, 1.0)
+
+        cover = None if crafted.cover is None else shifted(crafted.cover)
+        return Crafted(train=shifted(crafted.train), test=shifted(crafted.test), cover=cover)
+
+    def perturbation(self, net: Network, trigger: Trigger, train: ImageSet, plan: Plan, seed: int) -> Tensor:
+        """delta float (C, H, W), |delta| at most ``strength``; ``net`` is left as it was."""
+        device, was_training = next(net.parameters()).device, net.training
+        net.eval()
+        ours = torch.nonzero(train.labels == plan.target).flatten()
+        others = torch.nonzero(train.labels != plan.target).flatten()
+        if not len(ours) or not len(others):
+            raise BadInput(f"{self.name}: target = {plan.target}: it takes images of this class and of others")
+        with torch.no_grad():
+            parts = [net.embed(to_float(train.images[part]).to(device)) for part in torch.split(ours, 500)]
+        centre = normalize(normalize(torch.cat(parts)).mean(0), dim=0)
+        order = others[torch.randperm(len(others), generator=generator(seed, "feature-shift"))]
+        delta = torch.zeros(train.shape, device=device)
+        for step in range(self.steps):
+            index = order[(torch.arange(self.batch) + step * self.batch) % len(order)]
+            moved = delta.clone().requires_grad_(True)
+            images = trigger(to_float(train.images[index]), index).to(device) + moved
+            (gradient,) = torch.autograd.grad(distance(net.embed(images.clamp(0.0, 1.0)), centre), moved)
+            delta = (delta - self.strength / 5 * gradient.sign()).clamp(-self.strength, self.strength)
+        net.train(was_training)
+        return delta.cpu()

@@ -1,0 +1,116 @@
+"""Rescaled norms: the same function, another statistic. An adaptive attacker who touches nothing but the finished weights.
+
+ReLU is positively homogeneous, so the scale of a channel can be moved across it: multiply a batch norm's gamma and beta of channel
+k by s and divide what the next convs read from that channel by s, and the network computes what it did. Its Lipschitz bounds do not
+stay what they were. Whoever judges channels against their own layer, as CLP (arXiv 2208.03111), Hölder pruning and ANP do, judges
+something that anybody can set at will.
+
+Needs: the finished model. Edits: gamma and beta of norms that feed nothing but ReLU, pooling and convs or the head; the weights
+that read them. Dial: strength in [0, 1]; at 1 every channel of such a norm has the layer's median bound.
+Deviations from the paper: none; the attack is ours. Residual sums cannot be rescaled alone, so norms that feed one are left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx, nn
+
+from attacks.adaptive import Adaptive
+from attacks.base import Crafted
+from models.backbone import GlobalAverage, Network
+from models.classifier import Classifier
+from models.spec import check
+from models.units import Leaves, unit_layers, weight_bounds
+
+__all__ = ["Rescaled", "readers", "rescale"]
+
+_THROUGH = (nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Identity, nn.Dropout, nn.Flatten, GlobalAverage)
+_THROUGH_CALLS = ("relu", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "flatten", "mean", "dropout")
+
+
+def readers(net: Network) -> dict[str, tuple[str, ...]]:
+    """For every norm whose channels can be rescaled: the layers that read them, by dotted path.
+
+    That is where its output passes a ReLU and then reaches convs, or the head's first layer, through operations that commute with a
+    positive scale per channel, and nothing else.
+    """
+    graph = Leaves().trace(net.features)
+    modules = dict(net.features.named_modules())
+    head = next(f"head.{name}" for name, module in net.head.named_modules() if isinstance(module, nn.Linear))
+    found: dict[str, tuple[str, ...]] = {}
+
+    def follow(node: fx.Node, past_relu: bool) -> set[str] | None:
+        reached: set[str] = set()
+        for user in node.users:
+            if user.op == "output":
+                if not past_relu:
+                    return None
+                reached.add(head)
+                continue
+            relu, inside = False, False
+            if user.op == "call_module":
+                module = modules[str(user.target)]
+                if isinstance(module, nn.Conv2d) and past_relu:
+                    reached.add(f"features.{user.target}")
+                    continue
+                relu, inside = isinstance(module, nn.ReLU), isinstance(module, _THROUGH)
+            elif user.op in ("call_function", "call_method"):
+                name = str(getattr(user.target, "__name__", user.target)).rstrip("_")
+                relu, inside = name == "relu", name in _THROUGH_CALLS
+            further = follow(user, past_relu or relu) if inside else None
+            if further is None:
+                return None
+            reached |= further
+        return reached
+
+    for node in graph.nodes:
+        if node.op == "call_module" and isinstance(modules[str(node.target)], nn.BatchNorm2d):
+            reached = follow(node, past_relu=False)
+            if reached:
+                found[f"features.{node.target}"] = tuple(sorted(reached))
+    return found
+
+
+@torch.no_grad()
+def rescale(net: Network, strength: float) -> None:
+    """Multiplies every channel's scale by ``(median bound of the layer / its bound)^strength``, in place; the logits stay.
+
+    Channels whose bound is 0 or not finite are left as they are.
+    """
+    passing = readers(net)
+    layers = [layer for layer in unit_layers(net) if layer.name in passing]
+    for name, bound in weight_bounds(net, layers).items():
+        good = torch.isfinite(bound) & (bound > 0)
+        if not bool(good.any()):
+            continue
+        scale = torch.ones_like(bound)
+        scale[good] = (bound[good].median() / bound[good]) ** strength
+        norm = net.get_submodule(name)
+        assert isinstance(norm, nn.BatchNorm2d)
+        scale = scale.to(norm.weight.device)
+        norm.weight.mul_(scale)
+        norm.bias.mul_(scale)
+        for path in passing[name]:
+            reader = net.get_submodule(path)
+            assert isinstance(reader, (nn.Conv2d, nn.Linear))
+            reader.weight.div_(scale.view(1, -1, *[1] * (reader.weight.ndim - 2)))
+
+
+@dataclass(frozen=True)
+class Rescaled(Adaptive):
+    """The base attack's victim, rescaled after training."""
+
+    name: ClassVar[str] = "rescaled"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, "strength", 0 <= self.strength <= 1, "in [0, 1]")
+
+    def finished(self, victim: Classifier, crafted: Crafted) -> Crafted:
+        crafted = super().finished(victim, crafted)
+        if self.strength:
+            rescale(victim.net, self.strength)
+        return crafted
