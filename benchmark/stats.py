@@ -24,6 +24,8 @@ import pandas as pd
 from scipy import stats as scipy_stats
 
 from benchmark.selection import NOTHING_TO_VALIDATE_ON
+from benchmark.tracks import TRACKS
+from defenses.base import Knowledge
 
 __all__ = [
     "ENTRY", "EXPORTED", "MIN_BLOCKS", "NO_ATTACK", "RANK_KEY", "SCENARIO", "SELECTIONS", "UNDEFENDED", "WORLD",
@@ -104,8 +106,8 @@ def selections(rows: pd.DataFrame, track: str | None = None) -> list[str]:
     if track is not None:
         mine = rows[(rows["track"] == track) & ~_is_control(rows)]
         blind = set(mine.loc[mine["reason"] == NOTHING_TO_VALIDATE_ON, "selection"])
-        if len(mine) and mine["val_acc"].isna().all():  # a method with one candidate needs no choice, and made none
-            blind.add("validation")
+        if any(known.name == track and Knowledge.CLEAN not in known.grants for known in TRACKS):
+            blind.add("validation")  # where every method has one candidate there was no choice to make, and none is claimed
         present = set(mine["selection"]) - blind or present
     return [name for name in SELECTIONS if name in present]
 

@@ -182,6 +182,14 @@ def test_selection_gap_is_paired_and_by_hand():
     assert gap["cells"] == 2
 
 
+def test_a_track_without_clean_images_is_judged_by_the_default_even_where_there_was_nothing_to_choose():
+    rows = frame([row("badnets", 0, "one", track=track, selection=how) for track in ("train", "model+clean")
+                  for how in ("default", "validation", "oracle")])  # fmt: skip
+    assert stats.headline(rows, "train") == "default"
+    assert stats.selections(rows, "train") == ["default", "oracle"]
+    assert stats.headline(rows, "model+clean") == "validation"
+
+
 def test_problems_join_seeds_and_selections():
     rows = frame(
         [row("badnets", seed, "d", status="failed", reason="why", selection=name) for seed in (1, 0) for name in stats.SELECTIONS]
