@@ -20,6 +20,7 @@ from torch import Tensor
 
 from attacks.base import PoisonedSet, PoisonedTest, Power, Role, poison, poison_test
 from benchmark.datasets import Dataset, DatasetSpec, load, mean_std, split_budget, split_validation
+from benchmark.literature import compared, reference
 from benchmark.matrix import Cell, Scenario
 from benchmark.metrics import Score, Scorer, der, gate, score, val_accuracy
 from benchmark.rows import Curve, Key, Row, Timing
@@ -605,7 +606,8 @@ def cell_rows(matrix: str, dataset: str, cell: Cell, fingerprint: str, outcome: 
     assert set(axes) == set(Key.__dataclass_fields__)
     before = _score_of(vic) if vic["status"] == "ok" else Score(math.nan)
     benign = _nan(twin.outcome.get("acc"))
-    verdict = gate(before, benign)
+    verdict, published = gate(before, benign), reference(scenario)
+    literature, said = compared(scenario, before)
     before_val = _nan(vic.get("val_acc")) if Knowledge.CLEAN in cell.grants else math.nan
     measured = [measured_from(candidate) for candidate in out["candidates"]]
     common = {
@@ -618,7 +620,10 @@ def cell_rows(matrix: str, dataset: str, cell: Cell, fingerprint: str, outcome: 
         "ra_undefended": before.ra,
         "acc_benign": benign,
         "implanted": verdict.implanted,
-        "gate": verdict.words,
+        "gate": f"{verdict.words}; {said}",
+        "literature": literature,
+        "acc_literature": published.acc / 100 if published else math.nan,
+        "asr_literature": published.asr / 100 if published else math.nan,
         "units": out["units"],
         "preset": cell.preset,
         "features": scenario.frozen.extractor.origin if scenario.frozen else "",

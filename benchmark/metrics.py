@@ -109,7 +109,7 @@ def gate(victim: Score, benign_acc: float) -> Gate:
     if not benign_acc - victim.acc <= MAX_ACC_LOSS + 1e-9:
         reasons.append(f"ACC {100 * (benign_acc - victim.acc):.1f} points below the benign twin")
     words = "implanted" if not reasons else "not implanted: " + "; ".join(reasons)
-    return Gate(not reasons, words + "; no literature reference for this profile")
+    return Gate(not reasons, words)
 
 
 def val_accuracy(net: Network, validation: ImageSet | None) -> float:

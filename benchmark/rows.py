@@ -71,6 +71,10 @@ class Row(Key):
     implanted: bool = False
     gate: str = ""
     """The attack-validity gate in words."""
+    literature: str = ""
+    """``PASS`` | ``WARN`` | ``FAIL`` against the published undefended figure, or ``no reference``."""
+    acc_literature: float = math.nan
+    asr_literature: float = math.nan
     dial: float = math.nan
     pruned: int = 0
     units: int = 0

@@ -168,7 +168,7 @@ BAD = {
     "unknown track": (GOOD.replace('["model"]', '["modle"]'), "unknown track 'modle'; did you mean 'model'"),
     "unknown preset": (TUNED + 'preset = "cpuu"', "no preset 'cpuu'; did you mean 'cpu'"),
     "a preset nobody wrote": (GOOD.replace("u = 2", 'preset = "cpu"'), "defense clp: no preset 'cpu'"),
-    "unknown extractor": (GOOD + EXTRACTED + PROBE.replace('"own"', '"onw"'), "no extractor 'onw' in this matrix; did you mean 'own'"),
+    "unknown extractor": (GOOD + EXTRACTED + PROBE.replace('"own"', '"onw"'), "no extractor 'onw' in this matrix; did you mean"),
     "no extractor named": (GOOD + PROBE.replace('extractors = ["theirs", "own"]', ""), "'extractors' is missing"),
     "extractors for who uses none": (TUNED + 'extractors = ["theirs"]', "it uses none"),
     "two extractors of one name": (GOOD + EXTRACTED.replace('"own"', '"theirs"'), "two extractors are called 'theirs'"),
