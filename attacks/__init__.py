@@ -4,9 +4,12 @@ from attacks.badnets import BadNets
 from attacks.base import Attack
 from attacks.blended import Blended
 from attacks.bpp import Bpp
+from attacks.lc import LC
+from attacks.lf import LF
 from attacks.sig import SIG
+from attacks.trojannn import TrojanNN
 from attacks.wanet import WaNet
 
 __all__ = ["ATTACKS"]
 
-ATTACKS: tuple[type[Attack], ...] = (BadNets, Blended, SIG, WaNet, Bpp)
+ATTACKS: tuple[type[Attack], ...] = (BadNets, Blended, SIG, LC, LF, TrojanNN, WaNet, Bpp)

@@ -1,0 +1,137 @@
+"""TrojanNN. Liu, Ma, Aafer, Lee, Zhai, Wang and Zhang, "Trojaning Attack on Neural Networks", NDSS 2018.
+
+A patch that is searched for, not designed: its pixels are chosen so that it excites a few well-connected neurons of a clean
+network as strongly as possible, a strong feature which the poisoned training need only tie to the target. At test time the patch
+sends any image there.
+
+Needs: the training data and a network trained on it. Edits: the pixels under the patch (replaced), the label. Dial: the plan's
+rate.
+Deviations from the paper: the paper retrains a given network on data it has reverse-engineered; as in every benchmark, the patch
+poisons a training set here. The neurons are those of the embedding with the largest absolute weights into the next layer, and the
+patch is found by Adam on pixels in [0, 1], both as in TrojanZoo; the paper descends on the pixels themselves, and its smoothing of
+them is left out, as TrojanZoo saw no difference. BackdoorBench's patch, an apple whose values wrap around beyond 255, is not
+reproduced: it is stronger for a reason that is no part of the method.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from attacks.base import Attack, Crafted, Plan
+from models.backbone import Network
+from models.images import ImageSet
+from models.spec import BadInput, check, generator
+from models.training import default_device
+
+__all__ = ["TrojanNN", "connected", "place", "search"]
+
+
+def connected(net: Network, count: int) -> Tensor:
+    """The ``count`` neurons of the embedding with the largest sum of absolute weights into the head's first layer, int64 (count,).
+
+    Ties go to the lower number.
+    """
+    following = net.head[0]
+    assert isinstance(following, nn.Linear)
+    return following.weight.detach().abs().sum(0).argsort(descending=True, stable=True)[:count]
+
+
+def place(size: int, margin: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """[left, right, top, bottom]: the pixels beside a square near the lower right corner, in the order in which ``pad`` takes them.
+
+    ``size`` and ``margin`` are in 32nds of the image's shorter side; the square has at least one pixel.
+
+    Raises:
+        BadInput: the square does not fit.
+    """
+    scale = min(height, width) / 32
+    side, beside = max(1, round(size * scale)), round(margin * scale)
+    if side + beside > min(height, width):
+        raise BadInput(f"trojannn: size + margin = {side + beside} pixels do not fit images of {height} x {width}")
+    return width - beside - side, beside, height - beside - side, beside
+
+
+def search(
+    net: Network, start: Tensor, around: tuple[int, int, int, int], neurons: Tensor, value: float, lr: float, steps: int
+) -> Tensor:
+    """The patch, float (C, h, w) in [0, 1], that brings ``neurons`` closest to ``value`` when it stands on a black image.
+
+    Minimises sum (value - |a_i|)^2 over z with patch = (tanh z + 1) / 2, by ``steps`` of Adam whose rate falls from ``lr`` to 0 as
+    half a cosine.
+
+    Args:
+        net: in evaluation mode, its parameters without gradients. start: z of the first step, float (C, h, w), on its device.
+        around: as :func:`place` gives it.
+    """
+    z = start.clone().requires_grad_()
+    optimizer = torch.optim.Adam([z], lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, steps))
+    for _ in range(steps):
+        image = pad((torch.tanh(z) + 1) / 2, list(around))[None]
+        z.grad = torch.autograd.grad((value - net.embed(image)[0, neurons].abs()).square().sum(), z)[0]
+        optimizer.step()
+        schedule.step()
+    return (torch.tanh(z.detach()) + 1) / 2
+
+
+@dataclass(frozen=True)
+class TrojanNN(Attack):
+    """x' = x outside the square, the searched patch inside.
+
+    Attributes:
+        size: side of the square in 32nds of the image's shorter side (backdoor-toolbox: 8).
+        margin: between the square and the lower and right edges, likewise (backdoor-toolbox: 3).
+        neurons: how many are excited (TrojanZoo and BackdoorBench: 2); all of them where the embedding has fewer.
+        value: the activation aimed at (TrojanZoo: 100); far above what is reached, so that the patch is as exciting as it can be.
+        lr: of Adam (TrojanZoo: 0.1).
+        steps: of Adam (TrojanZoo and BackdoorBench: 1000).
+    """
+
+    name: ClassVar[str] = "trojannn"
+    needs_surrogate: ClassVar[bool] = True
+
+    size: int = 8
+    margin: int = 3
+    neurons: int = 2
+    value: float = 100.0
+    lr: float = 0.1
+    steps: int = 1000
+
+    def __post_init__(self) -> None:
+        check(self, "size", 1 <= self.size <= 32, "between 1 and 32")
+        check(self, "margin", 0 <= self.margin < 32, "between 0 and 31")
+        check(self, "neurons", 1 <= self.neurons <= 65_536, "between 1 and 65536")
+        check(self, "value", 0 < self.value <= 1e6, "an activation in (0, 1000000]")
+        check(self, "lr", 0 < self.lr <= 10, "in (0, 10]")
+        check(self, "steps", 0 <= self.steps <= 100_000, "between 0 and 100000")
+
+    def craft(self, train: ImageSet, plan: Plan, seed: int, surrogate: Network | None = None) -> Crafted:
+        """The same patch for training and test: searched on ``surrogate`` from normal noise drawn from ``seed``.
+
+        Raises:
+            BadInput: no surrogate, or the square does not fit the images.
+        """
+        if surrogate is None:
+            raise BadInput("trojannn: searches its patch on a network trained on clean data, and none was given")
+        channels, height, width = train.shape
+        around = place(self.size, self.margin, height, width)
+        left, right, top, bottom = around
+        side = height - top - bottom, width - left - right
+        start = torch.randn(channels, *side, generator=generator(seed, "trojannn-patch"))
+        device = default_device()
+        net = copy.deepcopy(surrogate).to(device).eval().requires_grad_(False)
+        neurons = connected(net, self.neurons)
+        found = search(net, start.to(device), around, neurons, self.value, self.lr, self.steps).cpu()
+        values = pad(found, list(around))
+        mask = pad(torch.ones(found.shape[1:], dtype=torch.bool), list(around))
+
+        def trigger(images: Tensor, index: Tensor) -> Tensor:
+            return torch.where(mask.to(images.device), values.to(images.device), images)
+
+        return Crafted(train=trigger, test=trigger)
