@@ -1,15 +1,31 @@
 """The attacks. A new one is a file and a line here; the order is the order of every table."""
 
+from attacks.adaptive_latent import AdapBlend, AdapPatch
 from attacks.badnets import BadNets
 from attacks.base import Attack
 from attacks.blended import Blended
 from attacks.bpp import Bpp
+from attacks.dfst import DFST
 from attacks.lc import LC
 from attacks.lf import LF
+from attacks.narcissus import Narcissus
 from attacks.sig import SIG
 from attacks.trojannn import TrojanNN
 from attacks.wanet import WaNet
 
 __all__ = ["ATTACKS"]
 
-ATTACKS: tuple[type[Attack], ...] = (BadNets, Blended, SIG, LC, LF, TrojanNN, WaNet, Bpp)
+ATTACKS: tuple[type[Attack], ...] = (
+    BadNets,
+    Blended,
+    SIG,
+    LC,
+    LF,
+    TrojanNN,
+    WaNet,
+    Bpp,
+    AdapBlend,
+    AdapPatch,
+    Narcissus,
+    DFST,
+)

@@ -20,6 +20,7 @@ from models.spec import lookup
 QUICK: Mapping[str, Mapping[str, object]] = {
     "lc": {"steps": 2},
     "trojannn": {"steps": 2},
+    "narcissus": {"rounds": 30},
 }
 """Settings that make a slow attack tiny, and nothing else."""
 

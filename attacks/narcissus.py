@@ -1,0 +1,126 @@
+"""Narcissus. Zeng, Pan, Just, Lyu, Qiu and Jia, "Narcissus: A Practical Clean-Label Backdoor Attack with Limited Information",
+CCS 2023, arXiv 2204.05255.
+
+A clean-label attack: a few images of the target class receive a faint noise and keep their label. The noise is learned on a
+surrogate network so that images of the target class look even more like their class ("inward" from the decision boundary); the
+victim takes it for the strongest evidence of that class there is. At test time the noise, three times as strong, sends any image
+there.
+
+Needs: the target class's images and a surrogate network. Edits: pixels of target-class images; no label. Dial: the plan's rate, at
+most the target class's share (0.0005 in the paper).
+Deviations from the paper: the surrogate handed in is the benign twin, trained on the victim's own clean data and architecture: a
+stronger attacker than the paper's, whose surrogate learns from public images of other classes and the target class alone. It knows
+the target class already, so it is not warmed up on that class by default (``warmup``). Images live in [0, 1]: radius and steps are
+half of the authors', whose images live in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from attacks.base import Attack, Crafted, Plan
+from models.backbone import Network
+from models.classifier import Classifier
+from models.images import ImageSet, to_float
+from models.spec import BadInput, check, derive_seed, generator
+from models.training import Recipe, default_device, fit
+
+__all__ = ["Narcissus", "inward"]
+
+
+class _WarmUp(Classifier):
+    """Plain training by RAdam (Liu et al., ICLR 2020, arXiv 1908.03265)."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.RAdam(self.trainable(), lr=self.recipe.lr)
+
+
+def inward(net: Network, images: Tensor, target: int, radius: float, rounds: int, batch: int, lr: float, seed: int) -> Tensor:
+    """The noise, float (C, H, W) in [-radius, radius], that lowers ``net``'s loss on images of class ``target``.
+
+    Minimises the cross-entropy of ``clip(x + clip(delta, -radius, radius), 0, 1)`` from delta = 0, by RAdam, ``rounds`` times over
+    the images in random batches. An entry of delta beyond the radius has no gradient and stays there.
+
+    Args:
+        net: in evaluation mode, on the device to compute on. images: uint8 (N, C, H, W), on the same device.
+    """
+    draw = generator(seed, "narcissus-batches")
+    delta = torch.zeros(images.shape[1:], device=images.device, requires_grad=True)
+    # One tensor and a handful of lines; the training loop trains networks.
+    optimizer = torch.optim.RAdam([delta], lr=lr)
+    for _ in range(rounds):
+        for part in torch.split(torch.randperm(len(images), generator=draw).to(images.device), batch):
+            seen = (to_float(images[part]) + delta.clamp(-radius, radius)).clamp(0.0, 1.0)
+            loss = cross_entropy(net(seen), torch.full((len(part),), target, device=images.device))
+            (delta.grad,) = torch.autograd.grad(loss, [delta])
+            optimizer.step()
+    return delta.detach().clamp(-radius, radius)
+
+
+@dataclass(frozen=True)
+class Narcissus(Attack):
+    """x' = clip(x + delta) in training, clip(x + scale * delta) at test, with delta of L-infinity norm ``radius``.
+
+    Attributes:
+        radius: bound of the noise in units of the image range [0, 1] (authors' code: 16/255).
+        scale: how many times as strong at test (authors' code: 3).
+        rounds: passes over the target class that learn the noise (authors' code: 1000).
+        lr: step of that training (authors' code: 0.01 for images in [-1, 1]).
+        batch: images per step, there and in the warm-up (authors' code: 350).
+        warmup: epochs in which a copy of the surrogate is trained on the target class first (authors' code: 5; ours: 0).
+        warmup_lr: their step (authors' code: 0.1).
+    """
+
+    name: ClassVar[str] = "narcissus"
+    clean_label: ClassVar[bool] = True
+    needs_surrogate: ClassVar[bool] = True
+
+    radius: float = 16 / 255
+    scale: float = 3.0
+    rounds: int = 1000
+    lr: float = 0.005
+    batch: int = 350
+    warmup: int = 0
+    warmup_lr: float = 0.1
+
+    def __post_init__(self) -> None:
+        check(self, "radius", 0 < self.radius <= 1, "a radius in (0, 1]")
+        check(self, "scale", 0 < self.scale <= 16, "a factor in (0, 16]")
+        check(self, "rounds", 1 <= self.rounds <= 100_000, "between 1 and 100000")
+        check(self, "lr", 0 < self.lr <= 1, "in (0, 1]")
+        check(self, "batch", 2 <= self.batch <= 65_536, "between 2 and 65536 images")
+        check(self, "warmup", 0 <= self.warmup <= 1000, "between 0 and 1000 epochs")
+        check(self, "warmup_lr", 0 < self.warmup_lr <= 1, "in (0, 1]")
+
+    def craft(self, train: ImageSet, plan: Plan, seed: int, surrogate: Network | None = None) -> Crafted:
+        """One noise, learned on a copy of the surrogate; stronger at test.
+
+        Raises:
+            BadInput: no surrogate, or no image of the target class.
+        """
+        if surrogate is None:
+            raise BadInput("narcissus: learns its noise on a network trained on clean data, and none was given")
+        mine = train.subset(train.labels == plan.target)
+        if len(mine) == 0:
+            raise BadInput(f"narcissus: the training set holds no image of the target class {plan.target}")
+        net = copy.deepcopy(surrogate)
+        recipe = Recipe(epochs=self.warmup, batch=self.batch, lr=self.warmup_lr, schedule="constant", crop=0, flip=False)
+        net = fit(_WarmUp(net, recipe), mine, recipe, derive_seed(seed, "narcissus-warmup")).net
+        device = default_device()
+        delta = inward(
+            net.to(device), mine.images.to(device), plan.target, self.radius, self.rounds, self.batch, self.lr, seed
+        ).cpu()
+
+        def faint(images: Tensor, index: Tensor) -> Tensor:
+            return (images + delta.to(images.device)).clamp(0.0, 1.0)
+
+        def strong(images: Tensor, index: Tensor) -> Tensor:
+            return (images + self.scale * delta.to(images.device)).clamp(0.0, 1.0)
+
+        return Crafted(train=faint, test=strong)
