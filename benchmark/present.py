@@ -72,13 +72,15 @@ def _only(folder: Path, written: Sequence[Path], keep: str = "") -> None:
 
 
 def draw_report(folder: Path, console: Console) -> None:
-    """Writes the folder's README.md, and the project's headline from the matrix of the front page."""
-    from benchmark.report import write_headline, write_report
+    """Writes the folder's README.md and what the project's front page says of it; the headline is one matrix's."""
+    from benchmark.report import write_headline, write_plain_words, write_report
 
     rows = _frames(folder)[0]
     write_report(folder, rows, _title(folder), description=_setting(folder, "about"))
+    front, place = folder.parent.parent / "README.md", f"{folder.parent.name}/{folder.name}"
     if folder.name == FRONT:
-        write_headline(folder.parent.parent / "README.md", rows, f"{folder.parent.name}/{folder.name}")
+        write_headline(front, rows, place)
+    write_plain_words(front, rows, place)
     console.print(f"report: {folder / 'README.md'}", highlight=False)
 
 

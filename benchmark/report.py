@@ -26,7 +26,7 @@ from benchmark.tables import (
     track_words,
 )  # fmt: skip
 
-__all__ = ["headline", "summary", "write_headline", "write_report"]
+__all__ = ["headline", "plain_words", "summary", "write_headline", "write_plain_words", "write_report"]
 
 _MISSING = "\N{EN DASH}"
 BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
@@ -95,6 +95,49 @@ def summary(rows: pd.DataFrame, track: str) -> str:
     return " ".join(said)
 
 
+def _count(some: int, of: int) -> str:
+    return "none" if some == 0 else "all" if some == of else str(some)
+
+
+def plain_words(rows: pd.DataFrame) -> str:
+    """What worked and what did not, a line per track: who takes ASR below the gate's line, who reaches which control, what was
+    singled out. Counts and means over implanted scenarios, nothing else; Markdown."""
+    lines = []
+    for track in stats.tracks(rows):
+        board = stats.leaderboard(rows, track, stats.headline(rows, track))
+        ranked = board[(board["role"] == "defense") & (board["cells_ok"] > 0)] if len(board) else board
+        if not len(ranked):
+            lines.append(f"- **{markdown(track)}**: {NOTHING if board.empty else 'no competing defense finished a cell.'}\n")
+            continue
+        below = ranked[ranked["asr"] < IMPLANTED_ASR].sort_values("asr", kind="stable")
+        named = ", ".join(
+            f"{_entry(line)} to {100 * line['asr']:.1f} % at ACC {100 * line['acc']:.1f} %" for _, line in below.iterrows()
+        )
+        said = [
+            f"{_count(len(below), len(ranked))} of {len(ranked)} entries take the mean ASR below {100 * IMPLANTED_ASR:g} %"
+            + (f": {named}" if named else "")
+        ]
+        controls = board[(board["role"] == "control") & board["ra"].notna()].sort_values("ra", ascending=False, kind="stable")
+        # The best and the worst control frame the rest; training from scratch is what the clean budget gives without the model.
+        scratch = controls[controls["defense"].str.startswith("training-from-scratch")]
+        telling = pd.concat([controls.iloc[:1], scratch.iloc[:1], controls.iloc[-1:]]).drop_duplicates(["defense", "scope"])
+        reached = [
+            f"{_entry(line)} ({100 * line['ra']:.1f} %) by {_count(int((ranked['ra'] >= line['ra']).sum()), len(ranked))}"
+            for _, line in telling.iterrows()
+        ]
+        if reached:
+            said.append(f"the RA of these controls is reached: {', '.join(reached)}")
+        told = stats.detectors(rows, track)
+        told = told[told["implanted"].astype(bool) & (told["role"] == "defense")] if len(told) else told
+        for (defense, scope), mine in told.groupby(stats.ENTRY, sort=False) if len(told) else ():
+            said.append(
+                f"of what {markdown(defense)} ({markdown(scope)}) singles out, {100 * mine['precision'].mean():.0f} % is poisoned "
+                f"(base rate {100 * mine['base_rate'].mean():.0f} %), and that is {100 * mine['recall'].mean():.0f} % of the poison"
+            )
+        lines.append(f"- **{markdown(track)}**: {'; '.join(said)}.\n")
+    return "".join(lines)
+
+
 def headline(rows: pd.DataFrame, folder: str) -> str:
     """The table for the front page: every entry of every track, with the ASR an oracle would have reported beside the honest one.
 
@@ -127,18 +170,33 @@ def headline(rows: pd.DataFrame, folder: str) -> str:
             lines.append(f"| {' | '.join(cells)} |\n")
         said.append(f"- **{markdown(track)}**, {judged} selection: {summary(rows, track)}\n")
     about = f"Percent, means over implanted scenarios ({gate_words(rows)}). Intervals and the rest: [{folder}]({folder}/README.md)."
-    return "".join([*lines, "\n", about, "\n\n", *said])
+    return "".join([*lines, "\n", about, "\n\nIn plain words:\n\n", plain_words(rows), "\nBest ranks and intervals:\n\n", *said])
+
+
+def _between(page: Path, begin: str, end: str, content: str) -> bool:
+    """Puts content between the markers of a page that has them; True when the page changed."""
+    if not page.is_file():
+        return False
+    text = page.read_text(encoding="utf-8")
+    if begin not in text or end not in text:
+        return False
+    before, rest = text.split(begin, 1)
+    return write_text(page, f"{before}{begin}\n{content}{end}{rest.split(end, 1)[1]}")
 
 
 def write_headline(readme: Path, rows: pd.DataFrame, folder: str) -> bool:
     """Puts :func:`headline` between the markers of a page that has them; True when the page changed."""
-    if not readme.is_file():
-        return False
-    text = readme.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        return False
-    before, rest = text.split(BEGIN, 1)
-    return write_text(readme, f"{before}{BEGIN}\n{headline(rows, folder)}{END}{rest.split(END, 1)[1]}")
+    return _between(readme, BEGIN, END, headline(rows, folder))
+
+
+def write_plain_words(readme: Path, rows: pd.DataFrame, folder: str) -> bool:
+    """Puts :func:`plain_words` between a page's markers for the matrix of these rows, if it has them; True when it changed.
+
+    The markers are ``<!-- words:NAME:begin -->`` and ``<!-- words:NAME:end -->``.
+    """
+    name = Path(folder).name
+    about = f"({gate_words(rows)}; [{folder}]({folder}/README.md))"
+    return _between(readme, f"<!-- words:{name}:begin -->", f"<!-- words:{name}:end -->", f"{plain_words(rows)}\n{about}\n")
 
 
 def _reading(rows: pd.DataFrame) -> str:
@@ -205,6 +263,7 @@ def write_report(
     text.append("| | |\n| :-- | :-- |\n" + "".join(f"| {name} | {markdown(words)} |\n" for name, words in ran.items()))
     for name, words in _FIGURES[:2]:
         text.append(_picture(name, words, have))
+    text.append(f"## In plain words\n\n{plain_words(rows)}")
     for track in stats.tracks(rows):
         tail = slug(track)
         text.append(f"## Track: {markdown(track_words(track))}\n\n{summary(rows, track)}\n")

@@ -133,3 +133,39 @@ def test_the_front_page_gets_the_headline_between_its_markers_and_only_there(tmp
     page.write_text("no markers")
     assert report.write_headline(page, rows, "results/m") is False
     assert report.write_headline(tmp_path / "none.md", rows, "results/m") is False
+
+
+def test_plain_words_count_by_hand():
+    rows = rows_with(strong=0.8, weak=0.2, random=0.1, none=0.0)
+    rows += [row("badnets", seed, "training-from-scratch", 0.5, control=True) for seed in (0, 1, 2)]
+    text = report.plain_words(frame(rows))
+    # ASR is 0.95 - RA: strong 0.13 on average, weak 0.73; RA 0.82 and 0.22 against controls of 0.5 and 0.12.
+    assert text == (
+        "- **model+clean**: 1 of 2 entries take the mean ASR below 50 %: strong (whole) to 13.0 % at ACC 90.0 %; the RA of these "
+        "controls is reached: training-from-scratch (whole) (50.0 %) by 1, random (whole) (12.0 %) by all.\n"
+    )
+    nobody = report.plain_words(frame(rows_with(weak=0.1, none=0.0)))
+    assert nobody == "- **model+clean**: none of 1 entries take the mean ASR below 50 %.\n"
+    assert report.plain_words(frame([row("badnets", 0, "good", implanted=False)])).endswith(f"{tables.NOTHING}\n")
+
+
+def test_plain_words_say_what_was_singled_out():
+    rows = [
+        row("badnets", seed, "finder", 0.7, selection=how, isolated=10, precision=0.4 + 0.1 * seed, recall=0.2, train_images=100)
+        for seed in (0, 1, 2)
+        for how in ("default", "validation")
+    ]
+    text = report.plain_words(frame(rows))
+    assert "of what finder (whole) singles out, 50 % is poisoned (base rate 10 %), and that is 20 % of the poison" in text
+
+
+def test_a_pages_words_about_a_matrix_stand_between_its_own_markers(tmp_path: Path):
+    rows, page = frame(rows_with(best=0.8, none=0.0)), tmp_path / "README.md"
+    page.write_text("<!-- words:m:begin -->\nold\n<!-- words:m:end -->\n<!-- words:n:begin -->\nkept\n<!-- words:n:end -->\n")
+    assert report.write_plain_words(page, rows, "results/m") is True
+    text = page.read_text()
+    assert "old" not in text
+    assert "kept" in text
+    assert "1 of 1 scenarios" in text
+    assert report.write_plain_words(page, rows, "results/m") is False
+    assert report.write_plain_words(page, rows, "results/unnamed") is False
