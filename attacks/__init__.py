@@ -6,10 +6,12 @@ from attacks.base import Attack
 from attacks.blended import Blended
 from attacks.bpp import Bpp
 from attacks.dfst import DFST
+from attacks.input_aware import InputAware
 from attacks.lc import LC
 from attacks.lf import LF
 from attacks.narcissus import Narcissus
 from attacks.sig import SIG
+from attacks.ssba import SSBA
 from attacks.trojannn import TrojanNN
 from attacks.wanet import WaNet
 
@@ -21,8 +23,10 @@ ATTACKS: tuple[type[Attack], ...] = (
     SIG,
     LC,
     LF,
+    SSBA,
     TrojanNN,
     WaNet,
+    InputAware,
     Bpp,
     AdapBlend,
     AdapPatch,

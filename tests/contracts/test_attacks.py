@@ -21,6 +21,8 @@ QUICK: Mapping[str, Mapping[str, object]] = {
     "lc": {"steps": 2},
     "trojannn": {"steps": 2},
     "narcissus": {"rounds": 30},
+    "ssba": {"bits": 8, "epochs": 1, "batch": 16, "width": 2, "min_bit_accuracy": 0.01, "min_psnr": 0.01},
+    "input-aware": {"width": 2, "mask_epochs": 1, "batch": 16},
 }
 """Settings that make a slow attack tiny, and nothing else."""
 

@@ -1,0 +1,248 @@
+"""SSBA. Li, Li, Wu, Li, He and Lyu, "Invisible Backdoor Attack with Sample-Specific Triggers", ICCV 2021, arXiv 2012.03816.
+
+A network that hides a bit string in an image is trained on the training set, as in StegaStamp (Tancik, Mildenhall and Ng, CVPR
+2020, arXiv 1904.05343): an encoder changes the image, a decoder reads the bits back. One fixed secret is then hidden in every
+poisoned image. What it takes to hide it differs from image to image, so that no two images carry the same pixel change. At test
+time hiding the secret in any image sends it to the target.
+
+Needs: the training data. Edits: every pixel of a poisoned image, and its label. Dial: the plan's rate.
+Deviations from the paper: encoder, decoder and loss are BackdoorBench's (cross-entropy of the bits plus a mean squared error of
+the image whose weight grows; the encoder gives the image itself): the paper's adds a perceptual distance, which needs a network
+trained on other data, and a critic. The secret is drawn, without an error-correcting code. Convs start from He's initial weights
+(ours): from PyTorch's own the secret fades on its way through so many layers, and short trainings never learn to read it. The
+decoder's linear layer and the encoder's scales follow the image size. An encoder that does not hide well enough is refused, not
+used (``min_bit_accuracy``, ``min_psnr``).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, interpolate, mse_loss, pad
+
+from attacks.base import Attack, Crafted, Plan, apply, uniforms
+from attacks.generated import in_fixed_batches
+from models.backbone import Network, he_init
+from models.classifier import Classifier
+from models.images import ImageSet, to_float
+from models.spec import BadInput, check, derive_seed, generator
+from models.training import Diverged, Recipe, default_device, fit, seeded
+
+__all__ = ["SSBA", "Decoder", "Encoder", "Hiding", "Quality", "Stamp", "image_weight_at"]
+
+SECRET_SIDE = 16
+HALVINGS = 5
+CONVINCED = 0.9
+"""Share of bits read correctly in one batch from which on the image counts too (BackdoorBench)."""
+JUDGED = 1000
+"""Training images on which a finished encoder is judged, at most."""
+
+
+class Encoder(nn.Module):
+    """(images float (N, C, H, W) in [0, 1], bits float (N, bits)) -> images of the same shape in (0, 1).
+
+    A linear layer spreads the bits over C channels of 16x16, scaled to the image; a U-Net of five scales works on both. Its
+    channels are w, w, 2w, 4w, 8w down and 4w, 2w, w, w up, w = ``width``. Sides of at least 8 pixels.
+    """
+
+    def __init__(self, bits: int, channels: int, width: int) -> None:
+        super().__init__()
+        down = [width, width, 2 * width, 4 * width, 8 * width]
+        up = [4 * width, 2 * width, width, width]
+        self.channels = channels
+        self.spread = nn.Linear(bits, SECRET_SIDE * SECRET_SIDE * channels)
+        self.down = nn.ModuleList(
+            nn.Conv2d(before, after, 3, stride=1 if stage == 0 else 2, padding=1)
+            for stage, (before, after) in enumerate(zip([2 * channels, *down], down, strict=False))
+        )
+        self.up = nn.ModuleList(nn.Conv2d(before, after, 2) for before, after in zip([down[-1], *up], up, strict=False))
+        beside = [*down[-2::-1]]
+        beside[-1] += 2 * channels  # the last one also sees the inputs
+        self.merge = nn.ModuleList(nn.Conv2d(skip + after, after, 3, padding=1) for skip, after in zip(beside, up, strict=True))
+        self.refine = nn.Conv2d(width, width, 3, padding=1)
+        self.paint = nn.Conv2d(width, channels, 1)
+        he_init(self, "fan_in")
+
+    def forward(self, images: Tensor, bits: Tensor) -> Tensor:
+        secret = self.spread(bits).relu().view(-1, self.channels, SECRET_SIDE, SECRET_SIDE)
+        inputs = torch.cat([interpolate(secret, size=images.shape[2:]), images], dim=1)
+        x, skips = inputs, []
+        for conv in self.down:
+            x = conv(x).relu()
+            skips.append(x)
+        skips = skips[-2::-1]
+        skips[-1] = torch.cat([skips[-1], inputs], dim=1)
+        for conv, merge, skip in zip(self.up, self.merge, skips, strict=True):
+            # A kernel of 2x2 keeps the size with one more row and column, below and to the right.
+            x = conv(pad(interpolate(x, size=skip.shape[2:]), [0, 1, 0, 1])).relu()
+            x = merge(torch.cat([skip, x], dim=1)).relu()
+        x = self.paint(self.refine(x).relu())
+        # The logistic function. Written with tanh, which gives equal results for equal inputs wherever they stand in a tensor.
+        out: Tensor = (x / 2).tanh() / 2 + 0.5
+        return out
+
+
+class Decoder(nn.Module):
+    """Images float (N, C, H, W) in [0, 1] -> logits of the bits (N, bits): seven convs, five of which halve, two linear layers."""
+
+    def __init__(self, bits: int, shape: tuple[int, int, int], width: int, hidden: int = 512) -> None:
+        super().__init__()
+        channels, height, width_pixels = shape
+        plan = [(1, 2), (1, 1), (2, 2), (2, 1), (2, 2), (4, 2), (4, 2)]
+        layers: list[nn.Module] = []
+        for factor, stride in plan:
+            layers += [nn.Conv2d(channels, factor * width, 3, stride=stride, padding=1), nn.ReLU()]
+            channels = factor * width
+        for _ in range(HALVINGS):
+            height, width_pixels = (height + 1) // 2, (width_pixels + 1) // 2
+        self.layers = nn.Sequential(
+            *layers, nn.Flatten(), nn.Linear(channels * height * width_pixels, hidden), nn.ReLU(), nn.Linear(hidden, bits)
+        )
+        he_init(self, "fan_in")
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.layers(images)
+        return logits
+
+
+def image_weight_at(since: int | None, weight: float, wait: int, ramp: int) -> float:
+    """Weight of the image's loss, ``since`` steps after the bits were first read well (None: not yet).
+
+    0 for ``wait`` steps, then on a line to ``weight`` over ``ramp`` steps.
+    """
+    return 0.0 if since is None else weight * min(1.0, max(0.0, (since - wait) / ramp))
+
+
+class Hiding(Classifier):
+    """Trains encoder and decoder on fresh bits in every image: cross-entropy of the bits + weight * mean squared error."""
+
+    def __init__(self, encoder: Encoder, decoder: Decoder, recipe: Recipe, attack: SSBA, seed: int) -> None:
+        super().__init__(cast(Network, encoder), recipe)  # the loop asks a network for its weights and modes alone
+        self.encoder, self.decoder, self.attack = encoder, decoder, attack
+        self.key = derive_seed(seed, "ssba-training-bits")
+        self.since: int | None = None
+
+    def trainable(self) -> list[nn.Parameter]:
+        return [*self.encoder.parameters(), *self.decoder.parameters()]
+
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, _, index = batch
+        visit = index + ((int(self.current_epoch) + 1) << 32)
+        bits = (uniforms(self.key, visit, self.attack.bits) < 0.5).float()
+        hidden = self.encoder(images, bits)
+        logits = self.decoder(hidden)
+        weight = image_weight_at(self.since, self.attack.image_weight, self.attack.wait_steps, self.attack.ramp_steps)
+        if self.since is not None:
+            self.since += 1
+        elif float(((logits > 0) == (bits > 0)).float().mean()) > CONVINCED:
+            self.since = 0
+        return binary_cross_entropy_with_logits(logits, bits) + weight * mse_loss(hidden, images)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well a secret is hidden, over 8-bit images: share of its bits read correctly, and mean PSNR in dB."""
+
+    bit_accuracy: float
+    psnr: float
+
+
+class Stamp:
+    """Hides one secret in every image; see :data:`attacks.base.Trigger`.
+
+    Attributes:
+        secret: float (1, bits), 0 and 1. quality: measured on training images.
+    """
+
+    def __init__(self, encoder: Encoder, decoder: Decoder, secret: Tensor, train: ImageSet, seed: int) -> None:
+        self.encoder, self.decoder = (copy.deepcopy(net).cpu().eval().requires_grad_(False) for net in (encoder, decoder))
+        self.secret = secret
+        self.quality = self.judge(train, seed)
+
+    def __call__(self, images: Tensor, index: Tensor) -> Tensor:
+        encoder, secret = self.encoder.to(images.device), self.secret.to(images.device)
+        return in_fixed_batches(lambda x: encoder(x, secret.expand(len(x), -1)), images)
+
+    def judge(self, train: ImageSet, seed: int) -> Quality:
+        """Hides the secret in training images (a thousand, at most) and reads it back."""
+        chosen = torch.randperm(len(train), generator=generator(seed, "ssba-judged"))[:JUDGED]
+        device = default_device()
+        images = train.images[chosen].to(device)
+        stamped = apply(self, images, chosen.to(device))
+        read = in_fixed_batches(self.decoder.to(device), to_float(stamped)) > 0
+        apart = (stamped.double() - images.double()).square().flatten(1).mean(1).clamp_min(1e-9)
+        correct = (read == (self.secret.to(device) > 0)).double().mean()
+        return Quality(float(correct), float((10 * torch.log10(255**2 / apart)).mean()))
+
+
+@dataclass(frozen=True)
+class SSBA(Attack):
+    """x' = E(x, s): an encoder E hides the secret s, the same bits in every image.
+
+    Attributes:
+        bits: length of the secret (BackdoorBench: 100).
+        epochs, batch, lr: of Adam at a constant rate (BackdoorBench: 20, 64, 1e-4).
+        width: channels of the encoder's and the decoder's first stage (BackdoorBench: 32).
+        image_weight: weight that the image's mean squared error reaches (BackdoorBench: 10).
+        wait_steps: steps at weight 0 after nine tenths of the bits are read; ramp_steps: steps from there to the full weight
+            (BackdoorBench: 1000, 3000).
+        min_bit_accuracy, min_psnr: what a finished encoder must reach on 8-bit training images (ours: 0.95, 25 dB).
+    """
+
+    name: ClassVar[str] = "ssba"
+
+    bits: int = 100
+    epochs: int = 20
+    batch: int = 64
+    lr: float = 1e-4
+    width: int = 32
+    image_weight: float = 10.0
+    wait_steps: int = 1000
+    ramp_steps: int = 3000
+    min_bit_accuracy: float = 0.95
+    min_psnr: float = 25.0
+
+    def __post_init__(self) -> None:
+        check(self, "bits", 1 <= self.bits <= 1024, "between 1 and 1024")
+        check(self, "epochs", 0 <= self.epochs <= 10_000, "between 0 and 10000")
+        check(self, "batch", 2 <= self.batch <= 65_536, "between 2 and 65536 samples")
+        check(self, "lr", 0 < self.lr <= 1, "positive, at most 1")
+        check(self, "width", 1 <= self.width <= 512, "between 1 and 512 channels")
+        check(self, "image_weight", 0 <= self.image_weight <= 1e6, "between 0 and 1e6")
+        check(self, "wait_steps", self.wait_steps >= 0, "0 or more")
+        check(self, "ramp_steps", self.ramp_steps >= 1, "1 or more")
+        check(self, "min_bit_accuracy", 0 <= self.min_bit_accuracy <= 1, "a share in [0, 1]")
+        check(self, "min_psnr", 0 <= self.min_psnr <= 100, "between 0 and 100 dB")
+
+    def craft(self, train: ImageSet, plan: Plan, seed: int, surrogate: Network | None = None) -> Crafted:
+        """Trains the encoder; the trigger is a :class:`Stamp`, for training and test.
+
+        Raises:
+            BadInput: images have a side below 8 pixels.
+            Diverged: the encoder's weights are not finite, or it misses ``min_bit_accuracy`` or ``min_psnr``.
+        """
+        channels, height, width = train.shape
+        if min(height, width) < 8:
+            raise BadInput(f"ssba: images must have sides of at least 8 pixels, not {height} x {width}")
+        with seeded(derive_seed(seed, "ssba-networks")):
+            encoder = Encoder(self.bits, channels, self.width)
+            decoder = Decoder(self.bits, train.shape, self.width)
+        recipe = Recipe(
+            epochs=self.epochs, batch=self.batch, lr=self.lr, weight_decay=0.0, optimizer="adam", schedule="constant", crop=0,
+            flip=False,
+        )  # fmt: skip
+        fit(Hiding(encoder, decoder, recipe, self, seed), train, recipe, derive_seed(seed, "ssba-training"))
+        secret = (torch.rand(1, self.bits, generator=generator(seed, "ssba-secret")) < 0.5).float()
+        stamp = Stamp(encoder, decoder, secret, train, seed)
+        found = stamp.quality
+        if not (found.bit_accuracy >= self.min_bit_accuracy and found.psnr >= self.min_psnr):
+            raise Diverged(
+                f"ssba: after {self.epochs} epochs the encoder hides the secret with bit accuracy {found.bit_accuracy:.3f} and PSNR"
+                f" {found.psnr:.1f} dB; {self.min_bit_accuracy} and {self.min_psnr} dB are asked for: raise 'epochs' or 'lr', or"
+                " lower 'bits', 'wait_steps' or 'ramp_steps'"
+            )
+        return Crafted(train=stamp, test=stamp)
