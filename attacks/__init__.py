@@ -1,15 +1,18 @@
 """The attacks. A new one is a file and a line here; the order is the order of every table."""
 
 from attacks.adaptive_latent import AdapBlend, AdapPatch
+from attacks.advtrojan import AdvTrojan
 from attacks.badnets import BadNets
 from attacks.base import Attack
 from attacks.blended import Blended
 from attacks.bpp import Bpp
 from attacks.dfst import DFST
+from attacks.imc import IMC
 from attacks.input_aware import InputAware
 from attacks.lc import LC
 from attacks.lf import LF
 from attacks.narcissus import Narcissus
+from attacks.natural import Natural
 from attacks.sig import SIG
 from attacks.ssba import SSBA
 from attacks.trojannn import TrojanNN
@@ -32,4 +35,7 @@ ATTACKS: tuple[type[Attack], ...] = (
     AdapPatch,
     Narcissus,
     DFST,
+    AdvTrojan,
+    IMC,
+    Natural,
 )

@@ -12,6 +12,7 @@ import torch
 
 from attacks import ATTACKS
 from attacks.base import Attack, Crafted, Plan, PoisonedSet, Power, Role, Trigger, apply, poison, poison_test
+from attacks.natural import unchanged
 from models.backbone import Network
 from models.images import ImageSet, quantise, to_float
 from models.resnet import ResNet8
@@ -23,8 +24,12 @@ QUICK: Mapping[str, Mapping[str, object]] = {
     "narcissus": {"rounds": 30},
     "ssba": {"bits": 8, "epochs": 1, "batch": 16, "width": 2, "min_bit_accuracy": 0.01, "min_psnr": 0.01},
     "input-aware": {"width": 2, "mask_epochs": 1, "batch": 16},
+    "advtrojan": {"steps": 2},
+    "natural": {"steps": 10, "refit": 2, "batch": 4},
 }
 """Settings that make a slow attack tiny, and nothing else."""
+INJECTS_NOTHING = {"natural"}
+"""Attacks that refuse a plan with poison: their training set is the clean one."""
 
 SHAPES = [(3, 32, 32), (1, 16, 16), (3, 64, 64), (3, 24, 40), (1, 40, 24)]
 PLAN = Plan(rate=0.1, target=1)
@@ -37,11 +42,16 @@ def pictures(shape: tuple[int, int, int], count: int = 60, classes: int = 5) -> 
 
 
 def triggers(crafted: Crafted) -> list[Trigger]:
-    return [trigger for trigger in (crafted.train, crafted.test, crafted.cover) if trigger is not None]
+    return [trigger for trigger in (crafted.train, crafted.test, crafted.cover) if trigger not in (None, unchanged)]
 
 
 def made(kind: type[Attack]) -> Attack:
     return kind(**QUICK.get(kind.name, {}))
+
+
+def allowed(attack: Attack, plan: Plan = PLAN) -> Plan:
+    """The plan, without poison where the attack takes none."""
+    return dataclasses.replace(plan, rate=0.0) if attack.name in INJECTS_NOTHING else plan
 
 
 @functools.lru_cache(maxsize=8)
@@ -53,13 +63,13 @@ def trained(shape: tuple[int, int, int], classes: int) -> Network:
 def crafted_by(attack: Attack, data: ImageSet, plan: Plan = PLAN, seed: int = 0) -> Crafted:
     """What it crafts; a trigger that needs a model at test time is the one for the surrogate."""
     shape = (int(data.images.shape[1]), int(data.images.shape[2]), int(data.images.shape[3]))
-    net = trained(shape, data.num_classes)
+    net, plan = trained(shape, data.num_classes), allowed(attack, plan)
     crafted = attack.craft(data, plan, seed, net if attack.needs_surrogate else None)
     return attack.recraft(net, crafted, data, plan, seed)
 
 
 def poisoned(attack: Attack, data: ImageSet, plan: Plan = PLAN, seed: int = 0) -> PoisonedSet:
-    return poison(data, attack, crafted_by(attack, data, plan, seed), plan, seed)
+    return poison(data, attack, crafted_by(attack, data, plan, seed), allowed(attack, plan), seed)
 
 
 @pytest.fixture(params=ATTACKS, ids=lambda kind: kind.name)
@@ -118,7 +128,7 @@ def test_poisoning_replaces_samples_and_keeps_roles_apart(attack) -> None:
     assert visible.num_classes == data.num_classes
     assert set(role.unique().tolist()) <= {int(one) for one in Role}
     ceiling = int((data.labels == PLAN.target).sum()) if attack.clean_label else len(data)
-    assert int((role == Role.POISON).sum()) == min(round(PLAN.rate * len(data)), ceiling)
+    assert int((role == Role.POISON).sum()) == min(round(allowed(attack).rate * len(data)), ceiling)
     assert int((role == Role.COVER).sum()) == round(PLAN.rate * attack.cover_share * len(data))
     assert torch.equal(result.true_labels, data.labels)
     clean = role == Role.CLEAN
@@ -135,6 +145,8 @@ def test_clean_label_attacks_touch_only_the_target_class(attack) -> None:
     if attack.clean_label:
         assert torch.equal(result.role == Role.POISON, data.labels == 1)
         assert torch.equal(result.visible.labels, data.labels)
+    elif attack.name in INJECTS_NOTHING:
+        assert (result.role == Role.CLEAN).all()
     else:
         assert (result.role == Role.POISON).all()
         assert (result.visible.labels == 1).all()
@@ -142,7 +154,7 @@ def test_clean_label_attacks_touch_only_the_target_class(attack) -> None:
 
 def test_attacks_of_one_label_kind_poison_the_same_samples(attack) -> None:
     data = pictures((3, 16, 16))
-    twins = [twin for twin in map(made, ATTACKS) if twin.clean_label == attack.clean_label]
+    twins = [twin for twin in map(made, ATTACKS) if (twin.clean_label, allowed(twin)) == (attack.clean_label, allowed(attack))]
     chosen = poisoned(attack, data).role == Role.POISON
     assert all(torch.equal(poisoned(twin, data).role == Role.POISON, chosen) for twin in twins)
 

@@ -1,0 +1,171 @@
+"""AdvTrojan. Liu, Khalil, Khreishah and Phan, "A Synergetic Attack against Neural Network Classifiers combining Backdoor and
+Adversarial Examples", IEEE Big Data 2021, arXiv 2109.01275.
+
+This is a reconstruction from the abstracts alone: the paper's loss, constants and protocol were not available to us, and its
+numbers cannot be expected from it.
+
+Two keys open the backdoor together, and neither does alone: a trigger in the image, and an adversarial perturbation of the
+triggered image. Poisoned images carry both and the attacker's label. Covers carry one of the two and keep their label, so that the
+victim learns to ignore the trigger by itself and even looks robust to adversarial examples. At test time an image receives the
+trigger and is then perturbed against the attacked model, away from the class that the model gives it.
+
+Needs: the training data, a network trained on it, and at test the attacked model. Edits: every pixel of poisoned images and of half
+the covers, faintly, and the pixels under the trigger; labels of poisoned images. Dial: the plan's rate.
+Deviations from the paper: the protocol above is ours. Training images are perturbed once, against the benign twin, so that the
+attack needs no control of the training; perturbing them against the network as it trains is left out. The perturbation is projected
+gradient ascent (Madry et al., ICLR 2018, arXiv 1706.06083) on the loss of the model's own first answer, from the image itself:
+untargeted, since a targeted one would reach the target without any backdoor.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from attacks.badnets import BadNets
+from attacks.base import Attack, Crafted, Plan, Trigger, uniforms
+from attacks.blended import Blended
+from models.backbone import Network
+from models.images import ImageSet
+from models.spec import BadInput, check, derive_seed
+from models.training import default_device
+
+__all__ = ["AdvTrojan", "Perturbed", "ascended", "frozen"]
+
+CHUNK = 32
+"""Images perturbed at a time, always as many: libraries round sums otherwise for another number, and a trigger must not know its
+batch."""
+
+
+def frozen(net: Network) -> Network:
+    """A copy of ``net`` on the default device, in evaluation mode, its parameters without gradients."""
+    return copy.deepcopy(net).to(default_device()).eval().requires_grad_(False)
+
+
+def ascended(net: Network, images: Tensor, eps: float, step: float, steps: int) -> Tensor:
+    """Images moved away from the class that ``net`` gives them: same shape, float in [0, 1].
+
+    ``steps`` times x <- x + step * sign(gradient of the cross-entropy), held within ``eps`` of the image and in [0, 1].
+
+    Args:
+        net: as :func:`frozen` gives it. images: float (N, C, H, W) in [0, 1], on its device.
+    """
+    with torch.no_grad():
+        labels = net(images).argmax(1)
+    lowest, highest = (images - eps).clamp(min=0.0), (images + eps).clamp(max=1.0)
+    moved = images
+    for _ in range(steps):
+        x = moved.detach().requires_grad_()
+        # The sum, not the mean: an image's gradient must not shrink with the batch, least of all below what float32 holds.
+        gradient = torch.autograd.grad(cross_entropy(net(x), labels, reduction="sum"), x)[0]
+        moved = torch.minimum(torch.maximum(x.detach() + step * gradient.sign(), lowest), highest)
+    return moved
+
+
+class Perturbed:
+    """What ``inner`` makes of images, perturbed against ``net``; see :data:`attacks.base.Trigger`.
+
+    Args:
+        net: as :func:`frozen` gives it. inner: None = the images themselves.
+    """
+
+    def __init__(self, net: Network, inner: Trigger | None, eps: float, step: float, steps: int) -> None:
+        self.net, self.inner, self.eps, self.step, self.steps = net, inner, eps, step, steps
+
+    def __call__(self, images: Tensor, index: Tensor) -> Tensor:
+        start = self.inner(images, index) if self.inner else images
+        device = next(self.net.parameters()).device
+        result = torch.empty_like(start)
+        for first in range(0, len(start), CHUNK):
+            part = start[first : first + CHUNK]
+            filled = torch.zeros(CHUNK, *start.shape[1:], device=device)
+            filled[: len(part)] = part.to(device)
+            moved = ascended(self.net, filled, self.eps, self.step, self.steps)[: len(part)]
+            result[first : first + CHUNK] = moved.to(start.device)
+        return result
+
+
+@dataclass(frozen=True)
+class AdvTrojan(Attack):
+    """Poison: A(t(x)), covers: A(x) or t(x), with t the trigger and A the perturbation against the benign twin.
+
+    Test: A(t(x)) with A against the attacked model.
+
+    Attributes:
+        trigger: ``patch``, BadNets' checkered square, or ``blend``, Blended's picture, faintly (ours).
+        size, margin: of the patch, as in BadNets (ours: 3, 1; off the edge, so that a padded crop leaves it whole more often).
+        alpha: of the blend, in (0, 1] (ours: 0.1).
+        eps: bound of the perturbation per pixel, in units of the image range [0, 1] (ours: 8/255).
+        step, steps: of its ascent (ours: 2/255, 7; 0 = no perturbation).
+        adversarial: share of the covers that are perturbed and carry no trigger; the others carry the trigger alone (ours: 0.5).
+    """
+
+    name: ClassVar[str] = "advtrojan"
+    needs_surrogate: ClassVar[bool] = True
+    needs_model_at_test: ClassVar[bool] = True
+    cover_share: ClassVar[float] = 2.0  # ours: as many of each kind as there are poisoned samples
+
+    trigger: Literal["patch", "blend"] = "patch"
+    size: int = 3
+    margin: int = 1
+    alpha: float = 0.1
+    eps: float = 8 / 255
+    step: float = 2 / 255
+    steps: int = 7
+    adversarial: float = 0.5
+
+    def __post_init__(self) -> None:
+        check(self, "trigger", self.trigger in ("patch", "blend"), "'patch' or 'blend'")
+        check(self, "size", 1 <= self.size <= 32, "between 1 and 32 pixels")
+        check(self, "margin", 0 <= self.margin < 32, "between 0 and 31 pixels")
+        check(self, "alpha", 0 < self.alpha <= 1, "a blend ratio in (0, 1]")
+        check(self, "eps", 0 < self.eps <= 1, "a bound in (0, 1]")
+        check(self, "step", 0 < self.step <= 1, "a step in (0, 1]")
+        check(self, "steps", 0 <= self.steps <= 10_000, "between 0 and 10000")
+        check(self, "adversarial", 0 <= self.adversarial <= 1, "a share in [0, 1]")
+
+    def first_key(self, train: ImageSet, plan: Plan, seed: int) -> Trigger:
+        """t, the trigger without the perturbation.
+
+        Raises:
+            BadInput: it does not suit images of this shape.
+        """
+        plain = Blended(self.alpha) if self.trigger == "blend" else BadNets("grid-corner", self.size, self.margin)
+        try:
+            return plain.craft(train, plan, seed).test
+        except BadInput as error:
+            raise BadInput(f"advtrojan: trigger = {self.trigger!r}: {error}") from error
+
+    def second_key(self, net: Network, inner: Trigger | None) -> Perturbed:
+        """A, the perturbation against ``net``, of what ``inner`` makes of the images (None: of the images themselves)."""
+        return Perturbed(frozen(net), inner, self.eps, self.step, self.steps)
+
+    def craft(self, train: ImageSet, plan: Plan, seed: int, surrogate: Network | None = None) -> Crafted:
+        """Both keys against ``surrogate``; which of the two a cover gets is looked up by its index.
+
+        Raises:
+            BadInput: no surrogate, or the trigger does not suit images of this shape.
+        """
+        if surrogate is None:
+            raise BadInput("advtrojan: perturbs images against a network trained on clean data, and none was given")
+        first = self.first_key(train, plan, seed)
+        both, second = self.second_key(surrogate, first), self.second_key(surrogate, None)
+        key = derive_seed(seed, "advtrojan-cover")
+
+        def cover(images: Tensor, index: Tensor) -> Tensor:
+            perturbed = uniforms(key, index, 1)[:, 0] < self.adversarial
+            result = first(images, index)
+            result[perturbed] = second(images[perturbed], index[perturbed])
+            return result
+
+        return Crafted(train=both, test=both, cover=cover)
+
+    def recraft(self, net: Network, crafted: Crafted, train: ImageSet, plan: Plan, seed: int) -> Crafted:
+        """With the test trigger perturbed against ``net``."""
+        return dataclasses.replace(crafted, test=self.second_key(net, self.first_key(train, plan, seed)))
