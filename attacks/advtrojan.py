@@ -19,33 +19,26 @@ untargeted, since a targeted one would reach the target without any backdoor.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
+from attacks.adversarial import frozen, pgd
 from attacks.badnets import BadNets
 from attacks.base import Attack, Crafted, Plan, Trigger, uniforms
 from attacks.blended import Blended
 from models.backbone import Network
 from models.images import ImageSet
 from models.spec import BadInput, check, derive_seed
-from models.training import default_device
 
-__all__ = ["AdvTrojan", "Perturbed", "ascended", "frozen"]
+__all__ = ["AdvTrojan", "Perturbed", "ascended"]
 
 CHUNK = 32
 """Images perturbed at a time, always as many: libraries round sums otherwise for another number, and a trigger must not know its
 batch."""
-
-
-def frozen(net: Network) -> Network:
-    """A copy of ``net`` on the default device, in evaluation mode, its parameters without gradients."""
-    return copy.deepcopy(net).to(default_device()).eval().requires_grad_(False)
 
 
 def ascended(net: Network, images: Tensor, eps: float, step: float, steps: int) -> Tensor:
@@ -54,25 +47,18 @@ def ascended(net: Network, images: Tensor, eps: float, step: float, steps: int) 
     ``steps`` times x <- x + step * sign(gradient of the cross-entropy), held within ``eps`` of the image and in [0, 1].
 
     Args:
-        net: as :func:`frozen` gives it. images: float (N, C, H, W) in [0, 1], on its device.
+        net: as :func:`attacks.adversarial.frozen` gives it. images: float (N, C, H, W) in [0, 1], on its device.
     """
     with torch.no_grad():
         labels = net(images).argmax(1)
-    lowest, highest = (images - eps).clamp(min=0.0), (images + eps).clamp(max=1.0)
-    moved = images
-    for _ in range(steps):
-        x = moved.detach().requires_grad_()
-        # The sum, not the mean: an image's gradient must not shrink with the batch, least of all below what float32 holds.
-        gradient = torch.autograd.grad(cross_entropy(net(x), labels, reduction="sum"), x)[0]
-        moved = torch.minimum(torch.maximum(x.detach() + step * gradient.sign(), lowest), highest)
-    return moved
+    return pgd(net, images, labels, eps, step, steps)
 
 
 class Perturbed:
     """What ``inner`` makes of images, perturbed against ``net``; see :data:`attacks.base.Trigger`.
 
     Args:
-        net: as :func:`frozen` gives it. inner: None = the images themselves.
+        net: as :func:`attacks.adversarial.frozen` gives it. inner: None = the images themselves.
     """
 
     def __init__(self, net: Network, inner: Trigger | None, eps: float, step: float, steps: int) -> None:

@@ -16,21 +16,20 @@ truncates.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
+from attacks.adversarial import frozen, pgd
 from attacks.base import Attack, Crafted, Plan
 from models.backbone import Network
 from models.images import ImageSet, to_float
 from models.spec import BadInput, check
 from models.training import default_device
 
-__all__ = ["LC", "corner_signs", "pgd"]
+__all__ = ["LC", "corner_signs"]
 
 SIGNS = torch.tensor([[-1.0, -1.0, 1.0], [-1.0, 1.0, -1.0], [1.0, -1.0, 1.0]])
 """The pattern as it stands in the lower right corner: 1 = brighter, -1 = darker."""
@@ -59,27 +58,6 @@ def corner_signs(corners: Literal["all", "lower-right"], height: int, width: int
         signs[:size, width - size :] = block
         signs[:size, :size] = signs[height - size :, :size] = block.flip(1)
     return signs
-
-
-def pgd(net: Network, images: Tensor, label: int, eps: float, step: float, steps: int) -> Tensor:
-    """Images moved to where ``net`` gives them the class ``label`` least: same shape, float in [0, 1].
-
-    Projected gradient ascent on the cross-entropy (Madry et al., ICLR 2018, arXiv 1706.06083) from the image itself: ``steps``
-    times x <- x + step * sign(gradient), held within ``eps`` of the image and in [0, 1].
-
-    Args:
-        net: in evaluation mode, on the device of ``images``, its parameters without gradients.
-        images: float (N, C, H, W) in [0, 1].
-    """
-    labels = torch.full((len(images),), label, device=images.device)
-    lowest, highest = (images - eps).clamp(min=0.0), (images + eps).clamp(max=1.0)
-    moved = images
-    for _ in range(steps):
-        x = moved.detach().requires_grad_()
-        # The sum, not the mean: an image's gradient must not shrink with the batch, least of all below what float32 holds.
-        gradient = torch.autograd.grad(cross_entropy(net(x), labels, reduction="sum"), x)[0]
-        moved = torch.minimum(torch.maximum(x.detach() + step * gradient.sign(), lowest), highest)
-    return moved
 
 
 @dataclass(frozen=True)
@@ -133,10 +111,11 @@ class LC(Attack):
         row[mine] = 1 + torch.arange(len(mine))
         table = torch.zeros(1 + len(mine), *train.shape)
         device = default_device()
-        net = copy.deepcopy(surrogate).to(device).eval().requires_grad_(False)
+        net = frozen(surrogate)
         for start in range(0, len(mine), BATCH):
             images = to_float(train.images[mine[start : start + BATCH]].to(device))
-            perturbation = pgd(net, images, plan.target, self.eps, self.step, self.steps) - images
+            labels = torch.full((len(images),), plan.target, device=device)
+            perturbation = pgd(net, images, labels, self.eps, self.step, self.steps) - images
             table[1 + start : 1 + start + len(images)] = perturbation.cpu()
 
         def test(images: Tensor, index: Tensor) -> Tensor:

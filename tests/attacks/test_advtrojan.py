@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attacks.advtrojan import CHUNK, AdvTrojan, Perturbed, ascended, frozen
+from attacks.adversarial import frozen
+from attacks.advtrojan import CHUNK, AdvTrojan, Perturbed, ascended
 from attacks.badnets import BadNets
 from attacks.base import Crafted, Plan, Power, Role, apply, poison
 from attacks.blended import Blended

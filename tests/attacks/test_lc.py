@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from attacks.adversarial import pgd
 from attacks.base import Plan, Role, apply, poison
-from attacks.lc import LC, corner_signs, pgd
+from attacks.lc import LC, corner_signs
 from models.backbone import Network, Normalise
 from models.images import ImageSet, quantise, to_float
 from models.spec import BadInput
@@ -105,14 +106,14 @@ def test_images_too_small_for_two_patterns_are_refused() -> None:
 
 def test_pgd_equals_the_formula_on_a_linear_network() -> None:
     net, images = linear((1, 4, 5)).requires_grad_(False), to_float(pictures((1, 4, 5), 6).images)
-    found = pgd(net, images, 2, eps=0.1, step=0.03, steps=7)
+    found = pgd(net, images, torch.full((len(images),), 2), eps=0.1, step=0.03, steps=7)
     assert np.allclose(found, pgd_by_hand(net, images.double().numpy(), 2, 0.1, 0.03, 7), atol=1e-5)
 
 
 def test_a_step_goes_along_the_sign_of_the_finite_difference() -> None:
     net = convolutional().double().eval().requires_grad_(False)
     image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 0.8 + 0.1
-    moved = pgd(net, image, 1, eps=0.05, step=0.01, steps=1) - image
+    moved = pgd(net, image, torch.full((len(image),), 1), eps=0.05, step=0.01, steps=1) - image
     label = torch.tensor([1])
     for pixel in [(0, 0, 0), (1, 3, 4), (2, 7, 7), (0, 5, 2), (2, 1, 6)]:
         up, down = image.clone(), image.clone()
@@ -124,7 +125,7 @@ def test_a_step_goes_along_the_sign_of_the_finite_difference() -> None:
 
 def test_pgd_keeps_its_bounds_and_hides_the_class() -> None:
     net, images = convolutional().eval().requires_grad_(False), to_float(pictures((3, 8, 8), 12).images)
-    moved = pgd(net, images, 3, eps=0.1, step=0.02, steps=20)
+    moved = pgd(net, images, torch.full((len(images),), 3), eps=0.1, step=0.02, steps=20)
     assert float((moved - images).abs().max()) <= 0.1 + 1e-6
     assert float(moved.min()) >= 0
     assert float(moved.max()) <= 1
@@ -141,7 +142,8 @@ def test_a_network_that_is_very_sure_is_still_fooled() -> None:
     with torch.no_grad():
         layer.bias[2] += 60
     images = to_float(pictures((1, 4, 5), 6).images)
-    assert (pgd(net.requires_grad_(False), images, 2, eps=0.1, step=0.05, steps=1) != images).float().mean() > 0.9
+    moved = pgd(net.requires_grad_(False), images, torch.full((len(images),), 2), eps=0.1, step=0.05, steps=1)
+    assert (moved != images).float().mean() > 0.9
 
 
 # -- the attack ----------------------------------------------------------------------------------------------------------------
