@@ -16,15 +16,16 @@ from attacks.natural import unchanged
 from models.backbone import Network
 from models.images import ImageSet, quantise, to_float
 from models.resnet import ResNet8
-from models.spec import lookup
+from models.spec import BadInput, lookup
 
 QUICK: Mapping[str, Mapping[str, object]] = {
     "lc": {"steps": 2},
     "trojannn": {"steps": 2},
-    "narcissus": {"rounds": 30},
+    "narcissus": {"rounds": 10, "lr": 0.1},
     "ssba": {"bits": 8, "epochs": 1, "batch": 16, "width": 2, "min_bit_accuracy": 0.01, "min_psnr": 0.01},
     "input-aware": {"width": 2, "mask_epochs": 1, "batch": 16},
     "advtrojan": {"steps": 2},
+    "feature-shift": {"steps": 2, "batch": 4},
     "natural": {"steps": 10, "refit": 2, "batch": 4},
 }
 """Settings that make a slow attack tiny, and nothing else."""
@@ -168,7 +169,11 @@ def test_the_test_set_leaves_the_target_class_out(attack) -> None:
     assert (result.target_labels == PLAN.target).all()
     if not attack.clean_label:
         plan = Plan(label_mode="all-to-all")
-        every = poison_test(data, crafted_by(attack, data, plan), plan)
+        try:
+            every = poison_test(data, crafted_by(attack, data, plan), plan)
+        except BadInput as refusal:  # a trigger that leads to one class says so
+            assert "all-to-one" in str(refusal)
+            return
         assert len(every.images) == len(data)
         assert set(every.target_labels.tolist()) == set(range(5))
         relabelled = poisoned(attack, data, plan)
