@@ -169,11 +169,11 @@ def test_the_test_set_leaves_the_target_class_out(attack) -> None:
     assert (result.target_labels == PLAN.target).all()
     if not attack.clean_label:
         plan = Plan(label_mode="all-to-all")
-        try:
-            every = poison_test(data, crafted_by(attack, data, plan), plan)
-        except BadInput as refusal:  # a trigger that leads to one class says so
-            assert "all-to-one" in str(refusal)
+        if attack.name == "feature-shift":  # one perturbation leads to one class
+            with pytest.raises(BadInput, match="all-to-one"):
+                crafted_by(attack, data, plan)
             return
+        every = poison_test(data, crafted_by(attack, data, plan), plan)
         assert len(every.images) == len(data)
         assert set(every.target_labels.tolist()) == set(range(5))
         relabelled = poisoned(attack, data, plan)
