@@ -91,7 +91,7 @@ def test_the_defense_of_the_readme_runs(tmp_path: Path) -> None:
     backbone = cell.scenario.backbone
     net = backbone.build(4, (1, 16, 16), [0.5], [0.25], seed=0)
     view = view_for(
-        cell.track,
+        cell.grants,
         cell.defense,
         cell.scope,
         {Knowledge.MODEL: lambda: net},

@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from models.backbone import Network
 from models.images import ImageSet, quantise
+from models.resnet import ResNet8
 from models.spec import generator
 
 
@@ -41,3 +43,45 @@ def distance() -> Callable[[Tensor, Tensor], tuple[float, float, float]]:
         return float(psnr.mean()), float(apart.abs().max()), float(apart.abs().mean())
 
     return measure
+
+
+def banded(count: int = 64, shape: tuple[int, int, int] = (1, 8, 8), classes: int = 4) -> ImageSet:
+    """Small noisy images whose brightness tells their class."""
+    labels = torch.arange(count) % classes
+    noise = torch.randint(0, 90, (count, *shape), generator=generator("adaptive", count))
+    return ImageSet((noise + 40 * labels.view(-1, 1, 1, 1)).to(torch.uint8), labels, classes)
+
+
+def seasoned(seed: int = 0, backbone: type = ResNet8, shape: tuple[int, int, int] = (1, 8, 8)) -> Network:
+    """A small network with norms that look trained."""
+    net = backbone(width=4, hidden=8).build(4, shape, [0.5] * shape[0], [0.25] * shape[0], seed)
+    draw = generator("norms", seed)
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.copy_(torch.rand(module.num_features, generator=draw) + 0.3)
+                module.bias.copy_(torch.randn(module.num_features, generator=draw) * 0.2)
+                module.running_mean.copy_(torch.randn(module.num_features, generator=draw) * 0.1)
+                module.running_var.copy_(torch.rand(module.num_features, generator=draw) + 0.5)
+    return net.eval()
+
+
+@pytest.fixture
+def pictures() -> Callable[..., ImageSet]:
+    return banded
+
+
+@pytest.fixture
+def net_of() -> Callable[..., Network]:
+    return seasoned
+
+
+@pytest.fixture
+def same() -> Callable[[Network, Network], bool]:
+    """Whether two networks hold the same weights and statistics."""
+
+    def equal(one: Network, other: Network) -> bool:
+        left, right = one.state_dict(), other.state_dict()
+        return all(torch.equal(left[name], right[name]) for name in left)
+
+    return equal
