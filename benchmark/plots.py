@@ -105,13 +105,16 @@ def _heatmap(plt: Any, rows: pd.DataFrame, track: str, metric: str, title: str) 
     columns = max(1, int((13.5 - left) // (size[0] + 0.2)))
     attack_labels = [wrapped(plain(name), 11, 3) for name in attacks]
     deep = max(text.count("\n") for text in attack_labels)
-    panels = Panels(plt, len(places), columns, size, (0.22, 0.95 + 0.14 * deep), (left, 0.9, 0.75, 0.95 + 0.14 * deep), title)
+    # A panel of two columns is narrower than most titles (about nine letters to the inch), which then take two lines.
+    tall = max(len(f"{plain(dataset)}, {plain(backbone)}") for dataset, backbone in places) > 9 * size[0] + 6
+    above = 0.95 + 0.14 * deep + 0.18 * tall
+    panels = Panels(plt, len(places), columns, size, (0.22, above), (left, 0.9, 0.75, above), title)
     colours, scale = mpl.colormaps["YlOrRd" if metric == "asr" else "YlGnBu"], mpl.colors.Normalize(0, 100)
     used: set[str] = set()
     for position, (axis, (dataset, backbone)) in enumerate(zip(panels.axes, places, strict=True)):
         grid = np.full((len(order), len(attacks)), np.nan)
         for column, attack in enumerate(attacks):
-            live = implanted.get((dataset, backbone, attack), False)
+            live = implanted.get((dataset, backbone, attack), True)  # what was not run is marked by its letter
             for line, entry in enumerate(order):
                 mine = cells.get((dataset, backbone, attack, *entry), table.iloc[:0])
                 grid[line, column] = value = 100 * _ok_mean(mine, metric)
@@ -161,7 +164,7 @@ def _heatmap(plt: Any, rows: pd.DataFrame, track: str, metric: str, title: str) 
         for end in ends:
             if 0 < end < len(order):
                 axis.axhline(end, color="#333333", linewidth=1.2, zorder=4)
-        axis.set_title(f"{plain(dataset)}, {plain(backbone)}", pad=24 + 11 * deep, loc="left")
+        axis.set_title(f"{plain(dataset)}{',' if tall else ', '}{chr(10) * tall}{plain(backbone)}", pad=24 + 11 * deep, loc="left")
     last = panels.axes[min(panels.columns, len(places)) - 1].get_position()
     bar = panels.figure.add_axes((last.x1 + 0.18 / panels.width, last.y0, 0.13 / panels.width, last.height))
     panels.figure.colorbar(mpl.cm.ScalarMappable(scale, colours), cax=bar, ticks=[0, 25, 50, 75, 100])

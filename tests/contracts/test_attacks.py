@@ -187,7 +187,7 @@ def changes(attack: Attack) -> list[Attack]:
     for field in dataclasses.fields(attack):
         value = getattr(attack, field.name)
         if isinstance(value, (bool, int, float)):
-            nudged = (not value) if isinstance(value, bool) else value + 1 if isinstance(value, int) else value * 0.9
+            nudged = (not value) if isinstance(value, bool) else value + 1 if isinstance(value, int) else value * 0.9 or 0.5
             found.append(dataclasses.replace(attack, **{field.name: nudged}))
     return found
 
