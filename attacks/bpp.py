@@ -22,15 +22,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from attacks.base import Attack, Crafted, Plan, Power, uniforms
-from attacks.dynamic import DynamicVictim, Rounding
+from attacks.base import Attack, Crafted, Plan, Power
+from attacks.dynamic import DynamicVictim, Rounding, another
 from models.backbone import Network
 from models.classifier import Classifier
 from models.images import ImageSet, to_float
 from models.spec import check, derive_seed
 from models.training import Recipe
 
-__all__ = ["Bpp", "another", "dithered", "squeezed"]
+__all__ = ["Bpp", "dithered", "squeezed"]
 
 
 def squeezed(images: Tensor, levels: int) -> Tensor:
@@ -62,16 +62,6 @@ def dithered(images: Tensor, levels: int) -> Tensor:
         result[:, :, rows, columns] = rounded
         error[:, :, rows + 1, step + 3] = value - rounded
     return result
-
-
-def another(key: int, index: Tensor, size: int) -> Tensor:
-    """For each sample another one of the ``size`` in the training set, never itself where there is a choice; int64 (N,).
-
-    ``index`` (N,) is the sample's place in the set, in its lower 32 bits where it also counts epochs
-    (:class:`attacks.dynamic.DynamicVictim`): another epoch, another partner.
-    """
-    draws = uniforms(key, index, 1)[:, 0].double()  # float32 would round the largest draw up, to the sample itself
-    return ((index & 0xFFFFFFFF) + 1 + (draws * (size - 1)).long()) % size
 
 
 @dataclass(frozen=True)

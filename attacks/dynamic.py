@@ -18,7 +18,7 @@ from models.images import quantise, to_float
 from models.spec import derive_seed
 from models.training import Recipe
 
-__all__ = ["DynamicVictim", "Rounding", "batch_roles"]
+__all__ = ["DynamicVictim", "Rounding", "another", "batch_roles"]
 
 Rounding = Literal["stochastic", "floor"]
 
@@ -45,6 +45,16 @@ def batch_roles(draws: Tensor, rate: float, cover_rate: float, rounding: Roundin
     role[order[:poisons]] = Role.POISON
     role[order[poisons : poisons + covers]] = Role.COVER
     return role
+
+
+def another(key: int, index: Tensor, size: int) -> Tensor:
+    """For each sample another one of the ``size`` in the training set, never itself where there is a choice; int64 (N,).
+
+    ``index`` (N,) is the sample's place in the set, in its lower 32 bits where it also counts epochs
+    (:class:`DynamicVictim`): another epoch, another partner.
+    """
+    draws = uniforms(key, index, 1)[:, 0].double()  # float32 would round the largest draw up, to the sample itself
+    return ((index & 0xFFFFFFFF) + 1 + (draws * (size - 1)).long()) % size
 
 
 class DynamicVictim(Classifier):

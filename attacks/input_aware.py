@@ -33,8 +33,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, max_pool2d
 
 from attacks.base import Attack, Crafted, Plan, Power, Role, uniforms
-from attacks.bpp import another
-from attacks.dynamic import DynamicVictim, Rounding, batch_roles
+from attacks.dynamic import DynamicVictim, Rounding, another, batch_roles
 from attacks.generated import in_fixed_batches
 from models.backbone import Network, Normalise
 from models.classifier import Classifier

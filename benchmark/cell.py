@@ -142,8 +142,11 @@ def run_extractor(extractor: Extractor, scenario: Scenario, store: Store, cache:
     if extractor.reads == "nothing" or store.read("extractor", key, tensors=False):
         return
     if extractor.reads == "clean":
-        poisoned = w.train
-    data = poisoned or read_victim(scenario, store, cache).poisoned.visible
+        data = w.train
+    elif poisoned is not None:
+        data = poisoned
+    else:
+        data = read_victim(scenario, store, cache).poisoned.visible
     outcome: dict[str, Any]
     tensors: dict[str, Tensor] = {}
     try:
@@ -207,13 +210,11 @@ def _on_features(given: Network, scenario: Scenario, w: World, seed: int) -> Net
     return Network(given.normalise, given.features, mlp(first.in_features, hidden, w.train.num_classes, seed)).eval()
 
 
-def _fit_on_features(
-    scenario: Scenario, w: World, data: ImageSet, poisoned: ImageSet | None, seed: int, store: Store, cache: Path
-) -> Network:
+def _fit_on_features(scenario: Scenario, w: World, data: ImageSet, seed: int, store: Store, cache: Path) -> Network:
     """A victim on given features: its head, trained on ``data``."""
     frozen = scenario.frozen
     assert frozen is not None
-    given = read_extractor(frozen.extractor, scenario, store, cache, poisoned).net
+    given = read_extractor(frozen.extractor, scenario, store, cache, data).net
     net = _on_features(given, scenario, w, derive_seed(scenario.backbone.spec(), scenario.seed, "init"))
     z = embeddings(net, data)
     fit_head(net.head, z, data.labels, epochs=frozen.epochs, lr=frozen.lr, batch=frozen.batch, seed=seed)
@@ -239,7 +240,7 @@ def run_victim(scenario: Scenario, store: Store, cache: Path) -> None:
         with metered() as cost:
             if scenario.attack is None:
                 if scenario.frozen:
-                    trained = _fit_on_features(scenario, w, w.train, w.train, seed, store, cache)
+                    trained = _fit_on_features(scenario, w, w.train, seed, store, cache)
                 else:
                     trained = fit(Classifier(net, scenario.recipe), w.train, scenario.recipe, seed).net
             else:
@@ -294,7 +295,7 @@ def _attack(
     else:
         poisoned = poison(w.train, attack, crafted, plan, attack_seed)
         if scenario.frozen:
-            trained = _fit_on_features(scenario, w, poisoned.visible, poisoned.visible, seed, store, cache)
+            trained = _fit_on_features(scenario, w, poisoned.visible, seed, store, cache)
         else:
             trained = fit(module, poisoned.visible, recipe, seed).net
             crafted = attack.finished(module, crafted)
@@ -323,7 +324,7 @@ def _read_victim(scenario: Scenario, root: Path, cache: Path) -> Victim | None:
         touched = ImageSet(images, t["labels"], w.train.num_classes)
     net = _fresh(scenario, w, 0)
     if weights and scenario.frozen:
-        given = read_extractor(scenario.frozen.extractor, scenario, store, cache, touched or w.train).net
+        given = read_extractor(scenario.frozen.extractor, scenario, store, cache, touched if touched is not None else w.train).net
         net = _on_features(given, scenario, w, 0)
         net.head.load_state_dict({name.removeprefix("head."): value for name, value in weights.items()})
     elif weights:
@@ -422,9 +423,8 @@ def defend(
 
     try:
         if fetch is not None:  # before any meter runs: a missing one is trained and stored here
-            for wanted in (cell.extractor, defense.extractor):
-                if wanted is not None:
-                    fetch(wanted)
+            for wanted in cell.extractors:
+                fetch(wanted)
     except Diverged as error:
         return _stopped("failed", f"no extractor: {error}")
     view = view_for(

@@ -134,7 +134,7 @@ def extractors_of(matrix: Any) -> list[Any]:
 
     wanted = [(s.frozen.extractor, s) for s in victims_of(matrix) if s.frozen]
     for cell in matrix.cells:
-        wanted += [(one, cell.scenario) for one in (cell.extractor, cell.defense.extractor) if one is not None]
+        wanted += [(one, cell.scenario) for one in cell.extractors]
     seen: dict[str, Any] = {}
     for extractor, scenario in wanted:
         if extractor.reads != "nothing":

@@ -148,6 +148,11 @@ class Cell:
         """What the defender may hold: what the track gives, and an extractor trained on it, which is its own work."""
         return self.track.grants | (Knowledge.EXTRACTOR if self.extractor else Knowledge.NONE)
 
+    @property
+    def extractors(self) -> tuple[Extractor, ...]:
+        """Every extractor the defense uses: the one it is given, and the one it trains for itself."""
+        return tuple(one for one in (self.extractor, self.defense.extractor) if one is not None)
+
     def spec(self) -> dict[str, Any]:
         return {
             **({"extractor": self.extractor.spec()} if self.extractor else {}),

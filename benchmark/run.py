@@ -154,8 +154,7 @@ def _execute(
     extractors, every = extractors_of(matrix), victims_of(matrix)
     needed = {extractor_key(s.frozen.extractor, s, print_of(s)) for s in every if s.frozen and canonical(s.spec()) in wanted}
     for cell in todo_cells:
-        own = [one for one in (cell.extractor, cell.defense.extractor) if one is not None]
-        needed |= {extractor_key(one, cell.scenario, print_of(cell.scenario)) for one in own}
+        needed |= {extractor_key(one, cell.scenario, print_of(cell.scenario)) for one in cell.extractors}
     stages: list[Stage] = []
     place: dict[str, int] = {}
 
@@ -182,8 +181,7 @@ def _execute(
     train_extractors("poisoned")
     todo = []
     for cell in todo_cells:
-        own = [one for one in (cell.extractor, cell.defense.extractor) if one is not None]
-        keys = [extractor_key(one, cell.scenario, print_of(cell.scenario)) for one in own]
+        keys = [extractor_key(one, cell.scenario, print_of(cell.scenario)) for one in cell.extractors]
         keys.append(victim_key(cell.scenario, print_of(cell.scenario)))
         label = f"{cell.defense_label} ({cell.scope.value}) on {_label(cell.scenario)}"
         todo.append(Stage("cell", numbers[id(cell)], label, tuple(place[key] for key in keys if key in place)))

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from attacks.base import Plan, Power, Role, apply, poison, uniforms
-from attacks.bpp import Bpp, another, dithered, squeezed
-from attacks.dynamic import DynamicVictim, batch_roles
+from attacks.bpp import Bpp, dithered, squeezed
+from attacks.dynamic import DynamicVictim, another, batch_roles
 from models.backbone import Network, Normalise
 from models.classifier import Classifier
 from models.images import ImageSet, to_float

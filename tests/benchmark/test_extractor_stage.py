@@ -13,15 +13,17 @@ import torch
 from rich.console import Console
 
 from attacks.base import Role
-from benchmark.cell import clean_seeds, extractor_key, read_extractor, read_victim, run_extractor, world
+from benchmark.cell import clean_seeds, defend, extractor_key, read_extractor, read_victim, run_extractor, world
 from benchmark.executors import extractors_of
 from benchmark.matrix import Cell, Matrix, load_matrix
 from benchmark.rows import Row, read
 from benchmark.run import run_matrix
 from benchmark.store import Store
 from defenses.base import DefenderView
+from models.extractors import Extractor
 from models.images import to_float
 from models.spec import derive_seed
+from models.training import Fitted
 
 TINY = """
 title = "extractors"
@@ -106,7 +108,7 @@ semi_batch = 8
 
 
 class Run:
-    """The matrix, run once; ``views`` holds what every defense was given, by cell."""
+    """The matrix, run once, with its rows and its store."""
 
     def __init__(self, folder: Path, processes: int = 1) -> None:
         (folder / "extractors.toml").write_text(TINY)
@@ -240,7 +242,7 @@ def test_two_processes_give_the_same_bytes(run: Run, tmp_path: Path) -> None:
         assert (other.folder / name).read_bytes() == (run.folder / name).read_bytes()
 
 
-def test_a_damaged_extractor_is_trained_again_and_a_diverged_one_is_a_reason(run: Run) -> None:
+def test_a_damaged_extractor_is_trained_again(run: Run) -> None:
     cell = run.cell("dbd")
     extractor, fingerprint = cell.defense.extractor, world(cell.scenario, run.cache).data.fingerprint
     assert extractor is not None
@@ -251,6 +253,21 @@ def test_a_damaged_extractor_is_trained_again_and_a_diverged_one_is_a_reason(run
     read_extractor.__globals__["_read_extractor"].cache_clear()
     assert read_extractor(extractor, cell.scenario, run.store, run.cache).net is not None
     assert json.loads(entry.read_text())["content"]["tensors"] == before["tensors"]
+
+
+def test_a_diverged_extractor_is_a_failed_cell_with_its_reason(run: Run, tmp_path: Path) -> None:
+    cell = run.cell("dbd")
+    extractor, w = cell.defense.extractor, world(cell.scenario, run.cache)
+    assert extractor is not None
+    store = Store(tmp_path)
+    key = extractor_key(extractor, cell.scenario, w.data.fingerprint)
+    store.write("extractor", key, {}, {"status": "failed", "reason": "self-supervised: it blew up"}, {})
+
+    def fetch(wanted: Extractor) -> Fitted:
+        return read_extractor(wanted, cell.scenario, store, run.cache)
+
+    outcome = defend(cell, w, read_victim(cell.scenario, run.store, run.cache), fetch=fetch)
+    assert (outcome["status"], outcome["reason"]) == ("failed", "no extractor: self-supervised: it blew up")
 
 
 def test_clean_seeds_are_ten_untouched_samples_of_every_class(run: Run) -> None:
