@@ -7,6 +7,7 @@ Rows are computed from stored outcomes alone, so they are the same whoever compu
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import time
@@ -79,6 +80,23 @@ def _world(spec: DatasetSpec, fraction: float, seed: int, cache: Path) -> World:
 def world(scenario: Scenario, cache: Path) -> World:
     """The scenario's data; the budget is drawn from (data, fraction, seed) alone, so every attack and defense shares it."""
     return _world(scenario.dataset, scenario.clean_fraction, scenario.seed, cache)
+
+
+def _lesser(w: World, cell: Cell) -> World:
+    """The world with the budget that the cell allows: a smaller one is a part of a larger one, so of the pool that is held out.
+
+    Raises:
+        Inapplicable: fewer than two images, which cannot be split into a part to work with and a part to validate on.
+    """
+    if cell.budget is None:
+        return w
+    seed, whole = cell.scenario.seed, w.data.train
+    size = round(cell.budget * len(whole))
+    if size < 2:
+        raise Inapplicable(f"a clean budget of {100 * cell.budget:g} % of {len(whole)} images is {size}: at least 2 are needed")
+    held_out = whole.subset(split_budget(whole, cell.budget, seed)[1])
+    fitting, validating = split_validation(held_out, seed)
+    return dataclasses.replace(w, clean=held_out.subset(fitting), validation=held_out.subset(validating))
 
 
 def victim_key(scenario: Scenario, fingerprint: str) -> str:
@@ -368,11 +386,25 @@ def run_cell(cell: Cell, store: Store, cache: Path) -> None:
         def fetch(extractor: Extractor) -> Fitted:
             return read_extractor(extractor, scenario, store, cache, victim.poisoned.visible)
 
-        outcome = defend(cell, w, victim, fetch=fetch, recraft=_recrafter(scenario, w, store, cache))
+        try:
+            lesser = _lesser(w, cell)
+            met = victim if cell.budget is None else _validated_on(lesser, victim)
+            outcome = defend(cell, lesser, met, fetch=fetch, recraft=_recrafter(scenario, w, store, cache))
+            if cell.budget is not None:
+                outcome["val_acc_undefended"] = met.outcome["val_acc"]
+        except Inapplicable as error:
+            outcome = _stopped("refused", f"does not apply: {error}")
     else:
         outcome = _stopped("failed", f"no victim: {victim.outcome['reason']}")
     outcome |= {"peak_mib": peak_mib(), "victim_seconds": victim.outcome["seconds"]}
     store.write("defended", key, cell.spec(), outcome)
+
+
+def _validated_on(w: World, victim: Victim) -> Victim:
+    """The victim, validated on ``w``'s images instead of those it was stored with."""
+    scorer = Scorer(victim.net, w.data.test, victim.triggered, w.validation)
+    outcome = {**victim.outcome, "val_acc": _none(val_accuracy(victim.net, w.validation))}
+    return dataclasses.replace(victim, scorer=scorer, outcome=outcome)
 
 
 def _recrafter(scenario: Scenario, w: World, store: Store, cache: Path) -> Callable[[Network], PoisonedTest] | None:
@@ -608,7 +640,8 @@ def cell_rows(matrix: str, dataset: str, cell: Cell, fingerprint: str, outcome: 
     benign = _nan(twin.outcome.get("acc"))
     verdict, published = gate(before, benign), reference(scenario)
     literature, said = compared(scenario, before)
-    before_val = _nan(vic.get("val_acc")) if Knowledge.CLEAN in cell.grants else math.nan
+    # A smaller budget has a validation part of its own.
+    before_val = _nan(out.get("val_acc_undefended", vic.get("val_acc"))) if Knowledge.CLEAN in cell.grants else math.nan
     measured = [measured_from(candidate) for candidate in out["candidates"]]
     common = {
         "target": scenario.plan.target,

@@ -2,7 +2,9 @@
 
 A matrix names one data set, backbones, a recipe, attacks, seeds, extractors, and defenses with the tracks and scopes they enter.
 Its cells are the product. A table's keys beside ``name`` are the fields of that method's dataclass (units and ranges stand there);
-keys the benchmark itself reads are listed in the ``*Table`` classes below.
+keys the benchmark itself reads are listed in the ``*Table`` classes below. A defense's table may also name its ``tracks``,
+``scopes``, ``label``, ``preset``, ``extractors``, and ``budgets``: clean budgets it is met with, as shares of the training set, on
+the same victims, each a part of what ``clean_fraction`` holds out.
 """
 
 from __future__ import annotations
@@ -142,6 +144,8 @@ class Cell:
     tau: float
     extractor: Extractor | None = None
     extractor_label: str = ""
+    budget: float | None = None
+    """Share of the training images that the defender gets as its clean budget, out of those held out; None = all of them."""
 
     @property
     def grants(self) -> Knowledge:
@@ -156,6 +160,7 @@ class Cell:
     def spec(self) -> dict[str, Any]:
         return {
             **({"extractor": self.extractor.spec()} if self.extractor else {}),
+            **({"budget": self.budget} if self.budget is not None else {}),
             "scenario": self.scenario.spec(),
             "defense": self.defense.spec(),
             "track": self.track.spec(),
@@ -383,6 +388,7 @@ def _expand(table: MatrixTable, found: Found) -> tuple[tuple[Scenario, ...], tup
         label = _take(entry, "label", str, None, where)
         preset = _take(entry, "preset", str, PUBLISHED, where)
         named = _take(entry, "extractors", list, None, where)
+        asked = _take(entry, "budgets", list, None, where)
         defense_cls: type[Defense] = lookup("defense", [*DEFENSES, *found[Defense]], name)
         track_names = _take(entry, "tracks", list, ["control"] if defense_cls.control else None, where)
         scope_names = _take(entry, "scopes", list, ["whole"], where)
@@ -403,9 +409,11 @@ def _expand(table: MatrixTable, found: Found) -> tuple[tuple[Scenario, ...], tup
             if Scope(scope) not in defense.scopes:
                 raise BadInput(f"{where}: it has no scope {scope!r}; it has {', '.join(s.value for s in defense.scopes)}")
             scopes.append(Scope(scope))
+        budgets = _budgets(asked, table.dataset.clean_fraction, tracks, where)
         for extractor_name in given:
             shown = f"{label or name} on {extractor_name}" if extractor_name else label or name
-            defenses.append((shown, defense, preset, tracks, scopes, extractor_name))
+            for budget, words in budgets:
+                defenses.append((shown + words, defense, preset, tracks, scopes, extractor_name, budget))
     _unique("defense", [label for label, *_ in defenses])
     scenarios = []
     for backbone_label, backbone, backbone_recipe, frozen, met in backbones:
@@ -424,9 +432,9 @@ def _expand(table: MatrixTable, found: Found) -> tuple[tuple[Scenario, ...], tup
                 for seed in table.seeds
             ]
     cells = tuple(
-        Cell(scenario, defense, label, track, scope, preset, table.tau, extractors.get(extractor_name), extractor_name)
+        Cell(scenario, defense, label, track, scope, preset, table.tau, extractors.get(extractor_name), extractor_name, budget)
         for scenario in scenarios
-        for label, defense, preset, tracks, scopes, extractor_name in defenses
+        for label, defense, preset, tracks, scopes, extractor_name, budget in defenses
         for track in tracks
         for scope in scopes
     )
@@ -471,6 +479,31 @@ def _given(
                     f"{track.name!r} withholds"
                 )
     return [str(name) for name in named]
+
+
+def _budgets(asked: list[Any] | None, pool: float, tracks: Sequence[Track], where: str) -> list[tuple[float | None, str]]:
+    """The clean budgets a defense is met with, each with what its label says of it; the whole pool is no setting of its own.
+
+    Raises:
+        BadInput: not a list of distinct shares of at most the pool, or the track grants no clean images.
+    """
+    if asked is None:
+        return [(None, "")]
+    if not asked:
+        raise BadInput(f"{where}: budgets is empty: name shares of the training set, e.g. budgets = [0.01, 0.05]")
+    for share in asked:
+        number = isinstance(share, (int, float)) and not isinstance(share, bool)
+        if not (number and 0 < share <= pool):
+            raise BadInput(
+                f"{where}: budgets: {share!r} should be a share above 0, at most the {pool:g} that clean_fraction holds out"
+            )
+        if asked.count(share) > 1:
+            raise BadInput(f"{where}: budgets name {share!r} twice")
+    for track in tracks:
+        if Knowledge.CLEAN not in track.grants:
+            raise BadInput(f"{where}: budgets: the track {track.name!r} grants no clean images")
+    # Eight digits, so that no two budgets share a label.
+    return [(None if share == pool else float(share), f", budget {100 * share:.8g} %") for share in asked]
 
 
 def _one_trusted(cells: tuple[Cell, ...]) -> tuple[Cell, ...]:
