@@ -155,3 +155,7 @@ class AdvTrojan(Attack):
     def recraft(self, net: Network, crafted: Crafted, train: ImageSet, plan: Plan, seed: int) -> Crafted:
         """With the test trigger perturbed against ``net``."""
         return dataclasses.replace(crafted, test=self.second_key(net, self.first_key(train, plan, seed)))
+
+    def single_keys(self, net: Network, train: ImageSet, plan: Plan, seed: int) -> dict[str, Crafted]:
+        first, second = self.first_key(train, plan, seed), self.second_key(net, None)
+        return {"trigger": Crafted(train=first, test=first), "perturbation": Crafted(train=second, test=second)}

@@ -19,7 +19,7 @@ from models.backbone import Network
 from models.classifier import Classifier
 from models.images import ImageSet, quantise, to_float
 from models.spec import BadInput, Spec, check, generator, uniforms
-from models.training import Recipe
+from models.training import Recipe, default_device
 
 __all__ = [
     "Attack", "Crafted", "Plan", "PoisonedSet", "PoisonedTest", "Power", "Role", "Trigger", "apply", "poison", "poison_test",
@@ -180,13 +180,24 @@ class Attack(Spec, ABC):
         """
         return crafted
 
+    def single_keys(self, net: Network, train: ImageSet, plan: Plan, seed: int) -> dict[str, Crafted]:
+        """Of a trigger that takes several keys together: each by itself, by name; none of them should open the backdoor.
+
+        Args: as in :meth:`recraft`.
+        """
+        return {}
+
 
 def apply(trigger: Trigger, images: Tensor, index: Tensor, batch: int = 1000) -> Tensor:
-    """Triggers uint8 images (N, C, H, W) in batches and quantises the result to uint8."""
-    parts = [
-        quantise(trigger(to_float(images[start : start + batch]), index[start : start + batch]))
-        for start in range(0, len(images), batch)
-    ]
+    """Triggers uint8 images (N, C, H, W) in batches and quantises the result to uint8.
+
+    Computed on the default device, where some triggers are networks; the result is where ``images`` are.
+    """
+    device = default_device()
+    parts = []
+    for start in range(0, len(images), batch):
+        shown, which = images[start : start + batch].to(device), index[start : start + batch].to(device)
+        parts.append(quantise(trigger(to_float(shown), which)).to(images.device))
     return torch.cat(parts) if parts else images.clone()
 
 

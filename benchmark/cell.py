@@ -29,6 +29,7 @@ from benchmark.selection import NOTHING_TO_VALIDATE_ON, Measured, Selection, cho
 from benchmark.store import Entry, Store
 from benchmark.tracks import view_for
 from defenses.base import Candidate, Inapplicable, Knowledge, Withheld
+from defenses.controls import NoDefense
 from models.backbone import Network
 from models.classifier import Classifier
 from models.cost import Cost, metered
@@ -277,6 +278,7 @@ def run_victim(scenario: Scenario, store: Store, cache: Path) -> None:
         outcome |= {
             "status": "ok",
             **_numbers(measured),
+            **_single_keys(scenario, w, trained),
             "val_acc": _none(val_accuracy(trained, w.validation)),
             "samples_forward": cost.forward,
             "samples_backward": cost.backward,
@@ -289,6 +291,15 @@ def run_victim(scenario: Scenario, store: Store, cache: Path) -> None:
         outcome, tensors = {"status": "failed", "reason": str(error), "train_size": len(w.train)}, {}
     outcome["seconds"] = time.perf_counter() - start
     store.write("victim", key, scenario.spec(), outcome, tensors)
+
+
+def _single_keys(scenario: Scenario, w: World, net: Network) -> dict[str, Any]:
+    """What each key of a trigger of several scores by itself; nothing for other triggers."""
+    if scenario.attack is None:
+        return {}
+    keys = scenario.attack.single_keys(net, w.train, scenario.plan, derive_seed(scenario.seed, "attack"))
+    alone = {name: score(net, w.data.test, poison_test(w.data.test, key, scenario.plan)) for name, key in keys.items()}
+    return {"single_keys": {name: {"asr": _none(one.asr), "ra": _none(one.ra)} for name, one in alone.items()}} if alone else {}
 
 
 def _attack(
@@ -663,6 +674,11 @@ def cell_rows(matrix: str, dataset: str, cell: Cell, fingerprint: str, outcome: 
         **_given(cell, out, vic),
     }
     notes = []
+    if isinstance(cell.defense, NoDefense):
+        notes += [
+            f"the {name} alone: ASR {100 * _nan(alone['asr']):.1f} %, RA {100 * _nan(alone['ra']):.1f} %"
+            for name, alone in vic.get("single_keys", {}).items()
+        ]
     if vic.get("exported") and cell.defense.needs & (Knowledge.TRAIN | Knowledge.ROLES):
         notes.append("training-control attack: met through its exported static set")
     rows = []

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmark import stats
+from benchmark import published, stats
 from benchmark.metrics import IMPLANTED_ASR, MAX_ACC_LOSS
 from benchmark.style import METRIC_COLOURS, Panels, figures, label, log_axis, looks, percent_axis, save, wrapped
 from benchmark.tables import gate_words, plain, slug
@@ -498,6 +498,10 @@ def _cost(plt: Any, rows: pd.DataFrame, timings: pd.DataFrame, track: str, title
     return panels.figure
 
 
+_PER_PANEL = 7
+"""Attacks side by side in one panel; more are spread over several."""
+
+
 def _attacks(plt: Any, rows: pd.DataFrame, title: str) -> Any | None:
     """The undefended models: ACC, ASR and RA bars with a dot per seed, and the validity gate's two thresholds."""
     from matplotlib.lines import Line2D
@@ -508,14 +512,18 @@ def _attacks(plt: Any, rows: pd.DataFrame, title: str) -> Any | None:
         return None
     worlds = attacked.groupby(stats.WORLD, sort=False).first().reset_index()
     implanted = _implanted(rows)
-    places = _places(worlds, "dataset", "backbone")
-    widest = max(len(_at(worlds, dataset=d, backbone=b)["attack"].unique()) for d, b in places)
-    across = min(len(places), 2 if widest <= 6 else 1)
-    panels = Panels(plt, len(places), across, (max(3.2, 0.95 * widest), 2.2), (0.35, 1.05), (0.65, 0.2, 1.4, 0.82), title)
+    lists = []
+    for dataset, backbone in _places(worlds, "dataset", "backbone"):
+        met = list(dict.fromkeys(_at(worlds, dataset=dataset, backbone=backbone)["attack"]))
+        count = math.ceil(len(met) / _PER_PANEL)
+        for number, part in enumerate(np.array_split(np.array(met, dtype=object), count), 1):
+            lists.append((dataset, backbone, list(part), f" ({number} of {count})" if count > 1 else ""))
+    widest = max(len(attacks) for _, _, attacks, _ in lists)
+    across = min(len(lists), 2)
+    panels = Panels(plt, len(lists), across, (max(3.2, 0.95 * widest), 2.2), (0.35, 1.05), (0.65, 0.2, 1.4, 0.82), title)
     metrics = {"acc": "acc_undefended", "asr": "asr_undefended", "ra": "ra_undefended"}
-    for position, (axis, (dataset, backbone)) in enumerate(zip(panels.axes, places, strict=True)):
+    for position, (axis, (dataset, backbone, attacks, part)) in enumerate(zip(panels.axes, lists, strict=True)):
         here = _at(worlds, dataset=dataset, backbone=backbone)
-        attacks = list(dict.fromkeys(here["attack"]))
         for column, attack in enumerate(attacks):
             mine = _at(here, attack=attack)
             live = implanted.get((dataset, backbone, attack), False)
@@ -556,7 +564,7 @@ def _attacks(plt: Any, rows: pd.DataFrame, title: str) -> Any | None:
         axis.set_xticks(range(len(attacks)))
         axis.set_xticklabels([wrapped(plain(attack), 12, 3) for attack in attacks])
         axis.tick_params(axis="x", length=0)
-        axis.set_title(f"{plain(dataset)}, {plain(backbone)}")
+        axis.set_title(f"{plain(dataset)}, {plain(backbone)}{part}")
     handles: list[Any] = [Patch(color=METRIC_COLOURS[metric], label=_WORDS[metric]) for metric in metrics]
     handles += [
         Line2D([], [], color="#111111", linewidth=1.6, label=f"least ACC: benign twin - {100 * MAX_ACC_LOSS:g} points"),
@@ -668,6 +676,189 @@ def _detectors(plt: Any, rows: pd.DataFrame, track: str, title: str) -> Any | No
     return panels.figure
 
 
+# -- average ranks -------------------------------------------------------------------------------------------------------------
+
+
+def _ranks(plt: Any, rows: pd.DataFrame, track: str, title: str) -> Any | None:
+    """Critical-difference diagram (Demsar, JMLR 7, 2006): average ranks by RA, bars over entries that no test tells apart.
+
+    None where :func:`benchmark.stats.significance` refuses.
+    """
+    test = stats.significance(rows, track, stats.headline(rows, track))
+    if test is None:
+        return None
+    style, names = looks(rows), _names(rows)
+    order = list(test.ranks)
+    half = math.ceil(len(order) / 2)
+    texts = {entry: wrapped(names[entry], 34, 1) for entry in order}
+    bars = _lanes([(test.ranks[clique[0]], test.ranks[clique[-1]]) for clique in test.cliques])
+    lane, step = 0.16, 0.24
+    deep = 0.2 + lane * (max(bars, default=-1) + 1)
+    size = (6.4, 0.1 + deep + step * half)
+    side = _margin(list(texts.values())) + 0.35
+    panels = Panels(plt, 1, 1, size, (0, 0), (side, side, 0.62, 1.0), title)
+    (axis,) = panels.axes
+    axis.set_xlim(1, len(order))
+    axis.set_ylim(-size[1], 0)
+    axis.xaxis.set_ticks_position("top")
+    axis.set_xticks(range(1, len(order) + 1))
+    axis.set_yticks([])
+    axis.spines["top"].set_visible(True)
+    for spine in ("left", "bottom"):
+        axis.spines[spine].set_visible(False)
+    axis.set_title("average rank by RA (1 = best)", loc="center", fontweight="normal", fontsize=9, pad=6)
+    for position, entry in enumerate(order):
+        left = position < half
+        depth = -(deep + step * (position if left else len(order) - 1 - position) + 0.12)
+        rank, edge = test.ranks[entry], 1 if left else len(order)
+        look = style[entry]
+        axis.plot([rank, rank, edge], [0, depth, depth], color="#777777", linewidth=0.8, zorder=1, clip_on=False)
+        mark: dict[str, Any] = {"c": look.colour, "marker": look.marker, "edgecolors": "white", "linewidths": 0.5, "clip_on": False}
+        axis.scatter([rank], [0], s=34, zorder=4, **mark)
+        shown = f"{texts[entry]}  {rank:.2f}" if left else f"{rank:.2f}  {texts[entry]}"
+        offset = (-5, 0) if left else (5, 0)
+        axis.annotate(shown, (edge, depth), offset, textcoords="offset points", ha="right" if left else "left", va="center",
+                      fontsize=8.5, annotation_clip=False)  # fmt: skip
+    for clique, bar in zip(test.cliques, bars, strict=True):
+        y = -(0.14 + lane * bar)
+        members = [test.ranks[entry] for entry in clique]
+        axis.plot([members[0], members[-1]], [y, y], color="#111111", linewidth=3, solid_capstyle="round", zorder=3, clip_on=False)
+        axis.scatter(members, [y] * len(members), s=26, c="#111111", zorder=3, clip_on=False)
+    verdict = "" if test.friedman < stats.LEVEL else ", which tells nothing apart"
+    incomplete = ", ".join(names[entry] for entry in test.incomplete)
+    left_out = f" Left out, a scenario being missing: {incomplete}." if incomplete else ""
+    panels.footnote(
+        f"{test.blocks} implanted scenarios, {stats.headline(rows, track)} selection; Friedman p = {test.friedman:.2g}{verdict}. "
+        "Bars join entries that Holm-adjusted Wilcoxon signed-rank tests do not tell apart at 5 %; dots on a bar are its members."
+        f"{left_out}"
+    )
+    return panels.figure
+
+
+def _lanes(spans: Sequence[tuple[float, float]]) -> list[int]:
+    """For each span the first lane, from 0, in which it touches none of those before it."""
+    taken: list[list[tuple[float, float]]] = []
+    found = []
+    for low, high in spans:
+        free = next((lane for lane, others in enumerate(taken) if all(high < a or b < low for a, b in others)), len(taken))
+        if free == len(taken):
+            taken.append([])
+        taken[free].append((low, high))
+        found.append(free)
+    return found
+
+
+# -- published beside measured -------------------------------------------------------------------------------------------------
+
+_NETWORK_MARKERS = ("o", "s", "D", "^", "v", "P")
+_OTHER_PROTOCOL = "#B00020"
+
+
+def _published(plt: Any, rows: pd.DataFrame, track: str, title: str) -> Any | None:
+    """The literature's figures as bands, ours below each; a line of three panels (ACC, ASR, RA) per scenario.
+
+    None where the literature has no figure of any defense of the track.
+    """
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    found = published.comparisons(rows, track)
+    if not any(one.role == "defense" for one in found):
+        return None
+    style, names = looks(rows), _names(rows)
+    places = list(dict.fromkeys(one.place for one in found))
+    networks = list(dict.fromkeys(figure.backbone for one in found for figure in one.printed))
+    shapes = dict(zip(networks, _NETWORK_MARKERS * len(networks), strict=False))
+    groups = [[one for one in found if one.place == place] for place in places]
+    order = [entry for entry in _ordered(rows, track) if any(one.entry == entry for one in found)]
+    labels = {entry: wrapped(names[entry], 26, 1) for entry in order}
+    lane = 0.42
+    legend: list[Any] = [
+        Patch(facecolor="#D3D3D3", edgecolor="#A8A8A8", label="published: least to largest"),
+        *(Line2D([], [], linestyle="", marker=shapes[network], markersize=5, markerfacecolor="#555555", markeredgecolor="#222222",
+                 label=f"published, {network}") for network in networks),
+    ]  # fmt: skip
+    if any(figure.chosen_on for one in found for figure in one.printed):
+        legend.append(Line2D([], [], linestyle="", marker="o", markersize=5, markerfacecolor="white", markeredgecolor="#222222",
+                             label="published, chosen on test data"))  # fmt: skip
+    legend += [
+        Line2D([], [], linestyle="", marker="D", markersize=7, color="#0072B2", label="here: mean over seeds"),
+        Line2D([], [], linestyle="", marker="o", markersize=3, color="#0072B2", label="here: one seed"),
+    ]
+    if any(one.oracle for one in found):
+        legend.append(Line2D([], [], linestyle="", marker="D", markersize=7, markerfacecolor="white", markeredgecolor="#0072B2",
+                             label="here: had an oracle chosen, as there"))  # fmt: skip
+    size = (2.75, 0.0)
+    left = _margin(list(labels.values()))
+    width = max(7.0, left + 0.25 + 3 * size[0] + 2 * 0.25)
+    columns = _legend_columns([handle.get_label() for handle in legend], width)
+    below = 1.0 + 0.21 * math.ceil(len(legend) / columns)
+    heights = [lane * len(group) + 0.1 for group in groups]
+    panels = Panels(plt, 3 * len(places), 3, size, (0.25, 1.08), (left, 0.25, below, 1.08), title, heights)
+    for line, (place, group) in enumerate(zip(places, groups, strict=True)):
+        for column, metric in enumerate(published.METRICS):
+            axis = panels.axes[3 * line + column]
+            percent_axis(axis.xaxis, f"{_WORDS[metric]} in %")
+            axis.set_ylim(heights[line], 0)
+            axis.grid(False, axis="y")
+            for number, one in enumerate(group):
+                if number:
+                    axis.axhline(0.05 + lane * number, color="#E3E3E3", linewidth=0.7, zorder=1)
+                _published_lane(axis, one, metric, 0.05 + lane * number, lane, style[one.entry], shapes)
+            axis.set_yticks([0.05 + lane * (number + 0.5) for number in range(len(group))])
+            axis.set_yticklabels([labels[one.entry] for one in group] if column == 0 else [])
+            axis.tick_params(axis="y", length=0)
+        where = panels.axes[3 * line].get_position()
+        top = where.y1 * panels.height
+        first = group[0]
+        rates = sorted({figure.rate for one in group for figure in one.printed if not math.isnan(figure.rate)})
+        at = f"published at {' and '.join(f'{100 * rate:g}' for rate in rates)} % poison" if rates else "published rate not stated"
+        dead = "" if first.implanted else "; attack not implanted here"
+        panels.figure.text(0.12 / panels.width, (top + 0.36) / panels.height, wrapped(", ".join(map(plain, place)), 90, 1),
+                           fontsize=10, fontweight="bold", va="bottom")  # fmt: skip
+        protocol = "the literature's protocol" if first.same_protocol else "OTHER PROTOCOL than the literature's"
+        panels.figure.text(0.12 / panels.width, (top + 0.14) / panels.height, f"{protocol}; {at}{dead}", fontsize=9, va="bottom",
+                           color="#333333" if first.same_protocol else _OTHER_PROTOCOL,
+                           fontweight="normal" if first.same_protocol else "bold")  # fmt: skip
+    panels.legend(legend, columns)
+    other = "" if all(one.same_protocol for one in found) else (
+        "Other protocol: recipe, network or data size differ as tables/published.md lists, so a point outside its band is no "
+        "failure and one inside no success. "
+    )  # fmt: skip
+    panels.footnote(
+        f"{other}Bands: all sources that print the attack and the method, on the same architecture where there is one. "
+        f"All seeds, {stats.headline(rows, track)} selection. Nothing is judged by these figures."
+    )
+    return panels.figure
+
+
+def _published_lane(axis: Any, one: published.Comparison, metric: str, top: float, lane: float, look: Any, shapes: Any) -> None:
+    """One entry in one panel: the band and its figures in the upper half of the lane, ours in the lower."""
+    from matplotlib.patches import Rectangle
+
+    upper, lower = top + 0.28 * lane, top + 0.72 * lane
+    low, high = published.band(getattr(figure, metric) for figure in one.printed)
+    if math.isnan(low):
+        axis.text(1, upper, "not printed", va="center", fontsize=7, color="#777777")
+    else:
+        axis.add_patch(Rectangle((100 * low - 0.6, upper - 0.15 * lane), 100 * (high - low) + 1.2, 0.3 * lane, facecolor="#D3D3D3",
+                                 edgecolor="#A8A8A8", linewidth=0.6, zorder=2, clip_on=False))  # fmt: skip
+    for figure in one.printed:
+        value = getattr(figure, metric)
+        if not math.isnan(value):
+            axis.scatter([100 * value], [upper], s=18, marker=shapes[figure.backbone], linewidths=0.7, zorder=3, clip_on=False,
+                         facecolors="white" if figure.chosen_on else "#555555", edgecolors="#222222")  # fmt: skip
+    values = np.array([100 * seed[metric] for seed in one.measured])
+    drawn: dict[str, Any] = {"marker": look.marker, "edgecolors": look.colour, "clip_on": False}
+    if one.oracle:
+        picked = np.mean([100 * seed[metric] for seed in one.oracle])
+        axis.scatter([picked], [lower], s=95, facecolors="white", linewidths=1.1, zorder=3, **drawn)
+    large = 70 if look.marker == "*" else 42
+    axis.scatter([values.mean()], [lower], s=large, facecolors=look.colour, linewidths=0.6, zorder=4, **drawn)
+    if len(values) > 1:
+        axis.scatter(values, [lower + 0.2 * lane] * len(values), s=7, c=look.colour, linewidths=0, zorder=4, clip_on=False)
+
+
 # -- everything ----------------------------------------------------------------------------------------------------------------
 
 
@@ -706,6 +897,9 @@ def write_plots(rows: pd.DataFrame, curves: pd.DataFrame, timings: pd.DataFrame,
                 put(f"dials-{tail}", _dials, rows, curves, track, f"{words}, along the dial")
             put(f"detectors-{tail}", _detectors, rows, track, f"{words}, training samples taken for poisoned")
             put(f"cost-{tail}", _cost, rows, timings, track, f"{words}, cost")
+            put(f"ranks-{tail}", _ranks, rows, track, f"{words}, average ranks")
+            if len(attacked[attacked["status"] == "ok"]):
+                put(f"published-{tail}", _published, rows, track, f"{words}, published beside measured")
         put("selection-gap", _gaps, rows, f"{head}: what choosing with the test set is worth")
     return written
 

@@ -174,6 +174,17 @@ def test_recrafting_perturbs_against_the_given_network_and_leaves_the_training_t
     assert torch.equal(apply(same.test, data.images, index), apply(crafted.test, data.images, index))
 
 
+def test_the_keys_alone_are_the_trigger_and_the_perturbation_of_the_plain_image() -> None:
+    data, plan, index = pictures(), Plan(target=1), torch.arange(80)
+    attacked, attack = network(seed=6), AdvTrojan(eps=0.1, step=0.02)
+    keys = attack.single_keys(attacked, data, plan, 0)
+    images = to_float(data.images)
+    assert list(keys) == ["trigger", "perturbation"]
+    assert torch.equal(keys["trigger"].test(images, index), attack.first_key(data, plan, 0)(images, index))
+    moved = ascended(frozen(attacked), images, 0.1, 0.02, 7)
+    assert torch.allclose(keys["perturbation"].test(images, index), moved, atol=1e-6)
+
+
 def test_networks_come_back_as_they_were() -> None:
     data, net, plan, attack = pictures(), network().train(), Plan(), AdvTrojan(steps=2)
     before = {name: value.clone() for name, value in net.state_dict().items()}

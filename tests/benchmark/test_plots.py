@@ -166,6 +166,16 @@ def test_axes_of_shares_are_honest(drawn):
         assert bars.axes[0].get_ylim()[0] == 0
 
 
+def test_many_attacks_are_spread_over_panels_and_none_is_lost():
+    rows = frame([row(f"attack {number}", 0, "none") for number in range(16)])
+    with style.figures() as plt:
+        panels = [axis for axis in plots._attacks(plt, rows, "t").axes if axis.get_title(loc="left")]
+        titles = [axis.get_title(loc="left") for axis in panels]
+        shown = [text.get_text().replace("\n", " ") for axis in panels for text in axis.get_xticklabels()]
+    assert titles == ["digits, net (1 of 3)", "digits, net (2 of 3)", "digits, net (3 of 3)"]
+    assert shown == [f"attack {number}" for number in range(16)]
+
+
 def test_a_matrix_without_dials_timings_or_implanted_attacks(tmp_path):
     rows, curves, timings = world(implanted=False, dial=float("nan"))
     names = {path.name for path in plots.write_plots(rows, curves.iloc[:0], timings.iloc[:0], tmp_path, "tiny")}
