@@ -20,10 +20,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from attacks.adaptive import Adaptive
+from attacks.adversarial import frozen
 from attacks.base import Crafted, Plan, Power, Trigger
 from models.backbone import Network
 from models.images import ImageSet, to_float
 from models.spec import BadInput, check, generator
+from models.training import default_device
 
 __all__ = ["FeatureShift", "distance"]
 
@@ -78,9 +80,8 @@ class FeatureShift(Adaptive):
         return Crafted(train=shifted(crafted.train), test=shifted(crafted.test), cover=cover)
 
     def perturbation(self, net: Network, trigger: Trigger, train: ImageSet, plan: Plan, seed: int) -> Tensor:
-        """delta float (C, H, W), |delta| at most ``strength``; ``net`` is left as it was."""
-        device, was_training = next(net.parameters()).device, net.training
-        net.eval()
+        """delta float (C, H, W), |delta| at most ``strength``, on the CPU; ``net`` is left as it was."""
+        device, net = default_device(), frozen(net)
         ours = torch.nonzero(train.labels == plan.target).flatten()
         others = torch.nonzero(train.labels != plan.target).flatten()
         if not len(ours) or not len(others):
@@ -96,5 +97,4 @@ class FeatureShift(Adaptive):
             images = trigger(to_float(train.images[index]), index).to(device) + moved
             (gradient,) = torch.autograd.grad(distance(net.embed(images.clamp(0.0, 1.0)), centre), moved)
             delta = (delta - self.strength / 5 * gradient.sign()).clamp(-self.strength, self.strength)
-        net.train(was_training)
         return delta.cpu()

@@ -104,9 +104,11 @@ class FlatHolder(Adaptive):
             ((images, own),) = seen
             # Batch norm stands still for the penalty: it measures the network as the defender will, and keeps running statistics.
             net.eval()
-            sizes, steps = responses(net, layers, images, own, self.eps)
+            with torch.autocast(images.device.type, enabled=False):  # it compares numbers that differ by little
+                sizes, steps = responses(net, layers, images, own, self.eps)
+                penalty = peakedness(sizes, steps, self.alphas, self.share)
             module.train()
-            return plain(logits, labels, index) + self.strength * peakedness(sizes, steps, self.alphas, self.share)
+            return plain(logits, labels, index) + self.strength * penalty
 
         module.on_batch, module.loss = on_batch, loss  # type: ignore[method-assign]
         return module

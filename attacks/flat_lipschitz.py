@@ -81,7 +81,9 @@ class FlatLipschitz(Adaptive):
         layers, plain = unit_layers(net), module.loss
 
         def loss(logits: Tensor, labels: Tensor, index: Tensor) -> Tensor:
-            return plain(logits, labels, index) + self.strength * outstanding(bounds(net, layers), self.margin)
+            with torch.autocast(logits.device.type, enabled=False):  # eigenvalues want float32
+                penalty = outstanding(bounds(net, layers), self.margin)
+            return plain(logits, labels, index) + self.strength * penalty
 
         module.loss = loss  # type: ignore[method-assign]  # whatever else the base attack's module does stays as it is
         return module

@@ -214,7 +214,8 @@ class InputAwareVictim(DynamicVictim):
         role = batch_roles(self.draws(index), self.plan.rate, self.cover_rate, self.rounding)
         for kind in Role:
             self.counts[kind] += int((role == kind).sum())
-        images, labels, apart = self.triggered(images, labels, role)
+        with torch.autocast(images.device.type, enabled=False):  # triggers are pictures: float32, as they are at test
+            images, labels, apart = self.triggered(images, labels, role)
         return self.loss(self(images), labels, index) + self.attack.diversity_weight * apart
 
     def draws(self, index: Tensor) -> Tensor:

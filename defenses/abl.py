@@ -29,7 +29,7 @@ from models.backbone import Network
 from models.classifier import Classifier
 from models.images import ImageSet
 from models.spec import check, derive_seed, uniforms
-from models.training import Recipe, fit, logits
+from models.training import Precision, Recipe, fit, logits
 
 __all__ = ["ABL", "local_ascent"]
 
@@ -125,24 +125,26 @@ class ABL(Defense):
     def needs(self) -> Knowledge:
         return Knowledge.TRAIN
 
-    def recipe(self, epochs: int, lr: float, crop: int = 0, flip: bool = False) -> Recipe:
+    def recipe(
+        self, epochs: int, lr: float, crop: int = 0, flip: bool = False, precision: Precision = "reference"
+    ) -> Recipe:
         """Of any of the stages."""
         return Recipe(
             epochs=epochs, batch=self.batch, lr=lr, momentum=0.9, nesterov=True, weight_decay=self.weight_decay,
-            schedule="constant", crop=crop, flip=flip,
+            schedule="constant", crop=crop, flip=flip, precision=precision,
         )  # fmt: skip
 
-    def isolate(self, net: Network, data: ImageSet, seed: int) -> Tensor:
+    def isolate(self, net: Network, data: ImageSet, seed: int, precision: Precision = "reference") -> Tensor:
         """Trains ``net`` in place above the floor; returns the samples of lowest loss afterwards, bool (N,)."""
-        recipe = self.recipe(self.isolation_epochs, self.isolation_lr)
+        recipe = self.recipe(self.isolation_epochs, self.isolation_lr, precision=precision)
         fit(_Isolating(net, recipe, self.gamma), data, recipe, seed)
         return lowest(cross_entropy(logits(net, data.images), data.labels, reduction="none"), self.rate)
 
     def train(self, net: Network, data: ImageSet, view: DefenderView, seed: int) -> None:
         """Trains ``net`` in place on ``data`` with the victim's crop and flip, and Cutout."""
-        first = round(self.epochs * 2 / 3)
+        first, victims = round(self.epochs * 2 / 3), view.recipe
         for part, (epochs, lr) in enumerate(((first, self.lr), (self.epochs - first, self.lr / 10))):
-            recipe, own = self.recipe(epochs, lr, view.recipe.crop, view.recipe.flip), derive_seed(seed, part)
+            recipe, own = self.recipe(epochs, lr, victims.crop, victims.flip, victims.precision), derive_seed(seed, part)
             fit(_CutOut(net, recipe, self.hole, own) if self.hole else Classifier(net, recipe), data, recipe, own)
 
     def candidates(self, view: DefenderView) -> Iterator[Candidate]:
@@ -151,10 +153,11 @@ class ABL(Defense):
         if taken < 2:
             raise Inapplicable(f"rate = {self.rate} isolates {taken} of {len(data)} samples; unlearning needs at least 2")
         net = view.fresh(derive_seed(view.seed, "abl", "weights"))
-        mask = self.isolate(net, data, derive_seed(view.seed, "abl", "isolation"))
+        precision = view.recipe.precision
+        mask = self.isolate(net, data, derive_seed(view.seed, "abl", "isolation"), precision)
         self.train(net, data.subset(~mask), view, derive_seed(view.seed, "abl", "training"))
         wanted = sorted({*self.points, self.unlearning_epochs})
-        recipe = self.recipe(wanted[-1], self.unlearning_lr)
+        recipe = self.recipe(wanted[-1], self.unlearning_lr, precision=precision)
         module = _Unlearning(net, recipe, wanted)
         fit(module, data.subset(mask), recipe, derive_seed(view.seed, "abl", "unlearning"))
         for epochs in wanted:

@@ -73,7 +73,7 @@ def salience(
 
 def _least(scores: Tensor, share: float) -> Tensor:
     """Mask of the ``round(share * n)`` lowest scores, shape as given; ties go to the lower index first."""
-    return top_share(share)(-scores.flatten().cpu()).view(scores.shape).to(scores.device)
+    return top_share(share)(-scores.flatten()).view(scores.shape)
 
 
 def selected(found: Mapping[str, Tensor], share: float, granularity: Granularity) -> dict[str, Tensor]:
@@ -116,7 +116,7 @@ class _Purified(Tuned):
             assert entry.grad is not None
             self.found[name] = updated(self.found[name], entry, entry.grad, self.method.eta)
         if self.method.alpha_reg:
-            terms = [penalty(entry)[self.chosen[name].to(entry.device)].sum() for name, entry in self.entries.items()]
+            terms = [(penalty(entry) * self.chosen[name].to(entry.device)).sum() for name, entry in self.entries.items()]
             (self.method.alpha_reg * torch.stack(terms).sum()).backward()  # type: ignore[no-untyped-call]
 
 
@@ -185,7 +185,7 @@ class BenignSalience(Defense):
         entries = self.entries(net, view.scope)
         recipe = Recipe(
             epochs=self.epochs, batch=self.batch, lr=self.lr, momentum=0.0, weight_decay=0.0, schedule="constant",
-            crop=view.recipe.crop, flip=view.recipe.flip,
+            crop=view.recipe.crop, flip=view.recipe.flip, precision=view.recipe.precision,
         )  # fmt: skip
         found = salience(net, entries, clean, self.eta, self.batch)
         module = _Purified(net, recipe, view.scope, self, entries, found)

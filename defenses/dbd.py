@@ -104,7 +104,7 @@ class DBD(Defense):
         """Of the head's training, or MixMatch's."""
         return Recipe(
             epochs=epochs, batch=batch, lr=self.lr, optimizer="adam", weight_decay=0, schedule="constant",
-            crop=view.recipe.crop, flip=view.recipe.flip,
+            crop=view.recipe.crop, flip=view.recipe.flip, precision=view.recipe.precision,
         )  # fmt: skip
 
     def split(self, net: Network, data: ImageSet) -> Tensor:

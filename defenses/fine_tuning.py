@@ -104,7 +104,7 @@ class FineTuning(Defense):
         """``net`` fine-tuned in place on the clean budget under these settings (see :func:`fine_tuned`)."""
         recipe = Recipe(
             epochs=self.epochs, batch=self.batch, lr=self.lr, weight_decay=self.weight_decay, momentum=0.9, schedule="cosine",
-            crop=view.recipe.crop, flip=view.recipe.flip,
+            crop=view.recipe.crop, flip=view.recipe.flip, precision=view.recipe.precision,
         )  # fmt: skip
         return fine_tuned(net, view.clean, recipe, view.scope, derive_seed(view.seed, "fine-tuning"), masks)
 

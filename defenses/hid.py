@@ -125,7 +125,7 @@ class HID(Defense):
 
     @property
     def semi(self) -> Recipe:
-        """Of the semi-supervised training, but for crop and flip."""
+        """Of the semi-supervised training, but for crop, flip and precision."""
         return Recipe(
             epochs=self.semi_epochs, batch=self.semi_batch, lr=self.semi_lr, optimizer="adam", weight_decay=0, schedule="constant"
         )
@@ -164,7 +164,7 @@ class HID(Defense):
         data = view.train
         if len(data) < 2:
             raise Inapplicable(f"the poisoned training set holds {len(data)} samples; at least 2 are needed")
-        recipe = replace(self.semi, crop=view.recipe.crop, flip=view.recipe.flip)
+        recipe = replace(self.semi, crop=view.recipe.crop, flip=view.recipe.flip, precision=view.recipe.precision)
         net = view.extract(self.extractor)
         clean, done = torch.zeros(len(data), dtype=torch.bool), 0
         for number in range(self.rounds):

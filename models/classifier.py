@@ -52,7 +52,7 @@ class Classifier(pl.LightningModule):  # type: ignore[misc]  # mypy does not fol
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.net(x)
-        return logits
+        return logits.float()  # losses are float32 also where the network ran under autocast
 
     def loader(self, data: ImageSet, seed: int) -> Epochs:
         """What the loop iterates over. ``data`` is on the device of the training; every draw is keyed by ``seed``."""
@@ -88,12 +88,14 @@ class Classifier(pl.LightningModule):  # type: ignore[misc]  # mypy does not fol
         recipe = self.recipe
         moved = self.trainable()
         optimizer: torch.optim.Optimizer
+        fused = all(parameter.is_cuda for parameter in moved) or None  # one kernel for all parameters; None = torch's own choice
         if recipe.optimizer == "adam":
-            optimizer = torch.optim.Adam(moved, lr=recipe.lr, weight_decay=recipe.weight_decay)
+            optimizer = torch.optim.Adam(moved, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=fused)
         else:
             optimizer = torch.optim.SGD(
-                moved, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay
-            )
+                moved, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay,
+                fused=fused,
+            )  # fmt: skip
         steps = max(1, self.total_steps)
         if recipe.schedule == "constant":
             return optimizer

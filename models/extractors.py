@@ -149,12 +149,14 @@ class SelfSupervised(Extractor):
         return f"self-supervised on the {self.on} images"
 
     def follows(self, recipe: Recipe) -> dict[str, Any]:
-        return {"flip": recipe.flip}
+        # The reference's keys are those of the time before there was a choice.
+        return {"flip": recipe.flip, **({"precision": recipe.precision} if recipe.precision != "reference" else {})}
 
     def build(self, fresh: Fresh, data: ImageSet, recipe: Recipe, seed: int) -> Fitted:
         own = Recipe(
-            epochs=self.epochs, batch=self.batch, lr=self.lr * self.batch / 512, weight_decay=self.weight_decay, crop=0, flip=False
-        )
+            epochs=self.epochs, batch=self.batch, lr=self.lr * self.batch / 512, weight_decay=self.weight_decay, crop=0, flip=False,
+            precision=recipe.precision,
+        )  # fmt: skip
         net = fresh(derive_seed(seed, self.name, "weights"))
         first = net.head[0]
         assert isinstance(first, nn.Linear)
@@ -285,10 +287,8 @@ EXTRACTORS: tuple[type[Extractor], ...] = (SelfSupervised, Supervised, Pretraine
 
 def embeddings(net: Network, data: ImageSet) -> Tensor:
     """Features float (N, d) of every image, in evaluation mode, on the CPU; the pass is tallied."""
-    device = next(net.parameters()).device
-    parts = embed(net.to(default_device()), data.images)
-    net.to(device)
-    return torch.cat([part.cpu() for part in parts]) if parts else torch.empty(0)
+    parts = [part.cpu() for part in embed(net, data.images)]
+    return torch.cat(parts) if parts else torch.empty(0)
 
 
 def mlp(width: int, hidden: Sequence[int], num_classes: int, seed: int) -> nn.Sequential:

@@ -77,5 +77,8 @@ class SimCLR(Classifier):
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         images, _, index = batch
-        first, second = self.projection(self.net.embed(self.views(images, index))).chunk(2)
-        return contrastive_loss(torch.stack([first, second], dim=1), self.temperature, symmetric=self.symmetric)
+        with torch.autocast(images.device.type, enabled=False):  # views are pictures and the loss compares cosines: both float32
+            views = self.views(images, index)
+        first, second = self.projection(self.net.embed(views)).float().chunk(2)
+        with torch.autocast(images.device.type, enabled=False):
+            return contrastive_loss(torch.stack([first, second], dim=1), self.temperature, symmetric=self.symmetric)

@@ -1,13 +1,22 @@
-"""The one training loop: the only place that builds a Trainer, picks a device, or seeds the global generators."""
+"""The one training loop: the only place that builds a Trainer, picks a device or its arithmetic, or seeds the global generators.
+
+Networks live on the CPU between two uses. Training and evaluation move them to the default device and back; what they return is on
+the CPU. On CUDA the same call gives the same bits on one type of GPU: cuDNN and PyTorch are held to their deterministic kernels.
+Where PyTorch has none, it warns; of what is used here that is the backward pass of max-pooling in channels_last alone, and its
+windows, which do not overlap, leave nothing to add up in another order.
+"""
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
+import os
 import signal
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -21,8 +30,13 @@ from models.images import ImageSet, to_float
 from models.spec import Spec, check
 
 __all__ = [
-    "Diverged", "Fitted", "Recipe", "accuracy", "default_device", "embed", "fit", "logits", "predict", "predict_head", "seeded",
+    "Diverged", "Fitted", "Precision", "Recipe", "accuracy", "arithmetic", "default_device", "embed", "fit", "logits", "predict",
+    "predict_head", "seeded",
 ]  # fmt: skip
+
+Precision = Literal["reference", "tf32", "bf16"]
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts: without it cuBLAS may sum in another order
 
 
 class Diverged(RuntimeError):
@@ -41,7 +55,9 @@ class Recipe(Spec):
         optimizer: ``sgd`` or ``adam``.
         schedule: ``cosine`` (per epoch, to zero), ``one-cycle`` (per step), ``multistep`` (x0.1 at 50 % and 75 %) or ``constant``.
         crop: zero padding of the random crop, in pixels. flip: mirror half of the samples.
-        precision: ``reference`` = float32 everywhere.
+        precision: of arithmetic on CUDA; the CPU computes in float32 whatever this says. ``reference`` = float32 everywhere.
+            ``tf32`` = products of float32 matrices and convs in TF32, in evaluation too. ``bf16`` = that, and the forward passes of
+            training under autocast to bfloat16 (losses, norms and weights stay float32).
     """
 
     name: ClassVar[str] = "recipe"
@@ -56,7 +72,7 @@ class Recipe(Spec):
     schedule: Literal["cosine", "one-cycle", "multistep", "constant"] = "cosine"
     crop: int = 4
     flip: bool = True
-    precision: Literal["reference"] = "reference"
+    precision: Precision = "reference"
 
     def __post_init__(self) -> None:
         check(self, "epochs", 0 <= self.epochs <= 10_000, "between 0 and 10000")
@@ -68,7 +84,7 @@ class Recipe(Spec):
         check(self, "optimizer", self.optimizer in ("sgd", "adam"), "'sgd' or 'adam'")
         known = ("cosine", "one-cycle", "multistep", "constant")
         check(self, "schedule", self.schedule in known, "one of " + ", ".join(known))
-        check(self, "precision", self.precision == "reference", "'reference'")
+        check(self, "precision", self.precision in ("reference", "tf32", "bf16"), "'reference', 'tf32' or 'bf16'")
 
 
 @dataclass(frozen=True)
@@ -85,8 +101,42 @@ class Fitted:
 
 
 def default_device() -> torch.device:
-    """CUDA when there is one, otherwise the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """CUDA when there is one, otherwise the CPU. Several processes may share one GPU; ``CUDA_VISIBLE_DEVICES`` says which."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    _pinned()
+    return torch.device("cuda")
+
+
+@functools.lru_cache(maxsize=1)
+def _pinned() -> None:
+    """CUDA's arithmetic for the whole process: float32 is float32, and the same call gives the same bits."""
+    _products("reference")
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # A debugging aid that costs a pass over every new tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _products(precision: Precision) -> None:
+    """Whether products of float32 matrices and convs are rounded to TF32 on CUDA."""
+    torch.set_float32_matmul_precision("highest" if precision == "reference" else "high")
+    torch.backends.cudnn.allow_tf32 = precision != "reference"
+
+
+@contextmanager
+def arithmetic(precision: Precision) -> Iterator[None]:
+    """Inside, products of float32 on CUDA are what ``precision`` says; on the CPU nothing changes. Autocast is :func:`fit`'s."""
+    if default_device().type == "cpu":
+        yield
+        return
+    before: Precision = "tf32" if torch.backends.cudnn.allow_tf32 else "reference"
+    _products(precision)
+    try:
+        yield
+    finally:
+        _products(before)
 
 
 class seeded:  # noqa: N801 - used like a function
@@ -107,8 +157,9 @@ class seeded:  # noqa: N801 - used like a function
 def fit(module: Classifier, data: ImageSet, recipe: Recipe, seed: int) -> Fitted:
     """Trains ``module`` on ``data``; the same arguments give the same weights, bit for bit, on one machine type.
 
-    Lightning's logger, checkpoints, progress bar and sanity check are off: the benchmark shows progress itself, and a small
-    training would pay more for them than for its own arithmetic.
+    The data are moved to the device once and stay there: batches are drawn, cropped and flipped on it. Lightning's logger,
+    checkpoints, progress bar and sanity check are off: the benchmark shows progress itself, and a small training would pay more for
+    them than for its own arithmetic. Nothing is compiled: a graph takes longer to compile than a short training runs.
 
     Raises:
         Diverged: a weight is not finite at the end.
@@ -121,14 +172,14 @@ def fit(module: Classifier, data: ImageSet, recipe: Recipe, seed: int) -> Fitted
     batches = module.loader(data.to(device), seed)
     module.total_steps = len(batches) * recipe.epochs
     module.train()
-    with metered() as cost, seeded(seed), warnings.catch_warnings():
+    with metered() as cost, seeded(seed), arithmetic(recipe.precision), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's advice on loaders, loggers and idle GPUs does not apply here
         _quiet()
         trainer = pl.Trainer(
             max_epochs=recipe.epochs,
             accelerator="gpu" if device.type == "cuda" else "cpu",
             devices=1,
-            precision="32-true",
+            precision="bf16-mixed" if recipe.precision == "bf16" and device.type == "cuda" else "32-true",
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -158,60 +209,62 @@ def _quiet() -> None:
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.ERROR)
 
 
-@torch.no_grad()
-def predict(net: Network, images: Tensor, batch: int = 500) -> Tensor:
-    """Predicted classes int64 (N,) of uint8 images (N, C, H, W), in evaluation mode, in batches of fixed size.
+@contextmanager
+def _evaluated(net: Network) -> Iterator[torch.device]:
+    """``net`` on the default device and in evaluation mode; where it was, and its mode, are restored."""
+    home, was_training, device = next(net.parameters()).device, net.training, default_device()
+    net.to(device).eval()
+    try:
+        yield device
+    finally:
+        net.to(home).train(was_training)
 
-    The mode the network was in is restored. The pass is tallied as forward samples.
+
+def _batches(images: Tensor, batch: int | None, device: torch.device) -> Iterator[Tensor]:
+    """Float images on ``device`` in batches of fixed size: ``batch``, or what suits the device."""
+    size = batch or (500 if device.type == "cpu" else 2000)
+    for start in range(0, len(images), size):
+        part = to_float(images[start : start + size].to(device))
+        yield part.contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def predict(net: Network, images: Tensor, batch: int | None = None) -> Tensor:
+    """Predicted classes int64 (N,) of uint8 images (N, C, H, W), in evaluation mode, in batches of fixed size, on the CPU.
+
+    Computed on the default device; mode and place of the network are restored. The pass is tallied as forward samples.
     """
-    device = next(net.parameters()).device
-    was_training = net.training
-    net.eval()
-    parts = []
-    for start in range(0, len(images), batch):
-        parts.append(net(_floats(images[start : start + batch], device)).argmax(1).cpu())
-    net.train(was_training)
+    with _evaluated(net) as device:
+        parts = [net(part).argmax(1).cpu() for part in _batches(images, batch, device)]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 
 @torch.no_grad()
-def embed(net: Network, images: Tensor, batch: int = 500) -> list[Tensor]:
-    """Embeddings of uint8 images (N, C, H, W) in evaluation mode, a list of float (B, d) in the batches of :func:`predict`."""
-    device = next(net.parameters()).device
-    was_training = net.training
-    net.eval()
-    parts = [net.embed(_floats(images[start : start + batch], device)) for start in range(0, len(images), batch)]
-    net.train(was_training)
-    return parts
+def embed(net: Network, images: Tensor, batch: int | None = None) -> list[Tensor]:
+    """Embeddings of uint8 images (N, C, H, W) in evaluation mode, a list of float (B, d) in the batches of :func:`predict`.
+
+    They stay on the default device; mode and place of the network are restored.
+    """
+    with _evaluated(net) as device:
+        return [net.embed(part) for part in _batches(images, batch, device)]
 
 
 @torch.no_grad()
-def logits(net: Network, images: Tensor, batch: int = 500) -> Tensor:
-    """Logits float (N, num_classes) of uint8 images (N, C, H, W) in evaluation mode, computed on the default device, on the CPU.
-
-    Mode and device of the network are restored.
-    """
-    device = next(net.parameters()).device
-    parts = [net.head(z).cpu() for z in embed(net.to(default_device()), images, batch)]
-    net.to(device)
-    return torch.cat(parts)
+def logits(net: Network, images: Tensor, batch: int | None = None) -> Tensor:
+    """Logits float (N, num_classes) of uint8 images (N, C, H, W) in evaluation mode, on the CPU; otherwise as :func:`predict`."""
+    with _evaluated(net) as device:
+        return torch.cat([net(part).cpu() for part in _batches(images, batch, device)])
 
 
 @torch.no_grad()
 def predict_head(net: Network, embedded: Sequence[Tensor]) -> Tensor:
     """What :func:`predict` says, from the embeddings that :func:`embed` gave: the same classes, without a pass of the features."""
-    was_training = net.training
-    net.eval()
-    parts = [net.head(z).argmax(1).cpu() for z in embedded]
-    net.train(was_training)
+    with _evaluated(net):
+        parts = [net.head(z).argmax(1).cpu() for z in embedded]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 
-def _floats(images: Tensor, device: torch.device) -> Tensor:
-    return to_float(images.to(device)).contiguous(memory_format=torch.channels_last)
-
-
-def accuracy(net: Network, data: ImageSet, batch: int = 500) -> float:
+def accuracy(net: Network, data: ImageSet, batch: int | None = None) -> float:
     """Share of ``data`` classified as labelled, in [0, 1]; NaN for an empty set."""
     if len(data) == 0:
         return math.nan

@@ -205,7 +205,7 @@ def top_share(share: float) -> Policy:
 
     def policy(scores: Tensor) -> Tensor:
         order = torch.argsort(scores, descending=True, stable=True)
-        mask = torch.zeros(len(scores), dtype=torch.bool)
+        mask = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
         mask[order[: round(share * len(scores))]] = True
         return mask
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import signal
 
@@ -11,12 +12,13 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from models import training
 from models.backbone import Network
 from models.classifier import Classifier
 from models.images import ImageSet
 from models.resnet import ResNet8
-from models.spec import BadInput, generator
-from models.training import Diverged, Recipe, accuracy, fit, predict, seeded
+from models.spec import BadInput, canonical, generator
+from models.training import Diverged, Recipe, accuracy, arithmetic, embed, fit, logits, predict, predict_head, seeded
 
 TINY = Recipe(epochs=2, batch=8, lr=0.05, crop=1)
 
@@ -231,6 +233,45 @@ def test_prediction_does_not_depend_on_the_batch_size_and_restores_the_mode() ->
     assert accuracy(net, data) == pytest.approx(sum(hits) / 50)
 
 
+def test_the_ways_to_evaluate_say_the_same() -> None:
+    net, data = tiny(width=4), some_images(50)
+    expected = predict(net, data.images)
+    assert torch.equal(logits(net, data.images).argmax(1), expected)
+    assert torch.equal(predict_head(net, embed(net, data.images, batch=7)), expected)
+
+
+def test_precisions_are_one_on_the_cpu_but_not_one_key() -> None:
+    data, seen = some_images(), {}
+    for precision in ("reference", "tf32", "bf16"):
+        recipe = dataclasses.replace(TINY, precision=precision)  # type: ignore[arg-type]
+        seen[canonical(recipe)] = weights(fit(Classifier(tiny(), recipe), data, recipe, seed=3).net)
+    assert len(seen) == 3
+    first, *others = seen.values()
+    assert all(same(first, other) for other in others)
+    assert Recipe().spec()["precision"] == "reference", "keys of what was stored before there was a choice stand"
+
+
+def products() -> tuple[str, bool]:
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+
+def test_products_are_rounded_inside_and_what_they_were_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = products()
+    with arithmetic("tf32"):
+        assert products() == before, "nothing changes where there is no GPU"
+    monkeypatch.setattr(training, "default_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    try:
+        with arithmetic("bf16"):
+            assert products() == ("high", True)
+            with arithmetic("reference"):
+                assert products() == ("highest", False)
+            assert products() == ("high", True)
+        assert products() == ("highest", False)
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+
+
 def test_accuracy_of_nothing_is_not_a_number() -> None:
     nothing = some_images().subset(torch.empty(0, dtype=torch.int64))
     assert predict(tiny(), nothing.images).tolist() == []
@@ -241,7 +282,7 @@ def test_accuracy_of_nothing_is_not_a_number() -> None:
     ("field", "value"),
     [
         ("epochs", -1), ("batch", 1), ("lr", math.inf), ("lr", 11.0), ("momentum", 1.0), ("weight_decay", -0.1), ("crop", 65),
-        ("optimizer", "lion"), ("schedule", "linear"), ("precision", "bf16"),
+        ("optimizer", "lion"), ("schedule", "linear"), ("precision", "fp8"),
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_named(field: str, value: object) -> None:
