@@ -9,13 +9,15 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 PYTHON ?= python3
 MATRIX ?= quick
 ARGS ?=
+ONLY ?=
+comma := ,
 
 VENV := .venv
 STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 LEVELFIELD := $(RUN) -m benchmark
 
-.PHONY: help install benchmark tables plots report paper dashboard test check lint fix clean
+.PHONY: help install benchmark slices tables plots report paper dashboard test check lint fix clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -35,6 +37,13 @@ $(STAMP): pyproject.toml constraints.txt
 
 benchmark: $(STAMP) ## run MATRIX, then draw its tables, plots and report (issued again: resumes, repeats nothing)
 	@$(LEVELFIELD) run --matrix $(MATRIX) $(ARGS)
+
+slices: $(STAMP) ## run MATRIX defense by defense, as the file orders them: every attack undefended first (ONLY=seed=0 takes a part)
+	@$(RUN) -c 'from benchmark.matrix import find_matrix, load_matrix; \
+	  print(*dict.fromkeys(cell.defense_label for cell in load_matrix(find_matrix("$(MATRIX)")).cells), sep="\n")' | \
+	while IFS= read -r defense; do \
+	  $(LEVELFIELD) run --matrix $(MATRIX) --only "$(if $(ONLY),$(ONLY)$(comma))defense=$$defense" $(ARGS) </dev/null || exit; \
+	done
 
 tables: $(STAMP) ## tables of MATRIX from its stored rows
 	@$(LEVELFIELD) tables --matrix $(MATRIX) $(ARGS)

@@ -21,7 +21,7 @@ CacheOption = Annotated[
 ]
 OnlyOption = Annotated[
     Optional[str],  # noqa: UP045 - typer reads the annotation at run time
-    typer.Option("--only", help="Run a slice, e.g. attack=badnets,seed=0; axes: backbone, attack, seed, track, scope, defense."),
+    typer.Option("--only", help="Run a slice, e.g. attack=badnets|sig,seed=0; axes: backbone attack seed track scope defense."),
 ]
 RESULTS, CACHE = Path("results"), Path(".cache")
 
@@ -30,7 +30,7 @@ RESULTS, CACHE = Path("results"), Path(".cache")
 def run(
     matrix: MatrixOption = "quick",
     only: OnlyOption = None,
-    processes: Annotated[int, typer.Option(min=0, help="Stages at once; 0 = one per core. Never changes a row.")] = 0,
+    processes: Annotated[int, typer.Option(min=0, help="Stages at once; 0 = one per core (three on a GPU). No row changes.")] = 0,
     wandb: Annotated[bool, typer.Option(help="Log every cell to Weights & Biases (offline by default).")] = True,
     results: ResultsOption = RESULTS,
     cache: CacheOption = CACHE,
@@ -43,7 +43,7 @@ def run(
     try:
         outcome = run_matrix(loaded, results=results, cache=cache, console=console, only=only, processes=processes or None)
     except KeyboardInterrupt:
-        console.print("\ninterrupted; every finished stage is stored: issue the same command again to go on")
+        console.print("\ninterrupted; finished stages are stored, finished cells have rows: issue the same command again to go on")
         raise typer.Exit(130) from None
     from benchmark.present import present
 

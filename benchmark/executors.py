@@ -1,7 +1,8 @@
-"""Running stages: several processes on this machine, one thread each.
+"""Running stages: several processes on this machine, one thread each; where there is a GPU, they share it.
 
 A stage is a victim, an extractor or a cell, named by its place in the matrix; the store is the hand-over between them, so who ran
-what, in which order and how often it was interrupted cannot change a row.
+what, in which order and how often it was interrupted cannot change a row. Every process finds the GPU by itself (it is not told
+which device to use), and what it stores is on the CPU.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ from typing import Any, Literal, Protocol
 
 from models.spec import BadInput
 
-__all__ = ["Failure", "Stage", "Watcher", "cores", "run_stages", "single_thread"]
+__all__ = ["Failure", "Stage", "Watcher", "cores", "places", "run_stages", "single_thread"]
 
 ATTEMPTS = 3
 """How often a stage is tried when the process that runs it dies (out of memory, say)."""
+SHARING = 3
+"""Processes that share a GPU unless somebody says otherwise: at the literature's batch of 128 a single one spends about as long on
+issuing kernels as the GPU on running them."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def places() -> int:
+    """Stages at once where nobody says how many: one per core, or :data:`SHARING` on a GPU (never more than there are cores)."""
+    from models.training import default_device
+
+    return cores() if default_device().type == "cpu" else min(SHARING, cores())
+
+
 def single_thread() -> None:
     """One thread for all arithmetic: the number of threads changes the bits, and more threads than free cores collapse."""
     import torch
@@ -84,6 +95,7 @@ def _start(path: str, store: str, cache: str, news: Any, parent: int) -> None:
         news.put((os.getpid(), "note", line, ""))
 
     _state.update(matrix=load_matrix(Path(path)), store=Store(Path(store), report), cache=Path(cache), news=news)
+    _state.update(pooled=parent > 0, lost=False)
     if parent:
         threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
 
@@ -96,26 +108,53 @@ def _die_with(parent: int) -> None:
 
 
 def _work(kind: str, number: int, label: str) -> None:
-    from benchmark.cell import run_cell, run_extractor, run_victim
-
-    news, matrix = _state["news"], _state["matrix"]
+    if _state.get("lost"):
+        os._exit(1)  # the pool starts another process and tries this stage there
+    news = _state["news"]
     news.put((os.getpid(), "started", label, kind))
     try:
-        if kind == "victim":
-            scenarios = victims_of(matrix)
-            run_victim(scenarios[number], _state["store"], _state["cache"])
-        elif kind == "extractor":
-            extractor, scenario = extractors_of(matrix)[number]
-            run_extractor(extractor, scenario, _state["store"], _state["cache"])
-        else:
-            run_cell(matrix.cells[number], _state["store"], _state["cache"])
+        _run(kind, number)
     except BadInput:
         raise
     except Exception as error:
+        _state["lost"] = _state["pooled"] and _device_lost()
         # Told here, where the traceback is whole, so that the reason reads the same in this process and across processes.
         raise StageError(_why(error)) from error
     finally:
         news.put((os.getpid(), "finished", label, kind))
+
+
+def _run(kind: str, number: int) -> None:
+    from benchmark.cell import run_cell, run_extractor, run_victim
+    from models.training import arithmetic
+
+    matrix, store, cache = _state["matrix"], _state["store"], _state["cache"]
+    # What a stage computes outside its trainings (scores, estimates, searches) is as precise as the victim's recipe says.
+    if kind == "victim":
+        scenario = victims_of(matrix)[number]
+        with arithmetic(scenario.recipe.precision):
+            run_victim(scenario, store, cache)
+    elif kind == "extractor":
+        extractor, scenario = extractors_of(matrix)[number]
+        with arithmetic(scenario.recipe.precision):
+            run_extractor(extractor, scenario, store, cache)
+    else:
+        cell = matrix.cells[number]
+        with arithmetic(cell.scenario.recipe.precision):
+            run_cell(cell, store, cache)
+
+
+def _device_lost() -> bool:
+    """Whether the GPU answers this process no more: an illegal access spoils everything the process does there afterwards."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def victims_of(matrix: Any) -> list[Any]:

@@ -21,7 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from models.spec import BadInput, Spec, check, digest, lookup, nearest
+
+try:
+    from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+except ImportError as error:
+    raise BadInput(f"matrix files are checked by pydantic, which is missing here ({error}): pip install pydantic") from error
 
 from attacks import ATTACKS
 from attacks.base import Attack, Plan, Power
@@ -33,7 +38,6 @@ from defenses.base import Defense, Knowledge, Scope
 from models import BACKBONES
 from models.backbone import Backbone
 from models.extractors import EXTRACTORS, Extractor
-from models.spec import BadInput, Spec, check, digest, lookup, nearest
 from models.training import Recipe
 
 __all__ = ["Cell", "Frozen", "Matrix", "Scenario", "find_matrix", "load_matrix", "matrix_names", "settings_hash"]
@@ -319,9 +323,18 @@ def _named(kind: str, table: dict[str, Any], number: int) -> str:
 
 
 def _recipe(*tables: Mapping[str, Any]) -> Recipe:
+    """The later table wins; ``preset`` stands for what ``recipes.toml`` has under that name, and the keys beside it win over it.
+
+    Raises:
+        BadInput: no such preset, or a table says something no recipe has.
+    """
     merged: dict[str, Any] = {}
     for table in tables:
-        merged |= table
+        own = dict(table)
+        preset = _take(own, "preset", str, None, "recipe")
+        if preset is not None and preset not in recipes():
+            raise BadInput(f"recipe: no preset {preset!r}{nearest(preset, recipes())}")
+        merged |= {**(recipes()[preset] if preset is not None else {}), **own}
     return _make("recipe", Recipe, merged)
 
 
@@ -553,6 +566,12 @@ def _preset(defense: type[Defense], preset: str, given: dict[str, Any]) -> tuple
     defaults = {f.name: f.default for f in dataclasses.fields(defense)}  # type: ignore[arg-type]
     own = {**defaults, **known.get(preset, {})}
     plain = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+@functools.lru_cache(maxsize=1)
+def recipes() -> dict[str, dict[str, Any]]:
+    """Ways to train that have a name, as ``recipes.toml`` has them."""
+    return tomllib.loads((Path(__file__).parent / "recipes.toml").read_text(encoding="utf-8"))
+
+
     changed = [f"{key}={_words(value)}" for key, value in plain.items() if own.get(key) != value]
     return (f"{preset}; {', '.join(changed)}" if changed else preset), settings
 

@@ -22,7 +22,7 @@ from rich.console import Console
 from benchmark import rows as files
 from benchmark.cell import CellResult, cell_key, cell_rows, extractor_key, victim_key
 from benchmark.datasets import Dataset, load
-from benchmark.executors import Failure, Stage, cores, extractors_of, run_stages, victims_of
+from benchmark.executors import Failure, Stage, extractors_of, places, run_stages, victims_of
 from benchmark.files import write_text
 from benchmark.matrix import Cell, Matrix, Scenario, settings_hash
 from benchmark.progress import RunProgress
@@ -33,7 +33,7 @@ from models.spec import BadInput, canonical, nearest
 __all__ = ["Filter", "Outcome", "collect", "parse_only", "run_matrix"]
 
 VERSIONED = ("torch", "torchvision", "pytorch-lightning", "numpy", "scipy", "scikit-learn", "pandas", "safetensors")
-Filter = Mapping[str, str]
+Filter = Mapping[str, Sequence[str]]
 AXES: dict[str, Callable[[Cell], str]] = {
     "backbone": lambda cell: cell.scenario.backbone_label,
     "attack": lambda cell: cell.scenario.attack_label,
@@ -45,22 +45,33 @@ AXES: dict[str, Callable[[Cell], str]] = {
 
 
 def parse_only(matrix: Matrix, only: str | None) -> Filter:
-    """``"attack=badnets,seed=0"`` -> a filter over the matrix's cells.
+    """``"attack=badnets|blended,seed=0"`` -> the values that each axis may have, by axis.
+
+    Commas stand between axes, bars between values; all axes must agree. A label may hold either: what follows a comma without an
+    axis of its own belongs to the value before it, and a value that a cell has as it stands is not split.
 
     Raises:
-        BadInput: an unknown axis, or a value no cell has, with the nearest right one.
+        BadInput: an unknown axis, one named twice, or a value no cell has, with the nearest right one.
     """
-    chosen: dict[str, str] = {}
+    parts: list[str] = []
     for part in (only or "").split(","):
-        if not part.strip():
-            continue
-        axis, equals, value = (piece.strip() for piece in part.partition("="))
+        if parts and part.strip() and "=" not in part:
+            parts[-1] += f",{part}"
+        elif part.strip():
+            parts.append(part)
+    chosen: dict[str, Sequence[str]] = {}
+    for part in parts:
+        axis, equals, text = (piece.strip() for piece in part.partition("="))
         if not equals or axis not in AXES:
             raise BadInput(f"--only {part.strip()!r}: write axis=value{nearest(axis, AXES)}")
+        if axis in chosen:
+            raise BadInput(f"--only names {axis} twice; write {axis}={'|'.join(chosen[axis])}|{text}")
         values = list(dict.fromkeys(AXES[axis](cell) for cell in matrix.cells))
-        if value not in values:
-            raise BadInput(f"--only {axis}={value}: matrix {matrix.name!r} has none{nearest(value, values)}")
-        chosen[axis] = value
+        wanted = (text,) if text in values else tuple(piece.strip() for piece in text.split("|"))
+        for value in wanted:
+            if value not in values:
+                raise BadInput(f"--only {axis}={value}: matrix {matrix.name!r} has none{nearest(value, values)}")
+        chosen[axis] = wanted
     return chosen
 
 
@@ -91,23 +102,37 @@ def run_matrix(
         results: folder of results; the matrix gets a folder of its name in it.
         cache: the store, decoded images and tracking runs live here.
         only: see :func:`parse_only`; rows of other cells that stand in rows.csv are kept.
-        processes: how many stages run at once (default: one per core); never changes a row.
+        processes: how many stages run at once (default: one per core, or a few on a GPU); never changes a row.
         order: permutes the cells' order of execution (for tests); never changes a row.
 
     Raises:
         BadInput: see the message; everything already computed stays in the store.
+        KeyboardInterrupt: somebody stopped it; the rows of the cells that stand are written first, as those of a slice are.
     """
     chosen = parse_only(matrix, only)
     folder = results / matrix.name
     _writable(folder)
     _writable(cache)
     store = Store(cache / "store", lambda line: console.print(f"[yellow]note:[/] {line}", highlight=False))
-    cells = [cell for cell in matrix.cells if all(AXES[axis](cell) == value for axis, value in chosen.items())]
+    cells = [cell for cell in matrix.cells if all(AXES[axis](cell) in values for axis, values in chosen.items())]
     datasets = _datasets(matrix, cache, console)
-    failures = _execute(matrix, cells, store, cache, datasets, console, processes, order)
+    try:
+        failures = _execute(matrix, cells, store, cache, datasets, console, processes, order)
+    except KeyboardInterrupt:
+        stored = [cell for cell in cells if _stands(cell, store, datasets)]
+        if stored:
+            _write(matrix, folder, collect(matrix, stored, store, datasets, {}), datasets, whole=False)
+        raise
     collected = collect(matrix, cells, store, datasets, failures)
     changed = _write(matrix, folder, collected, datasets, whole=not chosen)
     return Outcome(folder, [result for result, _ in collected], sum(new for _, new in collected), changed)
+
+
+def _stands(cell: Cell, store: Store, datasets: Mapping[str, Dataset]) -> bool:
+    """Whether everything that the cell's rows are made of is stored."""
+    fingerprint = datasets[canonical(cell.scenario.dataset)].fingerprint
+    keys = [("victim", victim_key(scenario, fingerprint)) for scenario in (cell.scenario, cell.scenario.twin())]
+    return all(store.has(stage, key) for stage, key in [("defended", cell_key(cell, fingerprint)), *keys])
 
 
 def _writable(folder: Path) -> None:
@@ -189,11 +214,11 @@ def _execute(
     stages += order(todo) if order else todo
     if not stages:
         return {}
-    count = min(processes or cores(), len(stages))
+    count = min(processes or places(), len(stages))
     console.print(
         f"{matrix.name}: {totals['victim']} models and {totals['extractor']} extractors to train, {len(todo)} defense cells to run "
         f"({len(cells) - len(todo)} already stand); "
-        f"{count} process{'es' if count > 1 else ''}, one thread each",
+        f"{count} process{'es' if count > 1 else ''}, one thread each{' and one GPU for all' if torch.cuda.is_available() else ''}",
         highlight=False,
     )
     with RunProgress(console, totals) as progress:
@@ -289,11 +314,19 @@ def manifest(matrix: Matrix, datasets: Mapping[str, Dataset]) -> dict[str, Any]:
         "plugins": [{"file": name, "sha256": hashed} for name, hashed in matrix.plugins],
         "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}},
         "arithmetic": {
-            "device": "cuda" if torch.cuda.is_available() else "cpu",
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "machine": platform.machine(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
             "threads": 1,
-            "precision": "float32",
+            "precision": _precision(matrix),
             "memory_format": "channels_last",
         },
     }
+
+
+def _precision(matrix: Matrix) -> str:
+    """What the recipes' precisions come to on this machine, in words."""
+    named = dict.fromkeys(scenario.recipe.precision for scenario in matrix.scenarios)
+    if not torch.cuda.is_available():
+        return "float32"
+    return ", ".join("float32" if precision == "reference" else precision for precision in named)

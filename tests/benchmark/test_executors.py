@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmark import executors
 from benchmark.executors import Failure, Stage, run_stages
@@ -109,6 +112,64 @@ def test_a_persons_mistake_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> Non
     inline(monkeypatch, work)
     with pytest.raises(BadInput, match="disk is full"):
         run_stages([Stage("victim", 0, "a"), Stage("victim", 1, "b")], Path("m"), Path("s"), Path("c"), Ear(), 1)
+
+
+def test_a_gpu_is_shared_by_a_few_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert executors.places() == executors.cores()
+    monkeypatch.setattr("models.training.default_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(executors, "cores", lambda: 16)
+    assert executors.places() == executors.SHARING
+    monkeypatch.setattr(executors, "cores", lambda: 2)
+    assert executors.places() == 2
+
+
+class Left(BaseException):
+    """Stands for a process that ended."""
+
+
+def test_a_process_that_lost_its_gpu_fails_one_stage_and_takes_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(kind: str, number: int) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def leave(status: int) -> None:
+        raise Left
+
+    monkeypatch.setattr(executors, "_run", broken)
+    monkeypatch.setattr(executors, "_device_lost", lambda: True)
+    monkeypatch.setattr(executors.os, "_exit", leave)
+    monkeypatch.setattr(executors, "_state", {"news": executors._Inline(Ear()), "pooled": True})
+    with pytest.raises(executors.StageError, match="illegal memory access"):
+        executors._work("cell", 0, "a")
+    with pytest.raises(Left):
+        executors._work("cell", 1, "b")
+    monkeypatch.setattr(executors, "_state", {"news": executors._Inline(Ear()), "pooled": False})
+    for label in ("a", "b"):  # the only process there is goes on and reports
+        with pytest.raises(executors.StageError):
+            executors._work("cell", 0, label)
+
+
+def test_a_machine_without_gpu_has_none_to_lose() -> None:
+    if not torch.cuda.is_available():
+        assert not executors._device_lost()
+
+
+def test_a_stage_computes_as_precisely_as_its_victims_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = MATRIX.replace('plugins = ["odd.py"]\n', "").replace('name = "dies-once"', 'name = "clp"')
+    (tmp_path / "m.toml").write_text(text.replace("epochs = 0", 'epochs = 0, precision = "tf32"'))
+    matrix, entered = load_matrix(tmp_path / "m.toml"), []
+
+    @contextmanager
+    def noted(precision: str) -> Iterator[None]:
+        entered.append(precision)
+        yield
+
+    monkeypatch.setattr("models.training.arithmetic", noted)
+    monkeypatch.setattr("benchmark.cell.run_victim", lambda *arguments: entered.append("victim"))
+    monkeypatch.setattr("benchmark.cell.run_cell", lambda *arguments: entered.append("cell"))
+    monkeypatch.setattr(executors, "_state", {"matrix": matrix, "store": None, "cache": tmp_path})
+    executors._run("victim", 0)
+    executors._run("cell", 1)
+    assert entered == ["tf32", "victim", "tf32", "cell"]
 
 
 def test_victims_are_listed_once_benign_twins_first(tmp_path: Path) -> None:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmark.matrix import Cell, find_matrix, load_matrix, matrix_names, presets, settings_hash
+from benchmark.matrix import Cell, find_matrix, load_matrix, matrix_names, presets, recipes, settings_hash
 from benchmark.tracks import TRACKS
 from defenses import DEFENSES
 from defenses.base import Knowledge, Scope
 from defenses.fine_tuning import FineTuning
 from models.spec import BadInput, canonical, lookup
 
+from models.training import Recipe
 GOOD = """
 title = "tiny"
 seeds = [0, 1]
@@ -90,6 +91,19 @@ def test_a_preset_is_its_settings_and_says_what_the_matrix_changes_of_it(tmp_pat
 
 
 def test_presets_change_lengths_and_sample_counts_never_the_algorithm() -> None:
+def test_a_recipe_by_name_and_what_wins_over_it(tmp_path: Path) -> None:
+    def recipe(text: str) -> Recipe:
+        return load_matrix(written(tmp_path, text)).scenarios[-1].recipe
+
+    fast = Recipe(**recipes()["fast"])
+    assert recipe(GOOD.replace("epochs = 2", 'preset = "fast"')) == fast
+    assert recipe(GOOD.replace("epochs = 2", 'preset = "fast"\nepochs = 2')) == dataclasses.replace(fast, epochs=2)
+    one_attack = GOOD.replace("rate = 0.05", 'rate = 0.05\nrecipe = { preset = "fast", batch = 64 }')
+    assert recipe(one_attack) == dataclasses.replace(fast, batch=64)
+    assert recipe(GOOD.replace("width = 4", 'width = 4\nrecipe = { preset = "fast" }')) == fast
+    assert (fast.epochs, fast.batch, fast.schedule, fast.precision) == (24, 512, "one-cycle", "bf16")
+
+
     lengths = {"epochs", "batch", "iterations", "rounds", "points", "grid"}
     for method, known in presets().items():
         cls = lookup("defense", DEFENSES, method)
@@ -196,6 +210,8 @@ BAD = {
     "name missing": (GOOD.replace('name = "sig"\n', ""), "attack number 2: 'name' is missing"),
     "two alike": (GOOD + '[[defense]]\nname = "none"\n', "two defenses are called 'none'"),
     "not toml": (GOOD + "]]", "not TOML"),
+    "unknown recipe preset": (GOOD.replace("epochs = 2", 'preset = "fsat"'), "recipe: no preset 'fsat'; did you mean 'fast'"),
+    "recipe preset of a wrong type": (GOOD.replace("epochs = 2", "preset = 3"), "recipe: preset = 3 should be a str"),
     "rate and rates": (GOOD.replace("rates = [0.1, 0.01]", "rates = [0.1]\nrate = 0.1"), "either rate or rates"),
     "plugin missing": ('plugins = ["gone.py"]\n' + GOOD, "gone.py: no such file"),
 }

@@ -9,13 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 from rich.console import Console
 
-from benchmark.executors import Stage
+from benchmark.executors import Failure, Stage, run_stages
 from benchmark.matrix import Matrix, load_matrix
 from benchmark.rows import Curve, Row, read
 from benchmark.run import Outcome, parse_only, run_matrix
@@ -224,8 +226,50 @@ def test_slices_merge_into_one_file(matrix: Matrix, once: Path, tmp_path: Path) 
     assert content(tmp_path) == content(once)
 
 
+def test_an_interrupt_leaves_rows_of_what_stands_and_the_same_command_goes_on(
+    matrix: Matrix, once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(stages: Sequence[Stage], *arguments: Any) -> list[Failure]:
+        run_stages(stages[:5], *arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("benchmark.run.run_stages", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            go(matrix, tmp_path, processes=1)
+        # Three victims, then two cells of the five.
+        assert list(rows_of(tmp_path)["defense"]) == ["none"] * 3 + ["clp"] * 3
+        assert set(rows_of(tmp_path)["status"]) == {"ok", "refused"}
+        patched.setattr("benchmark.run.run_stages", lambda *arguments: stopped([], *arguments[1:]))
+        with pytest.raises(KeyboardInterrupt):
+            go(matrix, tmp_path / "nothing-yet", processes=1)
+        assert not (tmp_path / "nothing-yet" / "results" / "tiny" / "rows.csv").exists()
+    go(matrix, tmp_path, processes=1)
+    assert content(tmp_path) == content(once)
+
+
+def test_only_takes_several_values_and_labels_as_they_are(matrix: Matrix, tmp_path: Path) -> None:
+    assert parse_only(matrix, "attack=sig, seed=0") == {"attack": ("sig",), "seed": ("0",)}
+    assert parse_only(matrix, "attack=sig | badnets,defense=none|clp") == {"attack": ("sig", "badnets"), "defense": ("none", "clp")}
+    assert parse_only(matrix, None) == parse_only(matrix, " , ") == {}
+    (tmp_path / "odd.py").write_text(ODD)
+    (tmp_path / "labels.toml").write_text(TINY.replace('label = "undeclared"', 'label = "a|b, c"'))
+    labelled = load_matrix(tmp_path / "labels.toml")
+    assert parse_only(labelled, "defense=a|b, c,seed=0") == {"defense": ("a|b, c",), "seed": ("0",)}
+
+
+def test_several_values_run_and_merge(matrix: Matrix, once: Path, tmp_path: Path) -> None:
+    go(matrix, tmp_path, processes=1, only="defense=none|clp")
+    assert set(rows_of(tmp_path)["defense"]) == {"none", "clp"}
+    go(matrix, tmp_path, processes=1, only="defense=fine-tuning|greedy|undeclared|broken")
+    assert content(tmp_path) == content(once)
+
+
 def test_only_names_the_nearest(matrix: Matrix) -> None:
-    assert parse_only(matrix, "attack=sig, seed=0") == {"attack": "sig", "seed": "0"}
+    with pytest.raises(BadInput, match="did you mean 'sig'"):
+        parse_only(matrix, "attack=badnets|sg")
+    with pytest.raises(BadInput, match=r"names attack twice; write attack=badnets\|sig"):
+        parse_only(matrix, "attack=badnets,attack=sig")
     with pytest.raises(BadInput, match="did you mean 'attack'"):
         parse_only(matrix, "atack=sig")
     with pytest.raises(BadInput, match="did you mean 'badnets'"):
