@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from benchmark import stats
+from benchmark import published, stats
 from benchmark.files import write_text
 from benchmark.metrics import IMPLANTED_ASR, MAX_ACC_LOSS
 from benchmark.selection import ORACLE_TOLERANCE, TAU
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GIVEN_NOTES", "NOTHING", "SELECTION_WORDS", "console_leaderboard", "csv_text", "gate_words", "given_markdown", "latex",
-    "leaderboard_markdown", "markdown", "plain", "problems_markdown", "setting_words", "slug", "track_words", "write_tables",
+    "leaderboard_markdown", "markdown", "paired_words", "plain", "problems_markdown", "rank_words", "setting_words", "slug",
+    "track_words", "write_tables",
 ]  # fmt: skip
 
 NOTHING = "No attack was implanted under the attack-validity gate, so there is nothing to rank a defense on."
@@ -558,18 +559,163 @@ def _cost(rows: pd.DataFrame, timings: pd.DataFrame) -> str:
     return _pipe(header, lines, left=3)
 
 
-def _significance(rows: pd.DataFrame, track: str, selection: str) -> str:
-    if selection == "oracle":
-        return ""
+# -- tests ---------------------------------------------------------------------------------------------------------------------
+
+
+def _probability(p: float) -> str:
+    return _MISSING if math.isnan(p) else f"{p:.3f}" if p >= 0.001 else f"{p:.1e}"
+
+
+def rank_words(rows: pd.DataFrame, track: str, selection: str) -> str:
+    """What the rank tests of a track say, or why there are none: one line of Markdown."""
     test = stats.significance(rows, track, selection)
     if test is None:
         blocks = int(stats.scenarios(rows)["implanted"].sum())
         needed = f"at least {stats.MIN_BLOCKS} implanted scenarios ({blocks} here) and three complete, differing defenses"
-        return f"\nRank tests: not run; they need {needed}.\n"
-    apart = [f"{a[0]} ({a[1]}) and {b[0]} ({b[1]}), p = {p:.3g}" for a, b, p in test.pairs if p < 0.05]
+        return f"Rank tests and critical-difference diagram: not made; they need {needed}."
+    apart = [f"{a[0]} ({a[1]}) and {b[0]} ({b[1]}), p = {p:.3g}" for a, b, p in test.pairs if p < stats.LEVEL]
     pairs = "; ".join(apart) or "none"
     friedman = f"Friedman test on RA over {test.blocks} scenarios: p = {test.friedman:.3g}"
-    return f"\n{friedman}. Pairs apart at 5 % (Wilcoxon, Holm): {markdown(pairs)}.\n"
+    omnibus = "" if test.friedman < stats.LEVEL else " With such a p of the whole, no pair counts as told apart."
+    left = ", ".join(f"{defense} ({scope})" for defense, scope in test.incomplete)
+    without = f" Left out, a scenario being missing: {markdown(left)}." if left else ""
+    return f"{friedman}. Pairs apart at 5 % (Wilcoxon, Holm): {markdown(pairs)}.{omnibus}{without}"
+
+
+_PAIRED_NOTES = (
+    "A pair: one attacked model (scenario and seed) of an implanted scenario that the defense and the control both met, under the "
+    "selection the track is judged by. Difference: defense minus control in percentage points, mean over scenarios of means over "
+    "seeds; above 0 the defense is ahead. p: two-sided Wilcoxon signed-rank test over the pairs. Holm p: adjusted for all "
+    "comparisons of this table. A missing cell enters no pair, so compare the counts before the figures. A block: all pairs of "
+    "one data set and seed. They share the clean budget and, on each backbone, the benign twin and the very network that the "
+    "control trained, whatever the attack, so they are not independent of each other. Hence brackets resample whole blocks (95 % "
+    "bootstrap; resampling the seeds of each scenario by themselves, as the other tables do, would treat them as independent), "
+    "and the test is repeated over the blocks' means. The p over pairs treats pairs as independent: it says how consistently a "
+    "direction holds over these attacked models, and is too small as evidence about other seeds. Neither speaks of other attacks "
+    "or data."
+)
+
+
+def paired_words(table: pd.DataFrame) -> str:
+    """What the number of pairs and blocks of :func:`benchmark.stats.paired` can show, and what it cannot."""
+    count, pairs, blocks = len(table), int(table["pairs"].max()), int(table["blocks"].max())
+    least, least_blocks = stats.least_p(pairs), stats.least_p(blocks)
+    adjusted = min(1.0, count * least)
+    seen = "can" if adjusted < stats.LEVEL else "cannot"
+    shown = "can" if min(1.0, count * least_blocks) < stats.LEVEL else "cannot"
+    return (
+        f"What so few can show: {pairs} pairs give no p below {_probability(least)}, after Holm over {count} comparisons none "
+        f"below {_probability(adjusted)}, so a difference {seen} reach 5 % over pairs. {blocks} blocks give no p below "
+        f"{_probability(least_blocks)}, so over blocks a difference {shown} reach 5 %, however large it is: one comparison alone "
+        f"takes {stats.blocks_needed()} blocks, {count} take {stats.blocks_needed(count)}. Brackets drawn from {blocks} blocks are "
+        "rough, and too narrow when there are few. A large p shows no equality."
+    )
+
+
+def _paired(table: pd.DataFrame) -> str:
+    header = ["Defense", "Scope", "In", "Pairs", "Difference", "p", "Holm p", "Blocks", "p over blocks"]
+    lines = [[
+        markdown(line["defense"]), markdown(line["scope"]), str(line["metric"]).upper(), f"{line['pairs']} of {line['worlds']}",
+        _bracketed(line, "difference", signed=True), _probability(line["p"]), _probability(line["p_holm"]), str(line["blocks"]),
+        _probability(line["p_blocks"]),
+    ] for _, line in table.iterrows()]  # fmt: skip
+    return _pipe(header, lines, left=3)
+
+
+def _paired_page(table: pd.DataFrame, rows: pd.DataFrame, track: str) -> str:
+    if table.empty:
+        return f"Not made: it takes implanted scenarios, competing defenses and the control {stats.SCRATCH}.\n"
+    chosen = stats.headline(rows, track)
+    about = f"Control: {markdown(table['control'].iloc[0])}. Selection: {markdown(SELECTION_WORDS.get(chosen, chosen))}."
+    return f"{about} {gate_words(rows)}.\n\n{_paired(table)}\n{paired_words(table)}\n\n{_PAIRED_NOTES}\n"
+
+
+# -- published beside measured -------------------------------------------------------------------------------------------------
+
+_PUBLISHED_NOTES = (
+    "Percent. Published: the least and the largest figure that the sources print for the same attack and method (one figure where "
+    "one source does), at the same poisoning rate where somebody printed it, else at the next lower and higher one; on the same "
+    "architecture where there is one, else on all. Here: mean ± sample standard deviation over all finished seeds, implanted or "
+    "not. Defenses without a printed figure, entries that edit the head alone and victims on given features have no line. Nothing "
+    "is judged by these figures: publications differ from each other by more than 10 points of ASR in half of the cells that two "
+    "of them share, and by more than 50 in a quarter."
+)
+
+
+def _printed_band(figures: Sequence[published.Printed], metric: str) -> str:
+    low, high = published.band(getattr(figure, metric) for figure in figures)
+    return _percent(low) if math.isnan(low) or low == high else f"{_percent(low)}{_MISSING}{_percent(high)}"
+
+
+def _printed_where(figures: Sequence[published.Printed]) -> str:
+    rates = sorted({figure.rate for figure in figures}, key=lambda rate: (math.isnan(rate), rate))
+    shown = ["rate not stated" if math.isnan(rate) else f"{100 * rate:g} %" for rate in rates]
+    return f"{', '.join(dict.fromkeys(figure.backbone for figure in figures))}; {', '.join(dict.fromkeys(shown))}"
+
+
+def _published(found: Sequence[tuple[str, published.Comparison]]) -> str:
+    """A section per scenario; ``found``: (track, comparison), in the order of the tracks."""
+    header = ["Defense", "Track", "Published on", "Figures", "Chosen on", *(f"{name}, published" for name in ("ACC", "ASR", "RA")),
+              *(f"{name}, here" for name in ("ACC", "ASR", "RA")), "Selection", "Preset"]  # fmt: skip
+    parts = []
+    for place in dict.fromkeys(one.place for _, one in found):
+        lines, shown = [], set()
+        for track, one in found:
+            if one.place != place or one.entry in shown:
+                continue
+            shown.add(one.entry)
+            here = [_spread(pd.Series([seed[metric] for seed in one.measured])) for metric in published.METRICS]
+            reference = one.role == "reference"
+            chosen = ", ".join(dict.fromkeys(figure.chosen_on for figure in one.printed if figure.chosen_on)) or _MISSING
+            lines.append([
+                markdown(one.entry[0]) + (" (undefended)" if reference else ""), "" if reference else markdown(track),
+                markdown(_printed_where(one.printed)), str(len(one.printed)), chosen,
+                *(_printed_band(one.printed, metric) for metric in published.METRICS), *here,
+                _MISSING if reference else one.selection, _MISSING if reference else markdown(one.preset or _MISSING),
+            ])  # fmt: skip
+        first = next(one for _, one in found if one.place == place)
+        marks = ["the literature's protocol" if first.same_protocol else "**other protocol**", f"{100 * first.rate:g} % poisoned"]
+        marks += [] if first.implanted else ["attack not implanted"]
+        parts.append(f"## {', '.join(map(markdown, place))}\n\n{'; '.join(marks)}\n\n{_pipe(header, lines, left=5)}")
+    return "\n".join(parts)
+
+
+def _both_protocols(rows: pd.DataFrame, folder: Path) -> str:
+    """The literature's protocol and this matrix's, side by side."""
+    settings = published.settings_words(folder)
+    done = rows[(rows["status"] == "ok") & ~rows["control"].astype(bool)]
+    train, clean = int(done["train_images"].max()), int(done["clean_images"].max())
+    sizes = f"; {train} training images" if train else ""
+    here = {
+        "data set": f"{_listed(rows['dataset'])}{sizes}" + (f" ({settings['dataset']})" if "dataset" in settings else ""),
+        "network": _listed(rows["backbone"]) + " (w: width of the first stage; full is 64, of WRN-16-1 16)",
+        "training": settings.get("recipe", "see matrix.toml"),
+        "clean budget": f"{clean} images, held out of the attacker's training set, a fifth to validate on" if clean else _MISSING,
+        "seeds": ", ".join(map(str, sorted(set(rows["seed"])))),
+        "selection": "; ".join(f"{track}: {stats.headline(rows, track)}" for track in stats.tracks(rows)),
+    }
+    lines = [[name, markdown(words), markdown(here[name])] for name, words in published.PROTOCOL.items()]
+    return _pipe(["", "Published", "Here"], lines, left=3)
+
+
+def _published_csv(found: Sequence[tuple[str, published.Comparison]]) -> str:
+    """One line per printed figure, with what was measured beside it (means over seeds); shares in [0, 1]."""
+    lines, shown = [], set()
+    for track, one in found:
+        if (one.place, one.entry) in shown:
+            continue  # the undefended model, met in another track before
+        shown.add((one.place, one.entry))
+        means = {f"{metric}_here": float(pd.Series([seed[metric] for seed in one.measured]).mean()) for metric in published.METRICS}
+        for figure in one.printed:
+            lines.append({
+                "track": track, **dict(zip(stats.SCENARIO, one.place, strict=True)), "rate": one.rate, "defense": one.entry[0],
+                "scope": one.entry[1], "selection": one.selection, "seeds": len(one.measured), **means,
+                "implanted": "yes" if one.implanted else "no", "protocol": "same" if one.same_protocol else "other",
+                "backbone_published": figure.backbone, "rate_published": figure.rate,
+                **{f"{metric}_published": getattr(figure, metric) for metric in published.METRICS},
+                "chosen_on": figure.chosen_on, "source": figure.source,
+            })  # fmt: skip
+    return csv_text(pd.DataFrame(lines))
 
 
 def write_tables(rows: pd.DataFrame, curves: pd.DataFrame, timings: pd.DataFrame, folder: Path, title: str) -> list[Path]:
@@ -594,7 +740,7 @@ def write_tables(rows: pd.DataFrame, curves: pd.DataFrame, timings: pd.DataFrame
         for selection in stats.selections(rows, track):
             board, name = stats.leaderboard(rows, track, selection), f"{slug(track)}-{selection}"
             caption = _caption(rows, title, track, selection)
-            tests = "" if board.empty else _significance(rows, track, selection)
+            tests = "" if board.empty or selection == "oracle" else f"\n{rank_words(rows, track, selection)}\n"
             note = f"{markdown(caption)}\n\n{markdown(_NOTES)}\n"
             put(
                 f"leaderboard-{name}.md",
@@ -619,6 +765,10 @@ def write_tables(rows: pd.DataFrame, curves: pd.DataFrame, timings: pd.DataFrame
         ))  # fmt: skip
         put(f"given-{name}.csv", _given_csv(rows, track))
         put(f"given-{name}.tex", _given_latex(rows, track, caption, f"given-{name}"))
+        against = stats.paired(rows, track)
+        put(f"paired-{name}.md", f"# {head}paired tests, {markdown(track)}\n\n{_paired_page(against, rows, track)}")
+        if len(against):
+            put(f"paired-{name}.csv", csv_text(against.assign(track=track)[["track", *against.columns]]))
         singled = stats.detectors(rows, track)
         if len(singled):
             put(f"detectors-{name}.md", (
@@ -637,6 +787,15 @@ def write_tables(rows: pd.DataFrame, curves: pd.DataFrame, timings: pd.DataFrame
         f"honest choice leaves and the oracle, which has seen the test set, does not; 95 % bootstrap intervals, paired by attacked "
         f"model.\n\n{_gap_table(rows)}"
     ))  # fmt: skip
+    printed = [(track, one) for track in stats.tracks(rows) for one in published.comparisons(rows, track)]
+    if printed:
+        sources = dict.fromkeys(figure.source for _, one in printed for figure in one.printed)
+        listed = "".join(f"- {markdown(source)}\n" for source in sources)
+        put("published.md", (
+            f"# {head}published beside measured\n\n{_PUBLISHED_NOTES}\n\n{_published(printed)}\n## The protocols\n\n"
+            f"{_both_protocols(rows, folder)}\n## Sources\n\nOne line per figure: [published.csv](published.csv).\n\n{listed}"
+        ))  # fmt: skip
+        put("published.csv", _published_csv(printed))
     put("missing.md", f"# {head}refused and failed cells\n\nNone of these enters a mean.\n\n{problems_markdown(rows)}")
     put("cost.md", (
         f"# {head}cost\n\nWall seconds and peak memory of the defense stage, as measured on the machine that ran it; standard "
