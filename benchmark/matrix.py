@@ -3,8 +3,8 @@
 A matrix names one data set, backbones, a recipe, attacks, seeds, extractors, and defenses with the tracks and scopes they enter.
 Its cells are the product. A table's keys beside ``name`` are the fields of that method's dataclass (units and ranges stand there);
 keys the benchmark itself reads are listed in the ``*Table`` classes below. A defense's table may also name its ``tracks``,
-``scopes``, ``label``, ``preset``, ``extractors``, and ``budgets``: clean budgets it is met with, as shares of the training set, on
-the same victims, each a part of what ``clean_fraction`` holds out.
+``scopes``, ``label``, ``preset``, ``extractors``, ``backbones`` (labels of those it meets; by default all), and ``budgets``: clean
+budgets it is met with, as shares of the training set, on the same victims, each a part of what ``clean_fraction`` holds out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_type_hints
+from typing import Any, ClassVar, NamedTuple, TypeVar, get_type_hints
 
 from models.spec import BadInput, Spec, check, digest, lookup, nearest
 
@@ -344,6 +344,19 @@ def _unique(kind: str, labels: Sequence[str]) -> None:
             raise BadInput(f"two {kind}s are called {label!r}: give one of them a label")
 
 
+class _Entrant(NamedTuple):
+    """A line of the defenses' list: what meets every scenario of its backbones, in each of its tracks and scopes."""
+
+    label: str
+    defense: Defense
+    preset: str
+    tracks: list[Track]
+    scopes: list[Scope]
+    extractor: str
+    budget: float | None
+    backbones: list[str]
+
+
 def _expand(table: MatrixTable, found: Found) -> tuple[tuple[Scenario, ...], tuple[Cell, ...]]:
     dataset = _make("dataset", DatasetSpec, table.dataset.model_dump(exclude={"clean_fraction"}, exclude_none=True))
     extractors: dict[str, Extractor] = {}
@@ -402,6 +415,11 @@ def _expand(table: MatrixTable, found: Found) -> tuple[tuple[Scenario, ...], tup
         preset = _take(entry, "preset", str, PUBLISHED, where)
         named = _take(entry, "extractors", list, None, where)
         asked = _take(entry, "budgets", list, None, where)
+        every = [known for known, *_ in backbones]
+        hosts = _take(entry, "backbones", list, every, where)
+        for host in hosts:
+            if host not in every:
+                raise BadInput(f"{where}: backbones: {host!r} is not in this matrix{nearest(str(host), every)}")
         defense_cls: type[Defense] = lookup("defense", [*DEFENSES, *found[Defense]], name)
         track_names = _take(entry, "tracks", list, ["control"] if defense_cls.control else None, where)
         scope_names = _take(entry, "scopes", list, ["whole"], where)
@@ -426,8 +444,8 @@ def _expand(table: MatrixTable, found: Found) -> tuple[tuple[Scenario, ...], tup
         for extractor_name in given:
             shown = f"{label or name} on {extractor_name}" if extractor_name else label or name
             for budget, words in budgets:
-                defenses.append((shown + words, defense, preset, tracks, scopes, extractor_name, budget))
-    _unique("defense", [label for label, *_ in defenses])
+                defenses.append(_Entrant(shown + words, defense, preset, tracks, scopes, extractor_name, budget, hosts))
+    _unique("defense", [entrant.label for entrant in defenses])
     scenarios = []
     for backbone_label, backbone, backbone_recipe, frozen, met in backbones:
         for attack_label, attack, plan, attack_recipe, attack_name in attacks:
@@ -445,12 +463,16 @@ def _expand(table: MatrixTable, found: Found) -> tuple[tuple[Scenario, ...], tup
                 for seed in table.seeds
             ]
     cells = tuple(
-        Cell(scenario, defense, label, track, scope, preset, table.tau, extractors.get(extractor_name), extractor_name, budget)
+        Cell(
+            scenario, each.defense, each.label, track, scope, each.preset, table.tau,
+            extractors.get(each.extractor), each.extractor, each.budget,
+        )
         for scenario in scenarios
-        for label, defense, preset, tracks, scopes, extractor_name, budget in defenses
-        for track in tracks
-        for scope in scopes
-    )
+        for each in defenses
+        if scenario.backbone_label in each.backbones
+        for track in each.tracks
+        for scope in each.scopes
+    )  # fmt: skip
     return tuple(scenarios), _one_trusted(cells)
 
 
@@ -544,6 +566,12 @@ def presets() -> dict[str, dict[str, dict[str, Any]]]:
     return tomllib.loads((Path(__file__).parent / "presets.toml").read_text(encoding="utf-8"))
 
 
+@functools.lru_cache(maxsize=1)
+def recipes() -> dict[str, dict[str, Any]]:
+    """Ways to train that have a name, as ``recipes.toml`` has them."""
+    return tomllib.loads((Path(__file__).parent / "recipes.toml").read_text(encoding="utf-8"))
+
+
 def _words(value: Any) -> str:
     """A setting for people: lists in brackets, the (field, value) pairs of another method's settings as such."""
     if isinstance(value, tuple):
@@ -566,12 +594,6 @@ def _preset(defense: type[Defense], preset: str, given: dict[str, Any]) -> tuple
     defaults = {f.name: f.default for f in dataclasses.fields(defense)}  # type: ignore[arg-type]
     own = {**defaults, **known.get(preset, {})}
     plain = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-@functools.lru_cache(maxsize=1)
-def recipes() -> dict[str, dict[str, Any]]:
-    """Ways to train that have a name, as ``recipes.toml`` has them."""
-    return tomllib.loads((Path(__file__).parent / "recipes.toml").read_text(encoding="utf-8"))
-
-
     changed = [f"{key}={_words(value)}" for key, value in plain.items() if own.get(key) != value]
     return (f"{preset}; {', '.join(changed)}" if changed else preset), settings
 

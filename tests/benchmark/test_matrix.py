@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from defenses import DEFENSES
 from defenses.base import Knowledge, Scope
 from defenses.fine_tuning import FineTuning
 from models.spec import BadInput, canonical, lookup
-
 from models.training import Recipe
+
 GOOD = """
 title = "tiny"
 seeds = [0, 1]
@@ -90,7 +91,6 @@ def test_a_preset_is_its_settings_and_says_what_the_matrix_changes_of_it(tmp_pat
     assert (both.preset, both.defense) == ("cpu; epochs=7", FineTuning(epochs=7))
 
 
-def test_presets_change_lengths_and_sample_counts_never_the_algorithm() -> None:
 def test_a_recipe_by_name_and_what_wins_over_it(tmp_path: Path) -> None:
     def recipe(text: str) -> Recipe:
         return load_matrix(written(tmp_path, text)).scenarios[-1].recipe
@@ -104,6 +104,7 @@ def test_a_recipe_by_name_and_what_wins_over_it(tmp_path: Path) -> None:
     assert (fast.epochs, fast.batch, fast.schedule, fast.precision) == (24, 512, "one-cycle", "bf16")
 
 
+def test_presets_change_lengths_and_sample_counts_never_the_algorithm() -> None:
     lengths = {"epochs", "batch", "iterations", "rounds", "points", "grid"}
     for method, known in presets().items():
         cls = lookup("defense", DEFENSES, method)
@@ -209,9 +210,9 @@ BAD = {
     "no seeds": (GOOD.replace("[0, 1]", "[]"), "seeds"),
     "name missing": (GOOD.replace('name = "sig"\n', ""), "attack number 2: 'name' is missing"),
     "two alike": (GOOD + '[[defense]]\nname = "none"\n', "two defenses are called 'none'"),
-    "not toml": (GOOD + "]]", "not TOML"),
     "unknown recipe preset": (GOOD.replace("epochs = 2", 'preset = "fsat"'), "recipe: no preset 'fsat'; did you mean 'fast'"),
     "recipe preset of a wrong type": (GOOD.replace("epochs = 2", "preset = 3"), "recipe: preset = 3 should be a str"),
+    "not toml": (GOOD + "]]", "not TOML"),
     "rate and rates": (GOOD.replace("rates = [0.1, 0.01]", "rates = [0.1]\nrate = 0.1"), "either rate or rates"),
     "plugin missing": ('plugins = ["gone.py"]\n' + GOOD, "gone.py: no such file"),
 }
@@ -278,3 +279,17 @@ def test_plugins_are_loaded_and_their_hash_recorded(tmp_path: Path) -> None:
     assert matrix.cells[-1].defense.name == "identity"
     assert matrix.plugins[0][0] == "mine.py"
     assert len(matrix.plugins[0][1]) == 64
+
+
+def test_a_defense_meets_the_backbones_it_names_and_by_default_all(tmp_path: Path) -> None:
+    two = GOOD.replace("[[attack]]", '[[backbone]]\nname = "resnet8"\nwidth = 2\n[[attack]]', 1)
+
+    def met(text: str) -> set[str]:
+        return {cell.scenario.backbone_label for cell in load_matrix(written(tmp_path, text)).cells if cell.defense.name == "clp"}
+
+    labels = {scenario.backbone_label for scenario in load_matrix(written(tmp_path, two)).scenarios}
+    assert len(labels) == 2
+    assert met(two) == labels
+    assert met(two.replace('name = "clp"', 'name = "clp"\nbackbones = ["resnet8-w2"]')) == {"resnet8-w2"}
+    with pytest.raises(BadInput, match=r"defense clp: backbones: 'resnet8-w22' is not in this matrix.*resnet8-w2"):
+        load_matrix(written(tmp_path, two.replace('name = "clp"', 'name = "clp"\nbackbones = ["resnet8-w22"]')))
