@@ -60,8 +60,8 @@ paper: $(STAMP) ## tables, plots and report of everything under results/, from s
 	  for verb in tables plots report; do $(LEVELFIELD) $$verb --matrix "$$matrix"; done; \
 	done; [ -n "$$found" ] || { echo "results/ holds no rows yet: run 'make benchmark' first" >&2; exit 2; }
 
-dashboard: $(STAMP) ## look at the W&B runs of this machine in the terminal (no network, no account)
-	@$(LEVELFIELD) dashboard $(ARGS)
+dashboard: $(STAMP) ## look at the W&B runs of MATRIX in the terminal, grouped by defense (no network, no account)
+	@$(LEVELFIELD) dashboard --matrix $(MATRIX) $(ARGS)
 
 test: $(STAMP) ## the tests (ARGS="-k badnets" picks some)
 	@$(RUN) -m pytest -q $(ARGS)

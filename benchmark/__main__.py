@@ -116,13 +116,19 @@ def show(matrix: MatrixOption = "quick", results: ResultsOption = RESULTS) -> No
 
 
 @app.command()
-def dashboard(cache: CacheOption = CACHE) -> None:
+def dashboard(
+    matrix: Annotated[
+        Optional[str],  # noqa: UP045 - typer reads the annotation at run time
+        typer.Option("--matrix", "-m", help="Its runs alone, grouped by defense; default: every run ever logged here."),
+    ] = None,
+    cache: CacheOption = CACHE,
+) -> None:
     """Look at the W&B runs of this machine in the terminal; needs no network and no account."""
     import subprocess
 
     from benchmark.tracking import dashboard_command
 
-    raise typer.Exit(subprocess.call(dashboard_command(cache / "wandb")))
+    raise typer.Exit(subprocess.call(dashboard_command(cache / "wandb", Path(matrix).stem if matrix else None)))
 
 
 @app.command("show-my-model")

@@ -7,7 +7,7 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,10 @@ from benchmark.files import write_text
 from benchmark.rows import Curve, Key, Row, Timing, read
 from models.spec import BadInput
 
-__all__ = ["catalogue", "draw_plots", "draw_report", "draw_tables", "leaderboard", "present"]
+if TYPE_CHECKING:
+    from benchmark.tracking import CellLog
+
+__all__ = ["catalogue", "cell_logs", "draw_plots", "draw_report", "draw_tables", "leaderboard", "present"]
 
 FRONT = "quick"
 """The matrix whose leaderboard stands on the project's front page."""
@@ -151,18 +154,30 @@ def _gallery(folder: Path, matrix: Any, cache: Path) -> None:
 
 
 def _track(folder: Path, matrix: Any, cache: Path, console: Console) -> None:
-    from benchmark.tracking import CellLog, log_matrix
+    from benchmark.tracking import log_matrix
 
     rows, curves, _ = _frames(folder)
-    specs = {cell_log_name(cell): cell for cell in matrix.cells}
+    tables = {path.stem: pd.read_csv(path) for path in sorted((folder / "tables").glob("*.csv"))}
+    logs = cell_logs(rows, curves, matrix.cells)
+    line = log_matrix(matrix.name, logs, tables, sorted((folder / "plots").glob("*.png")), cache / "wandb")
+    console.print(line, highlight=False)
+
+
+def cell_logs(rows: pd.DataFrame, curves: pd.DataFrame, cells: Sequence[Any] = ()) -> list[CellLog]:
+    """What is logged of every cell: all its rows and its curve; its settings too where ``cells`` of a matrix holds it."""
+    from benchmark.tracking import CellLog
+
+    specs = {cell_log_name(cell): cell for cell in cells}
     by_cell = dict(list(curves.groupby("cell", sort=False)))
     logs = []
     for key, group in rows.groupby("cell", sort=False):
         first = group.iloc[0]
-        name = f"{first['backbone']}/{first['attack']}/{first['seed']}/{first['track']}/{first['scope']}/{first['defense']}"
+        name = f"{first['defense']}/{first['scope']}/{first['track']}/{first['attack']}/{first['backbone']}/{first['seed']}"
         cell = specs.get(name)
         axes = {column: _plain(first[column]) for column in Key.__dataclass_fields__}
         curve = by_cell.get(key)
+        if curve is not None:
+            axes["dial_name"] = str(curve["dial_name"].iloc[0])  # words are no history: a chart holds numbers
         logs.append(
             CellLog(
                 key=str(key),
@@ -173,9 +188,7 @@ def _track(folder: Path, matrix: Any, cache: Path, console: Console) -> None:
                 curve=[] if curve is None else _records(curve),
             )
         )
-    tables = {path.stem: pd.read_csv(path) for path in sorted((folder / "tables").glob("leaderboard*.csv"))}
-    line = log_matrix(matrix.name, logs, tables, sorted((folder / "plots").glob("*.png")), cache / "wandb")
-    console.print(line, highlight=False)
+    return logs
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -183,9 +196,9 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def cell_log_name(cell: Any) -> str:
-    """The name a cell's tracking run carries, the same from settings and from rows."""
+    """The name a cell's tracking run carries, the same from settings and from rows; it begins with what runs are grouped by."""
     s = cell.scenario
-    return f"{s.backbone_label}/{s.attack_label}/{s.seed}/{cell.track.name}/{cell.scope.value}/{cell.defense_label}"
+    return f"{cell.defense_label}/{cell.scope.value}/{cell.track.name}/{s.attack_label}/{s.backbone_label}/{s.seed}"
 
 
 def _plain(value: Any) -> Any:

@@ -776,6 +776,10 @@ def write_tables(rows: pd.DataFrame, curves: pd.DataFrame, timings: pd.DataFrame
                 f"{_detectors(singled, track)}\n{gate_words(rows)}.\n"
             ))  # fmt: skip
             put(f"detectors-{name}.csv", csv_text(singled.assign(track=track)[["track", *singled.columns]]))
+    columns = [*stats.WORLD, "rate", "realised_rate", "label_mode", "target", "acc_benign", "acc_undefended", "asr_undefended",
+               "ra_undefended", "implanted", "gate"]  # fmt: skip
+    victims = rows[rows["attack"] != stats.NO_ATTACK].drop_duplicates(stats.WORLD)
+    put("attack-validity.csv", csv_text(victims[columns]))
     put("attack-validity.md", (
         f"# {head}did the attacks work?\n\nThe undefended models, one figure per seed. Gate: ASR at least "
         f"{100 * IMPLANTED_ASR:g} % and ACC at most {100 * MAX_ACC_LOSS:g} points below the benign twin (same data, "
@@ -796,6 +800,12 @@ def write_tables(rows: pd.DataFrame, curves: pd.DataFrame, timings: pd.DataFrame
             f"{_both_protocols(rows, folder)}\n## Sources\n\nOne line per figure: [published.csv](published.csv).\n\n{listed}"
         ))  # fmt: skip
         put("published.csv", _published_csv(printed))
+    gaps = [found.assign(track=track)[["track", *found.columns]] for track in stats.tracks(rows)
+            if len(found := stats.selection_gaps(rows, track))]  # fmt: skip
+    if gaps:
+        put("selection-gap.csv", csv_text(pd.concat(gaps)))
+    put("missing.csv", csv_text(stats.problems(rows)))
+    put("cost.csv", csv_text(stats.timing_summary(rows, timings)))
     put("missing.md", f"# {head}refused and failed cells\n\nNone of these enters a mean.\n\n{problems_markdown(rows)}")
     put("cost.md", (
         f"# {head}cost\n\nWall seconds and peak memory of the defense stage, as measured on the machine that ran it; standard "

@@ -1,7 +1,7 @@
 """Weights & Biases, and nothing else: the only file that imports ``wandb``.
 
 Every cell becomes a run (group = matrix, job type = defense, config = the cell's spec, summary = its rows, history = its dial
-curve), and one more run holds the leaderboard tables and the figures. Runs stay on this machine unless ``WANDB_MODE=online``; the
+curve), and one more run holds the tables and the figures. Runs stay on this machine unless ``WANDB_MODE=online``; the
 rows are complete without them, so what W&B cannot do is said in one line and fails nothing.
 """
 
@@ -30,6 +30,9 @@ __all__ = ["CellLog", "dashboard_command", "log_matrix"]
 _MODES = {"": "offline", "offline": "offline", "dryrun": "offline", "online": "online", "run": "online", "disabled": "disabled"}
 _PROJECT = "levelfield"
 _THREADS = 4  # an online run waits for the server most of its time; offline, four hide the hand-over to W&B's own process
+_TABLES = "leaderboard"
+"""Key of the run that holds tables and figures."""
+_RUN_FOLDER = re.compile(r"(?:offline-)?run-\d{8}_\d{6}-(.+)")
 _SAVE_EVERY = 50  # runs between two notes of what is logged: at most so many are logged twice after a crash
 
 _QUIET: dict[str, Any] = {
@@ -148,16 +151,40 @@ def log_matrix(
     return f"W&B: {count} runs logged {mode} {where} in {time.perf_counter() - start:.0f} s{hint}"
 
 
-def dashboard_command(folder: Path) -> list[str]:
+def dashboard_command(folder: Path, matrix: str | None = None) -> list[str]:
     """The command that opens W&B's terminal view on the runs of :func:`log_matrix`; it wants a terminal and no network.
 
+    Args:
+        matrix: show its present runs alone, grouped by defense (a run's name begins with it) under the tables and figures; without
+            one, all runs ever logged here, the latest first.
+
     Raises:
-        BadInput: nothing has been logged under ``folder``.
+        BadInput: nothing has been logged under ``folder``, or nothing of the matrix.
     """
     runs = folder / "wandb"
     if not any(runs.glob("*run-*/*.wandb")):
         raise BadInput(f"{runs}: no W&B runs here yet; run a matrix first (with wandb installed and WANDB_MODE not disabled)")
-    return [sys.executable, "-m", "wandb", "leet", str(runs)]
+    return [sys.executable, "-m", "wandb", "leet", str(_by_defense(folder, matrix) if matrix else runs)]
+
+
+def _by_defense(folder: Path, matrix: str) -> Path:
+    """A folder of links to the present offline runs of a matrix. The view lists folders by name, and W&B's begin with the time."""
+    places = {match[1]: path for path in (folder / "wandb").iterdir() if (match := _RUN_FOLDER.fullmatch(path.name))}
+    known = _logged(folder / ".logged" / f"{matrix}.json", folder).get("offline", {})
+    wanted = {f"run-{'0-' if key == _TABLES else ''}{run}": places[run] for key, run in known.items() if run in places}
+    if not wanted:
+        raise BadInput(f"{folder}: no W&B runs of the matrix {matrix!r} here; run it first: make benchmark MATRIX={matrix}")
+    view = folder / "by-defense" / matrix
+    try:
+        view.mkdir(parents=True, exist_ok=True)
+        for link in view.iterdir():
+            if link.is_symlink():
+                link.unlink()
+        for name, place in wanted.items():
+            (view / name).symlink_to(place.resolve(), target_is_directory=True)
+    except OSError as error:
+        raise BadInput(f"{view}: cannot be written: {error}") from error
+    return view
 
 
 # -- what a run holds ----------------------------------------------------------------------------------------------------------
@@ -206,7 +233,7 @@ def _leaderboard_run(matrix: str, tables: Mapping[str, pd.DataFrame], figures: S
 
     name = f"{matrix} leaderboard"
     identity = _identity(name, [matrix, content, pictures])
-    yield _Run("leaderboard", identity, _arguments(matrix, "leaderboard", name, config), fill)
+    yield _Run(_TABLES, identity, _arguments(matrix, "leaderboard", name, config), fill)
 
 
 def _arguments(matrix: str, job_type: str, name: str, config: Mapping[str, Any]) -> dict[str, Any]:

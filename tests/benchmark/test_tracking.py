@@ -193,3 +193,25 @@ def test_a_failing_run_is_named_and_what_stands_is_remembered(tmp_path: Path, mo
 def test_a_dashboard_without_runs_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no W&B runs here yet"):
         dashboard_command(tmp_path)
+
+
+def test_a_dashboard_of_a_matrix_shows_its_present_runs_by_defense(tmp_path: Path) -> None:
+    half = {"default": {"acc": 0.5}}
+    cells = [CellLog(name, name, f"{name}/whole/badnets/0", config={}, summary=half) for name in ("clp", "anp")]
+    log_matrix("tiny", cells, {"leaderboard": pd.DataFrame({"acc": [0.5]})}, [], tmp_path)
+    log_matrix("other", cells[:1], {}, [], tmp_path)
+    changed = CellLog("clp", "clp", cells[0].name, config={}, summary={"default": {"acc": 0.6}})
+    log_matrix("tiny", [changed, cells[1]], {}, [], tmp_path)
+    view = tmp_path / "by-defense" / "tiny"
+    for _ in range(2):
+        assert dashboard_command(tmp_path, "tiny")[-1] == str(view)
+        links = sorted(path.name for path in view.iterdir())
+        assert [name[: name.rindex("-")] for name in links] == [
+            "run-0-tiny-leaderboard", "run-anp-whole-badnets-0", "run-clp-whole-badnets-0",
+        ]  # fmt: skip
+        assert all(list(link.glob("*.wandb")) for link in view.iterdir())
+    known = json.loads((tmp_path / ".logged" / "tiny.json").read_text())["offline"]
+    assert f"run-{known['clp']}" in links  # the present one; what it replaced stays among all runs
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 5
+    with pytest.raises(BadInput, match="no W&B runs of the matrix 'absent'"):
+        dashboard_command(tmp_path, "absent")
