@@ -20,7 +20,9 @@ from benchmark.tables import (
     given_markdown,
     leaderboard_markdown,
     markdown,
+    paired_words,
     problems_markdown,
+    rank_words,
     setting_words,
     slug,
     track_words,
@@ -42,6 +44,8 @@ _TRACK_FIGURES = (
     ("scatter", "Accuracy against attack success, from the undefended model"),
     ("dials", "Along the dial"),
     ("detectors", "Training samples taken for poisoned: precision and recall"),
+    ("ranks", "Average ranks, and what no test tells apart"),
+    ("published", "Published figures beside ours"),
     ("cost", "Cost"),
 )
 
@@ -226,6 +230,23 @@ def _reading(rows: pd.DataFrame) -> str:
     )
 
 
+def _pairs(rows: pd.DataFrame, track: str) -> str:
+    """How many entries paired tests tell apart from training from scratch, in each direction; what so few pairs can show."""
+    found = stats.paired(rows, track)
+    if found.empty:
+        return f"Paired tests: not made; the matrix has no control {stats.SCRATCH}.\n"
+    said = []
+    for metric in ("ra", "acc"):
+        mine = found[found["metric"] == metric]
+        apart = mine["p_holm"] < stats.LEVEL
+        ahead, behind = int((apart & (mine["difference"] > 0)).sum()), int((apart & (mine["difference"] < 0)).sum())
+        said.append(f"in {metric.upper()} {ahead} of {len(mine)} entries are ahead of it and {behind} behind")
+    return (
+        f"Paired with {markdown(found['control'].iloc[0])}, attacked model by attacked model: {', '.join(said)}, at 5 % after Holm "
+        f"over pairs, which are not independent of each other. {paired_words(found)}\n"
+    )
+
+
 def _links(names: Sequence[str], folder: str) -> str:
     return ", ".join(f"[{Path(name).suffix[1:]}]({folder}/{name})" for name in names)
 
@@ -273,6 +294,7 @@ def write_report(
             blind = ((rows["track"] == track) & (rows["reason"] == NOTHING_TO_VALIDATE_ON)).any()
             why = f" ({NOTHING_TO_VALIDATE_ON})" if blind and judged != "validation" else ""
             text.append(f"Selection: {judged}{why}; {gate_words(rows)}.\n\n{leaderboard_markdown(board, track)}")
+            text.append(f"**Significance.** {rank_words(rows, track, judged)}\n\n{_pairs(rows, track)}")
         text.append(f"**What the defender was given**\n\n{given_markdown(rows, track)}")
         lines = []
         for selection in stats.selections(rows, track):
@@ -281,7 +303,7 @@ def write_report(
                 present = [f"{stem}{end}" for end in (".md", ".csv", ".tex") if f"tables/{stem}{end}" in have]
                 if present:
                     lines.append(f"- {words}, {selection}: {_links(present, 'tables')}\n")
-        for kind, words in (("given", "what the defender was given"),):
+        for kind, words in (("given", "what the defender was given"), ("paired", "paired tests, entry by entry")):
             present = [f"{kind}-{tail}{end}" for end in (".md", ".csv", ".tex") if f"tables/{kind}-{tail}{end}" in have]
             if present:
                 lines.append(f"- {words}: {_links(present, 'tables')}\n")
@@ -293,6 +315,7 @@ def write_report(
                 text.append(f"Every figure of it: {_links(present, 'tables')}.\n" if present else "")
     text.append(_picture(*_FIGURES[2], have))
     others = [("attack-validity.md", "did the attacks work?"), ("selection-gap.md", "what choosing with the test set is worth"),
+              ("published.md", "published figures beside ours, and how the protocols differ"),
               ("cost.md", "seconds, memory and epochs"), ("missing.md", "refused and failed cells")]  # fmt: skip
     links = "".join(f"- [{words}](tables/{name})\n" for name, words in others if f"tables/{name}" in have)
     if links:

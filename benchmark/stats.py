@@ -558,10 +558,10 @@ def paired(rows: pd.DataFrame, track: str, control: str = SCRATCH) -> pd.DataFra
         mine = table[(table["defense"] == entry[0]) & (table["scope"] == entry[1]) & (table["status"] == "ok")]
         return mine.set_index(WORLD)[metrics]
 
-    base = finished(chosen)
+    base = finished(chosen).add_suffix("_control")
     lines = []
     for entry in entries(table[table["role"] == "defense"]):
-        both = finished(entry).join(base, how="inner", rsuffix="_control", validate="one_to_one").reset_index()
+        both = finished(entry).join(base, how="inner", validate="one_to_one").reset_index()
         worlds = int(((table["defense"] == entry[0]) & (table["scope"] == entry[1])).sum())
         for metric in metrics:
             both["difference"] = both[metric] - both[f"{metric}_control"]

@@ -2,7 +2,7 @@
 gaps, missing cells, cost.
 
 Markdown for reading, LaTeX (booktabs) for papers, CSV (shares in [0, 1], unrounded) for everything else. A second run writes the
-same bytes. Seconds depend on the machine, so they stand in ``cost.md`` alone. Names come from settings files and are treated as
+same bytes. Seconds depend on the machine, so they stand in ``cost.md`` and ``cost.csv`` alone. Names come from settings files and are treated as
 hostile: they can break no cell, carry no markup and start no formula.
 """
 

@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 
 from benchmark import cell, stats
 from benchmark.rows import Row, Timing, frame
@@ -230,6 +231,125 @@ def test_rank_tests_need_eleven_scenarios_and_match_a_hand_made_holm():
     assert by_pair["x", "y"] == pytest.approx(3 * least)
     assert by_pair["y", "z"] == pytest.approx(3 * least)  # Holm: max(3 p, 2 p)
     assert by_pair["x", "z"] > 0.05
+
+
+@pytest.mark.parametrize(
+    "differences",
+    [
+        [0.3], [0.1, 0.2, -0.1], [0.1, -0.25, 0.3, 0.2, 0.6, 0.7, 0.9], [0.2] * 5 + [-0.2] * 3, [0.0, 0.4, 0.4, -0.1, 0.0, 0.9],
+        [0.1 + 0.2, 0.3, -0.7, 0.5, 0.5, 0.5, 0.2, 0.1, -0.1],
+    ],
+)  # fmt: skip
+def test_signed_rank_test_counts_every_pattern_of_signs(differences: list[float]):
+    kept = [round(value, 6) for value in differences if round(value, 6)]
+    ranks = [sum(abs(b) < abs(a) for b in kept) + (sum(abs(b) == abs(a) for b in kept) + 1) / 2 for a in kept]
+    observed = sum(rank for rank, value in zip(ranks, kept, strict=True) if value > 0)
+    sums = [sum(rank for rank, up in zip(ranks, ups, strict=True) if up) for ups in itertools.product((0, 1), repeat=len(kept))]
+    low, high = sum(total <= observed for total in sums), sum(total >= observed for total in sums)
+    assert stats._signed_rank(np.array(differences)) == pytest.approx(min(1.0, 2 * min(low, high) / len(sums)))
+
+
+def test_signed_rank_test_agrees_with_scipy_without_ties_and_beyond_its_own_range():
+    spread = np.array([(-1) ** (number % 3) * (1 + number) for number in range(60)], dtype=float)
+    for count in (12, 30, 50, 60):
+        assert stats._signed_rank(spread[:count]) == pytest.approx(float(scipy.stats.wilcoxon(spread[:count]).pvalue))
+    assert stats._signed_rank(np.zeros(4)) == 1.0
+
+
+def test_holm_by_its_definition():
+    raw = [0.01, 0.04, math.nan, 0.03, 0.005, 0.9]
+    told = sorted(p for p in raw if not math.isnan(p))
+    twin = [max(min(1.0, (len(told) - step) * p) for step, p in enumerate(told[: place + 1])) for place in range(len(told))]
+    found = stats.holm(raw)
+    assert math.isnan(found[2])
+    assert [found[raw.index(p)] for p in told] == pytest.approx(twin)
+    assert stats.holm([]) == []
+
+
+def test_the_least_p_is_that_of_differences_of_one_sign():
+    for count in range(1, 13):
+        assert stats.least_p(count) == pytest.approx(stats._signed_rank(np.arange(1.0, count + 1)))
+    assert stats.least_p(0) == 1.0
+    assert stats.blocks_needed() == 6  # 2 / 2^6 = 0.031
+    assert stats.blocks_needed(26) == 11  # 26 * 2 / 2^11 = 0.025, and 0.051 at 10
+
+
+def against_scratch() -> list[Row]:
+    """Two scenarios, three seeds; the control's ACC is the seed's alone, as its network is."""
+    rows = []
+    for attack, shift in (("badnets", 0.0), ("wanet", 0.2)):
+        for seed in range(3):
+            rows.append(row(attack, seed, "training-from-scratch", 0.5 + 0.1 * seed, acc=0.6 + 0.01 * seed, control=True))
+            rows.append(row(attack, seed, "good", 0.6 + shift + 0.05 * seed, acc=0.7))
+            status = "failed" if (attack, seed) == ("wanet", 1) else "ok"
+            rows.append(row(attack, seed, "weak", 0.1 * seed, acc=0.6 + 0.01 * seed, status=status))
+    return rows
+
+
+def test_pairs_with_a_control_by_hand():
+    found = stats.paired(frame(against_scratch()), "t")
+    assert list(zip(found["defense"], found["metric"], strict=True)) == [
+        ("good", "ra"), ("good", "acc"), ("weak", "ra"), ("weak", "acc"),
+    ]  # fmt: skip
+    good, acc, weak, same = (found.iloc[place] for place in range(4))
+    differences = {(s, seed): 0.1 + shift - 0.05 * seed for s, shift in ((0, 0.0), (1, 0.2)) for seed in range(3)}
+    assert good["difference"] == pytest.approx(np.mean(list(differences.values())))
+    assert (good["pairs"], good["worlds"], good["blocks"]) == (6, 6, 3)
+    # Exactly one of the six differences is 0 and left out; the others are positive.
+    assert good["p"] == pytest.approx(2 / 2**5)
+    assert good["p_least"] == pytest.approx(2 / 2**6)
+    assert good["p_blocks"] == good["p_blocks_least"] == pytest.approx(0.25)
+    # Whole blocks: a draw of seeds is the same in both scenarios.
+    means = [np.mean([differences[0, seed], differences[1, seed]]) for seed in range(3)]
+    exact = [np.mean(draw) for draw in itertools.product(means, repeat=3)]
+    low, high = np.quantile(exact, [0.025, 0.975], method="inverted_cdf")
+    assert (good["difference_low"], good["difference_high"]) == pytest.approx((low, high))
+    assert acc["difference"] == pytest.approx(0.09)
+    assert (weak["pairs"], weak["worlds"]) == (5, 6)
+    assert weak["difference"] == pytest.approx(-0.5)
+    assert (same["difference"], same["p"], same["p_blocks"]) == (pytest.approx(0.0), 1.0, 1.0)
+    assert list(found["p_holm"]) == pytest.approx(stats.holm(list(found["p"])))
+    pd.testing.assert_frame_equal(stats.paired(frame(against_scratch()), "t"), found)  # fixed seed: the same bits
+
+
+def test_pairs_of_one_seed_have_no_interval_and_without_the_control_there_are_none():
+    rows = [r for r in against_scratch() if r.seed == 0]
+    found = stats.paired(frame(rows), "t")
+    assert found["difference_low"].isna().all()
+    assert set(found["blocks"]) == {1}
+    assert set(found["p_blocks"]) == {1.0}
+    assert stats.paired(frame([r for r in rows if not r.control]), "t").empty
+    assert stats.paired(table(implanted=False), "t").empty
+
+
+def test_cliques_are_the_largest_sets_nobody_tells_apart():
+    names = [(letter, "whole") for letter in "abcdef"]
+    ranks = {name: float(place) for place, name in enumerate(names)}
+    joined = [(names[a], names[b]) for a, b in ((0, 1), (1, 2), (0, 2), (2, 3), (3, 4))]
+    subsets = [set(part) for size in range(2, 7) for part in itertools.combinations(names, size)
+               if all((a, b) in joined for a, b in itertools.combinations(part, 2))]  # fmt: skip
+    largest = [part for part in subsets if not any(part < other for other in subsets)]
+    found = stats._cliques(ranks, joined)
+    assert [set(clique) for clique in found] == sorted(largest, key=lambda part: sorted(part))
+    assert all(list(clique) == sorted(clique) for clique in found)
+
+
+def test_rank_tests_name_the_cliques_and_what_is_incomplete():
+    def many(gap: float) -> list[Row]:
+        return [row(f"a{n}", 0, name, 0.4 + place * gap + 0.01 * ((7 * n + 3 * place) % 11), implanted=True)
+                for n in range(12) for place, name in enumerate("xyz")]  # fmt: skip
+
+    rows = many(0.2)
+    found = stats.significance(frame([*rows, row("a0", 0, "half", 0.9)]), "t", "validation")
+    assert found is not None
+    assert found.ranks == {("z", "whole"): 1.0, ("y", "whole"): 2.0, ("x", "whole"): 3.0}
+    assert found.ranks == pytest.approx(stats.average_ranks(frame(rows), "t", "validation"))
+    assert found.cliques == []
+    assert found.incomplete == [("half", "whole")]
+    level = stats.significance(frame(many(0.0)), "t", "validation")
+    assert level is not None
+    assert level.friedman > stats.LEVEL
+    assert [set(clique) for clique in level.cliques] == [{("x", "whole"), ("y", "whole"), ("z", "whole")}]
 
 
 def detector(attack: str, seed: int, defense: str, precision: float, recall: float, **more: object) -> Row:
