@@ -58,7 +58,7 @@ paper: $(STAMP) ## tables, plots and report of everything under results/, from s
 	@found=; for rows in results/*/rows.csv; do \
 	  [ -f "$$rows" ] || continue; found=yes; matrix=$$(basename "$$(dirname "$$rows")"); \
 	  for verb in tables plots report; do $(LEVELFIELD) $$verb --matrix "$$matrix"; done; \
-	done; [ -n "$$found" ] || { echo "results/ holds no rows yet: run 'make benchmark' first" >&2; exit 2; }
+	done; [ -n "$$found" ] || { echo "results/ holds no rows yet: run 'make benchmark' first" >&2; exit 2; }; $(LEVELFIELD) exhibits
 
 dashboard: $(STAMP) ## look at the W&B runs of MATRIX in the terminal, grouped by defense (no network, no account)
 	@$(LEVELFIELD) dashboard --matrix $(MATRIX) $(ARGS)

@@ -98,6 +98,15 @@ def report(matrix: StoredOption = None, results: ResultsOption = RESULTS) -> Non
         draw_report(folder, console)
 
 
+@app.command()
+def exhibits(results: ResultsOption = RESULTS) -> None:
+    """Regenerate EXHIBITS.md: reviewers' questions, each answered by a table or figure from stored rows."""
+    from benchmark.present import draw_exhibits
+
+    _stored(None, results)
+    draw_exhibits(results, console)
+
+
 @app.command("list")
 def list_() -> None:
     """List matrices, data sets, backbones, attacks, defenses and tracks."""

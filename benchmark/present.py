@@ -21,7 +21,7 @@ from models.spec import BadInput
 if TYPE_CHECKING:
     from benchmark.tracking import CellLog
 
-__all__ = ["catalogue", "cell_logs", "draw_plots", "draw_report", "draw_tables", "leaderboard", "present"]
+__all__ = ["catalogue", "cell_logs", "draw_exhibits", "draw_plots", "draw_report", "draw_tables", "leaderboard", "present"]
 
 FRONT = "quick"
 """The matrix whose leaderboard stands on the project's front page."""
@@ -85,6 +85,14 @@ def draw_report(folder: Path, console: Console) -> None:
         write_headline(front, rows, place)
     write_plain_words(front, rows, place)
     console.print(f"report: {folder / 'README.md'}", highlight=False)
+
+
+def draw_exhibits(results: Path, console: Console) -> None:
+    """Writes the page of exhibits and their files; it reads the rows of every matrix that has some."""
+    from benchmark.exhibits import write_exhibits
+
+    page = write_exhibits(results)[-1]
+    console.print(f"exhibits: {page}", highlight=False)
 
 
 def leaderboard(folder: Path, console: Console) -> None:
