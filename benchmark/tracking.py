@@ -168,10 +168,14 @@ def dashboard_command(folder: Path, matrix: str | None = None) -> list[str]:
 
 
 def _by_defense(folder: Path, matrix: str) -> Path:
-    """A folder of links to the present offline runs of a matrix. The view lists folders by name, and W&B's begin with the time."""
+    """A folder of links to the present offline runs of a matrix.
+
+    The view lists folders the latest first, then by name, and finds the file inside by the run's id behind the time. So all get one
+    time, a made-up one, and the run with tables and figures a second more.
+    """
     places = {match[1]: path for path in (folder / "wandb").iterdir() if (match := _RUN_FOLDER.fullmatch(path.name))}
     known = _logged(folder / ".logged" / f"{matrix}.json", folder).get("offline", {})
-    wanted = {f"run-{'0-' if key == _TABLES else ''}{run}": places[run] for key, run in known.items() if run in places}
+    wanted = {f"run-20000101_00000{int(key == _TABLES)}-{run}": places[run] for key, run in known.items() if run in places}
     if not wanted:
         raise BadInput(f"{folder}: no W&B runs of the matrix {matrix!r} here; run it first: make benchmark MATRIX={matrix}")
     view = folder / "by-defense" / matrix

@@ -207,11 +207,12 @@ def test_a_dashboard_of_a_matrix_shows_its_present_runs_by_defense(tmp_path: Pat
         assert dashboard_command(tmp_path, "tiny")[-1] == str(view)
         links = sorted(path.name for path in view.iterdir())
         assert [name[: name.rindex("-")] for name in links] == [
-            "run-0-tiny-leaderboard", "run-anp-whole-badnets-0", "run-clp-whole-badnets-0",
+            "run-20000101_000000-anp-whole-badnets-0", "run-20000101_000000-clp-whole-badnets-0",
+            "run-20000101_000001-tiny-leaderboard",
         ]  # fmt: skip
-        assert all(list(link.glob("*.wandb")) for link in view.iterdir())
+        assert all((link / f"run-{link.name.split('-', 2)[2]}.wandb").is_file() for link in view.iterdir())  # as the view looks
     known = json.loads((tmp_path / ".logged" / "tiny.json").read_text())["offline"]
-    assert f"run-{known['clp']}" in links  # the present one; what it replaced stays among all runs
+    assert f"run-20000101_000000-{known['clp']}" in links  # the present one; what it replaced stays among all runs
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 5
     with pytest.raises(BadInput, match="no W&B runs of the matrix 'absent'"):
         dashboard_command(tmp_path, "absent")
