@@ -17,7 +17,7 @@ STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 LEVELFIELD := $(RUN) -m benchmark
 
-.PHONY: help install benchmark slices tables plots report paper dashboard test check lint fix clean
+.PHONY: help install benchmark slices tables plots page report paper dashboard test check lint fix clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-benchmark: $(STAMP) ## run MATRIX, then draw its tables, plots and report (issued again: resumes, repeats nothing)
+benchmark: $(STAMP) ## run MATRIX, then draw its tables, plots, page and report (issued again: resumes, repeats nothing)
 	@$(LEVELFIELD) run --matrix $(MATRIX) $(ARGS)
 
 slices: $(STAMP) ## run MATRIX defense by defense, as the file orders them: every attack undefended first (ONLY=seed=0 takes a part)
@@ -51,13 +51,16 @@ tables: $(STAMP) ## tables of MATRIX from its stored rows
 plots: $(STAMP) ## plots of MATRIX from its stored rows
 	@$(LEVELFIELD) plots --matrix $(MATRIX) $(ARGS)
 
+page: $(STAMP) ## leaderboard.html of MATRIX from its stored rows: sort, filter and open it in a browser, no network
+	@$(LEVELFIELD) page --matrix $(MATRIX) $(ARGS)
+
 report: $(STAMP) ## report of MATRIX from its stored rows
 	@$(LEVELFIELD) report --matrix $(MATRIX) $(ARGS)
 
-paper: $(STAMP) ## tables, plots and report of everything under results/, from stored rows, touching no model
+paper: $(STAMP) ## tables, plots, page and report of everything under results/, from stored rows, touching no model
 	@found=; for rows in results/*/rows.csv; do \
 	  [ -f "$$rows" ] || continue; found=yes; matrix=$$(basename "$$(dirname "$$rows")"); \
-	  for verb in tables plots report; do $(LEVELFIELD) $$verb --matrix "$$matrix"; done; \
+	  for verb in tables plots page report; do $(LEVELFIELD) $$verb --matrix "$$matrix"; done; \
 	done; [ -n "$$found" ] || { echo "results/ holds no rows yet: run 'make benchmark' first" >&2; exit 2; }; $(LEVELFIELD) exhibits
 
 dashboard: $(STAMP) ## look at the W&B runs of MATRIX in the terminal, grouped by defense (no network, no account)

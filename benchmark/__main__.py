@@ -35,7 +35,7 @@ def run(
     results: ResultsOption = RESULTS,
     cache: CacheOption = CACHE,
 ) -> None:
-    """Run a matrix: implant, defend, score; then tables, plots, report and the leaderboard."""
+    """Run a matrix: implant, defend, score; then tables, plots, page, report and the leaderboard."""
     from benchmark.matrix import find_matrix, load_matrix
     from benchmark.run import run_matrix
 
@@ -87,6 +87,15 @@ def plots(matrix: StoredOption = None, results: ResultsOption = RESULTS) -> None
 
     for folder in _stored(matrix, results):
         draw_plots(folder, console)
+
+
+@app.command()
+def page(matrix: StoredOption = None, results: ResultsOption = RESULTS) -> None:
+    """Regenerate each result folder's leaderboard.html, a page to sort, filter and open, from stored rows."""
+    from benchmark.present import draw_page
+
+    for folder in _stored(matrix, results):
+        draw_page(folder, console)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""From stored rows to everything people look at: tables, figures, report page, console leaderboard, W&B."""
+"""From stored rows to everything people look at: tables, figures, page, report, console leaderboard, W&B."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from models.spec import BadInput
 if TYPE_CHECKING:
     from benchmark.tracking import CellLog
 
-__all__ = ["catalogue", "cell_logs", "draw_exhibits", "draw_plots", "draw_report", "draw_tables", "leaderboard", "present"]
+__all__ = ["catalogue", "cell_logs", "draw_exhibits", "draw_page", "draw_plots", "draw_report", "draw_tables", "leaderboard", "present"]
 
 FRONT = "quick"
 """The matrix whose leaderboard stands on the project's front page."""
@@ -65,6 +65,14 @@ def draw_plots(folder: Path, console: Console) -> None:
     written = write_plots(*_frames(folder), folder, _title(folder))
     _only(folder / "plots", written, keep=GALLERY)
     console.print(f"{len(written)} figures in {folder / 'plots'}", highlight=False)
+
+
+def draw_page(folder: Path, console: Console) -> None:
+    """Writes ``leaderboard.html`` beside the rows (with the pictures of the trigger gallery, where a run has drawn one)."""
+    from benchmark.page import write_page
+
+    path = write_page(folder, *_frames(folder), _title(folder), about=_setting(folder, "about"))
+    console.print(f"page: {path}", highlight=False)
 
 
 def _only(folder: Path, written: Sequence[Path], keep: str = "") -> None:
@@ -112,8 +120,9 @@ def _fingerprint(folder: Path) -> str:
     content = hashlib.sha256()
     for name in ("rows.csv", "curves.csv", "timings.csv", "matrix.toml"):
         content.update((folder / name).read_bytes())
-    for module in sorted(Path(__file__).parent.glob("*.py")):
-        content.update(module.read_bytes())
+    here = Path(__file__).parent
+    for part in (*sorted(here.glob("*.py")), *sorted((here / "assets").iterdir())):
+        content.update(part.read_bytes())
     return content.hexdigest()
 
 
@@ -121,11 +130,12 @@ def present(folder: Path, matrix: Any, *, cache: Path, console: Console, track: 
     """Everything after the rows. Where rows and drawing code are what they were, pictures are left as they stand."""
     stamp = cache / "drawn" / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.txt"
     made_of = _fingerprint(folder)
-    drawn = [folder / "README.md", folder / "plots", folder / "tables"]
+    drawn = [folder / "README.md", folder / "leaderboard.html", folder / "plots", folder / "tables"]
     if not (stamp.is_file() and stamp.read_text() == made_of and all(path.exists() for path in drawn)):
         draw_tables(folder, console)
         draw_plots(folder, console)
         _gallery(folder, matrix, cache)
+        draw_page(folder, console)
         draw_report(folder, console)
         write_text(stamp, made_of)
     leaderboard(folder, console)

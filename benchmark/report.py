@@ -276,6 +276,8 @@ def write_report(
     text = [f"# {markdown(title)}\n"]
     if description:
         text.append(f"{markdown(description)}\n")
+    if (folder / "leaderboard.html").is_file():
+        text.append("To sort, filter and open every line: [leaderboard.html](leaderboard.html), opened from disk in any browser.\n")
     text.append("Generated from [rows.csv](rows.csv); nothing on this page is typed by hand.\n\n## What was run\n")
     ran = {**setting_words(rows), "track": "; ".join(track_words(track) for track in stats.tracks(rows)),
            "defense": ", ".join(dict.fromkeys(rows.loc[~rows["control"].astype(bool), "defense"])) or "none",
