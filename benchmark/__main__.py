@@ -171,11 +171,16 @@ def show_my_model(
 
 
 def main() -> None:
-    """Entry point: a BadInput is one line and exit status 2."""
+    """Entry point: a BadInput is one line and exit status 2; so is the absence of pydantic, which checks matrix files."""
     try:
         app()
-    except BadInput as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+    except (BadInput, ModuleNotFoundError) as error:
+        told = str(error)
+        if isinstance(error, ModuleNotFoundError):  # some versions of typer want it too, before a matrix is read
+            if (error.name or "").partition(".")[0] != "pydantic":
+                raise
+            told = "pydantic is not installed here, and matrix files are checked by it: pip install pydantic"
+        Console(stderr=True, soft_wrap=True).print(f"error: {told}", style="red", markup=False, highlight=False)
         sys.exit(2)
 
 

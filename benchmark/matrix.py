@@ -26,7 +26,7 @@ from models.spec import BadInput, Spec, check, digest, lookup, nearest
 try:
     from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 except ImportError as error:
-    raise BadInput(f"matrix files are checked by pydantic, which is missing here ({error}): pip install pydantic") from error
+    raise BadInput("pydantic is not installed here, and matrix files are checked by it: pip install pydantic") from error
 
 from attacks import ATTACKS
 from attacks.base import Attack, Plan, Power
