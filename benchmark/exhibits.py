@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmark import evidence
+from benchmark import answers_axes, answers_boards
 from benchmark.evidence import Column, Missing, Shown, Source
 from benchmark.exhibit_plots import draw
 from benchmark.files import write_text
@@ -24,12 +24,19 @@ from benchmark.matrix import load_matrix
 from benchmark.rows import Curve, Row, Timing, read
 from benchmark.stats import headline, tracks
 from benchmark.style import figures, looks, save
-from benchmark.tables import _bracketed as bracketed
-from benchmark.tables import _latex_table as latex_table
-from benchmark.tables import _number as number
-from benchmark.tables import _percent as percent
-from benchmark.tables import _pipe as pipe
-from benchmark.tables import csv_text, gate_words, latex, markdown, plain, setting_words
+from benchmark.tables import (
+    _bracketed,
+    _latex_table,
+    _number,
+    _percent,
+    _pipe,
+    csv_text,
+    gate_words,
+    latex,
+    markdown,
+    plain,
+    setting_words,
+)
 from models.spec import BadInput
 
 __all__ = ["EXHIBITS", "Exhibit", "caption", "command", "source_of", "table_latex", "table_markdown", "write_exhibits"]
@@ -53,42 +60,42 @@ class Exhibit:
 
 EXHIBITS: tuple[Exhibit, ...] = (
     Exhibit("benign", "Benign accuracy", "Why do benign accuracies differ between tables, and what is the poisoning rate?", "quick",
-            evidence.benign),
-    Exhibit("robust-accuracy", "Robust accuracy", "What is robust accuracy?", "quick", evidence.robust),
+            answers_boards.benign),
+    Exhibit("robust-accuracy", "Robust accuracy", "What is robust accuracy?", "quick", answers_boards.robust),
     Exhibit("replaced", "Poison replaces", "Is the poisoned training set D' larger than the clean set D?", "quick",
-            evidence.replaced),
-    Exhibit("validity", "Attack validity", "Are the attacks as strong as in the literature?", "quick", evidence.validity),
+            answers_boards.replaced),
+    Exhibit("validity", "Attack validity", "Are the attacks as strong as in the literature?", "quick", answers_boards.validity),
     Exhibit("validity-cifar10", "Attack validity on CIFAR-10 images", "And on CIFAR-10 images?", "cifar10-small",
-            evidence.validity),
-    Exhibit("attacks", "Newer attacks", "What about newer attacks?", "attacks", evidence.validity),
+            answers_boards.validity),
+    Exhibit("attacks", "Newer attacks", "What about newer attacks?", "attacks", answers_boards.validity),
     Exhibit("rate", "Poisoning rate", "From which poisoning rate on is there an attack, and does the rate change what defenses do?",
-            "rate", evidence.rate),
+            "rate", answers_axes.rate),
     Exhibit("performance", "Accuracy kept", "Do defenses remove backdoors without compromising performance?", "quick",
-            evidence.performance),
+            answers_boards.performance),
     Exhibit("performance-cifar10", "Accuracy kept on CIFAR-10 images", "And on CIFAR-10 images?", "cifar10-small",
-            evidence.performance),
+            answers_boards.performance),
     Exhibit("selection", "Selection", "Why is a baseline weaker here than in its paper: how was its threshold chosen?", "selection",
-            evidence.selection),
+            answers_axes.selection),
     Exhibit("threshold", "Threshold", "How much hangs on the threshold, which a person may have read off a density by eye?",
-            "threshold", evidence.threshold),
+            "threshold", answers_axes.threshold),
     Exhibit("alpha", "Alpha", "Does the exponent alpha matter, or is it the Lipschitz quotient (alpha = 1) in other words?",
-            "alpha", evidence.alpha),
-    Exhibit("scope", "Scope", "Were baselines limited to the head too, and how fast are they then?", "scope", evidence.scope),
+            "alpha", answers_axes.alpha),
+    Exhibit("scope", "Scope", "Were baselines limited to the head too, and how fast are they then?", "scope", answers_axes.scope),
     Exhibit("pruned", "Units pruned", "How many neurons were pruned, and which semi-supervised method was used?", "quick",
-            evidence.pruned),
+            answers_boards.pruned),
     Exhibit("budget", "Clean budget", "How many clean images does a defense need, and what are they worth without it?", "budget",
-            evidence.budget),
+            answers_axes.budget),
     Exhibit("extractor", "Extractor", "A clean extractor is an extra tool: what comes from it, and what from the defense?",
-            "extractor", evidence.extractor),
+            "extractor", answers_axes.extractor),
     Exhibit("controls", "Plain classifiers", "Does a nearest-mean classifier on the extractor make the head pointless?", "quick",
-            evidence.controls),
+            answers_boards.controls),
     Exhibit("detectors", "Samples singled out", "Do defenses that split the training set find the poison?", "quick",
-            evidence.detectors),
-    Exhibit("adaptive", "Adaptive attackers", "What does an attacker do who knows the defense?", "adaptive", evidence.adaptive),
+            answers_boards.detectors),
+    Exhibit("adaptive", "Adaptive attackers", "What does an attacker do who knows the defense?", "adaptive", answers_axes.adaptive),
     Exhibit("natural", "Natural backdoors", "What do defenses do to a clean model, which has backdoors by nature?", "natural",
-            evidence.natural),
-    Exhibit("size", "Larger images", "What about larger images and more classes?", "size", evidence.size),
-    Exhibit("significance", "Significance", "Are differences significant?", "quick", evidence.significance),
+            answers_axes.natural),
+    Exhibit("size", "Larger images", "What about larger images and more classes?", "size", answers_boards.size),
+    Exhibit("significance", "Significance", "Are differences significant?", "quick", answers_boards.significance),
 )  # fmt: skip
 """Every exhibit, in the order of the page."""
 
@@ -111,14 +118,15 @@ def source_of(folder: Path) -> Source | None:
         told = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
     except ValueError as error:
         raise BadInput(f"{manifest}: cannot be read: {error}") from error
-    tables = (read(folder / f"{name}.csv", kind) for name, kind in (("rows", Row), ("curves", Curve), ("timings", Timing)))
-    return Source(folder.name, *tables, load_matrix(folder / "matrix.toml"), told)
+    rows, curves, timings = (
+        read(folder / "rows.csv", Row), read(folder / "curves.csv", Curve), read(folder / "timings.csv", Timing)
+    )  # fmt: skip
+    return Source(folder.name, rows, curves, timings, load_matrix(folder / "matrix.toml"), told)
 
 
 # -- tables --------------------------------------------------------------------------------------------------------------------
 
 _MISSING = "\N{EN DASH}"
-_LEFT: frozenset[str] = frozenset({"text"})
 
 
 def _shown(line: pd.Series, column: Column, escape: Callable[[object], str], small: Callable[[str], str]) -> str:
@@ -126,31 +134,31 @@ def _shown(line: pd.Series, column: Column, escape: Callable[[object], str], sma
     if column.kind == "text":
         return escape(value)
     if column.kind in ("interval", "difference"):
-        return bracketed(line, column.name, signed=column.kind == "difference", small=small)
+        return _bracketed(line, column.name, signed=column.kind == "difference", small=small)
     found = float(value)
     if math.isnan(found):
         return _MISSING
     if column.kind in ("share", "points"):
-        return percent(found, signed=column.kind == "points")
-    return f"{found:.0f}" if column.kind == "count" else number(found)
+        return _percent(found, signed=column.kind == "points")
+    return f"{found:.0f}" if column.kind == "count" else _number(found)
 
 
 def _filled(shown: Shown) -> tuple[Column, ...]:
-    """The columns in which something stands."""
+    """The columns in which something stands, text first."""
 
     def says(column: Column) -> bool:
         values = shown.frame[column.name]
         return bool((values != "").any() if column.kind == "text" else values.notna().any())
 
-    return tuple(column for column in shown.columns if says(column))
+    return tuple(sorted(filter(says, shown.columns), key=lambda column: column.kind != "text"))
 
 
 def table_markdown(shown: Shown) -> str:
     """An exhibit's table; percent, differences in percentage points."""
     columns = _filled(shown)
     lines = [[_shown(line, column, markdown, str) for column in columns] for _, line in shown.frame.iterrows()]
-    left = next((place for place, column in enumerate(columns) if column.kind != "text"), len(columns))
-    return pipe([markdown(column.head) for column in columns], lines, left=max(left, 1))
+    texts = sum(column.kind == "text" for column in columns)
+    return _pipe([markdown(column.head) for column in columns], lines, left=max(texts, 1))
 
 
 def table_latex(shown: Shown, words: str, label: str) -> str:
@@ -165,7 +173,7 @@ def table_latex(shown: Shown, words: str, label: str) -> str:
         for _, line in shown.frame.iterrows()
     ]
     kinds = "".join("l" if column.kind == "text" else "r" for column in columns)
-    return latex_table([column.head for column in columns], kinds, body, words, label)
+    return _latex_table([column.head for column in columns], kinds, body, words, label)
 
 
 def _once(text: str) -> str:
@@ -249,7 +257,7 @@ def write_exhibits(results: Path) -> list[Path]:
                 f"{markdown(text)}\n\nRows: {rows}, `{command(exhibit)}`. Files: {links}.\n"
             )
             index.append((exhibit, "answered"))
-    contents = pipe(["Question", "Exhibit", "Rows"], [
+    contents = _pipe(["Question", "Exhibit", "Rows"], [
         [exhibit.question, f"[{exhibit.title}](#{exhibit.name})", words if words != "answered" else f"`{exhibit.matrix}`"]
         for exhibit, words in index
     ], left=3)  # fmt: skip

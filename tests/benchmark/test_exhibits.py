@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from attacks.adaptive import Adaptive
-from benchmark import evidence, exhibits, stats
+from benchmark import answers_axes, answers_boards, evidence, exhibits, stats
 from benchmark import rows as files
 from benchmark.__main__ import app
 from benchmark.cell import cell_rows
@@ -26,6 +26,7 @@ from benchmark.store import Entry
 from defenses.holder_pruning import HolderPruning
 
 Triple = tuple[float, float, float]
+ROOT = Path(__file__).resolve().parents[2]
 DIAL = (0.0, 0.25, 0.5, 0.75, 1.0)
 Figures = Callable[[Cell, float], tuple[float, float, float]]
 """(cell, place on its dial) -> (ACC, ASR, RA) of a candidate."""
@@ -173,23 +174,25 @@ def test_paired_is_the_mean_of_scenario_means_of_differences_and_the_sign_follow
     assert pairs == sum(map(len, by.values())) == len(left) - 1
     assert found.mean == pytest.approx(np.mean([np.mean(values) for values in by.values()]))
     sides = {(0.1, 0.2): 1, (-0.2, -0.1): -1, (-0.1, 0.1): 0, (math.nan, math.nan): 0}
-    assert [evidence._side(stats.Interval(0.0, *ends)) for ends in sides] == list(sides.values())
+    assert [evidence.verdict(stats.Interval(0.0, *ends)) for ends in sides] == list(sides.values())
 
 
 def test_words_for_figures() -> None:
     part = stats.Interval(0.1234, 0.1, 0.15)
-    assert evidence._share(part) == "12.3 % [10.0, 15.0]"
-    assert evidence._points(part) == "+12.3 points [+10.0, +15.0]"
-    assert evidence._points(stats.Interval(-0.01, math.nan, math.nan)) == "-1.0 points"
-    assert evidence._points(stats.Interval(math.nan, math.nan, math.nan)) == "not measured"
-    assert evidence._percent(-0.0001) == "0.0 %"
-    assert [evidence._of(*pair) for pair in ((0, 3), (2, 3), (3, 3), (1, 1))] == ["none of 3", "2 of 3", "all 3", "1 of 1"]
-    assert evidence._few(list("abcde")) == "a, b, c and 2 more"
-    assert evidence._few(list("abcd")) == "a, b, c, d"
-    assert evidence._few([]) == "none"
+    assert evidence.interval_words(part) == "12.3 % [10.0, 15.0]"
+    assert evidence.points_words(part) == "+12.3 points [+10.0, +15.0]"
+    assert evidence.points_words(stats.Interval(-0.01, math.nan, math.nan)) == "-1.0 points"
+    assert evidence.points_words(stats.Interval(math.nan, math.nan, math.nan)) == "not measured"
+    assert evidence.percent_words(-0.0001) == "0.0 %"
+    assert [evidence.out_of(*pair) for pair in ((0, 3), (2, 3), (3, 3), (1, 1))] == ["none of 3", "2 of 3", "all 3", "1 of 1"]
+    assert evidence.few(list("abcde")) == "a, b, c and 2 more"
+    assert evidence.few(list("abcd")) == "a, b, c, d"
+    assert evidence.few([]) == "none"
 
 
-@pytest.mark.parametrize("show", [evidence.performance, evidence.scope, evidence.threshold, evidence.selection, evidence.size])
+@pytest.mark.parametrize("show", [
+    answers_boards.performance, answers_axes.scope, answers_axes.threshold, answers_axes.selection, answers_boards.size,
+])  # fmt: skip
 def test_nothing_is_said_of_attacks_that_did_not_implant(show: Callable[[Source], evidence.Shown]) -> None:
     source = made_up("scope", before=lambda cell: (0.97, 0.2, 0.7), keep=called("pruning"))
     with pytest.raises(Missing):
@@ -212,24 +215,26 @@ def holder_figures(answer: Callable[[HolderPruning, float], float]) -> Callable[
 def test_alpha_changes_nothing_or_something() -> None:
     moving = ("steps of unequal length", "distance between embeddings")
     falling = holder_figures(lambda d, place: (d.clip or d.distance == "feature") * 0.3 * (1 - d.alpha))
-    better = evidence.alpha(made_up("alpha", falling))
+    better = answers_axes.alpha(made_up("alpha", falling))
     assert "alpha changes nothing, as it must: all 80 models" in better.answer  # 4 exponents, 2 attacks, 2 seeds, 5 points
     assert "The published exponent is above the Lipschitz quotient in all 3 comparisons" in better.answer
     assert set(better.frame.loc[better.frame["same"] < 1, "mode"]) == set(moving)
-    worse = evidence.alpha(made_up("alpha", holder_figures(lambda d, place: 0.3 * d.alpha + 0.1 * place)))
+    worse = answers_axes.alpha(made_up("alpha", holder_figures(lambda d, place: 0.3 * d.alpha + 0.1 * place)))
     assert "In none of 3 comparisons" in worse.answer
     assert "alpha cannot change the ranking, yet 80 of 80 models differ" in worse.answer
 
 
 def test_alphas_agreement_counts_points_one_by_one() -> None:
     source = made_up("alpha", holder_figures(lambda d, place: 0.1 + 0.3 * place * (place < 0.6 or d.alpha)))
-    shown = evidence.alpha(source)
+    shown = answers_axes.alpha(source)
     known = {cell.defense_label: cell.defense for cell in source.matrix.cells}
     for _, line in shown.frame.iterrows():
         points: dict[float, dict[tuple[object, ...], Triple]] = {}
         for _, point in source.curves.iterrows():
             defense = known[point["defense"]]
-            if isinstance(defense, HolderPruning) and point["scope"] == line["scope"] and evidence._mode(defense) == line["mode"]:
+            if not isinstance(defense, HolderPruning):
+                continue
+            if point["scope"] == line["scope"] and answers_axes._mode(defense) == line["mode"]:
                 key = (point["backbone"], point["attack"], point["seed"], point["dial"])
                 points.setdefault(defense.alpha, {})[key] = (point["acc"], point["asr"], point["ra"])
         mine, other = points[line["alpha"]], points[1.0]
@@ -245,7 +250,7 @@ def test_scope_says_where_ra_is_higher_and_compares_seconds_at_equal_scope(head:
     def seconds(cell: Cell) -> float:
         return (1.0 if isinstance(cell.defense, HolderPruning) else 2.0) * (1.0 if cell.scope.value == "head" else 50.0)
 
-    shown = evidence.scope(made_up("scope", steady({"head": head, "whole": whole}), seconds=seconds))
+    shown = answers_axes.scope(made_up("scope", steady({"head": head, "whole": whole}), seconds=seconds))
     assert words in shown.answer
     assert "2 times as long" in shown.answer
     assert "would read 100 times" in shown.answer
@@ -256,11 +261,11 @@ def test_scope_says_where_ra_is_higher_and_compares_seconds_at_equal_scope(head:
 
 def test_a_curve_is_read_from_the_weakest_end_whatever_the_direction_of_the_dial() -> None:
     path = pd.DataFrame({"dial": [1.0, 5.0, 3.0], "ra": [0.9, 0.1, 0.3]})
-    up = evidence.along_dial(path, 1.0, 5.0, False, "ra")
+    up = answers_axes.along_dial(path, 1.0, 5.0, False, "ra")
     assert up[[0, 50, 100]] == pytest.approx([0.9, 0.3, 0.1])
     assert up[25] == pytest.approx(0.6)
-    assert evidence.along_dial(path, 1.0, 5.0, True, "ra") == pytest.approx(up[::-1])
-    wider = evidence.along_dial(path, -3.0, 5.0, False, "ra")
+    assert answers_axes.along_dial(path, 1.0, 5.0, True, "ra") == pytest.approx(up[::-1])
+    wider = answers_axes.along_dial(path, -3.0, 5.0, False, "ra")
     assert wider[:50] == pytest.approx(np.full(50, 0.9))  # nothing is known beyond the first point: it stays
 
 
@@ -272,7 +277,7 @@ def test_threshold_reports_the_good_stretch_and_the_area(good: bool) -> None:
         ra = 0.8 * place if cell.defense_label == "pruning" else 0.0
         return 0.97 - (0.0 if good else 0.5 * place), 0.95 - ra, ra
 
-    shown = evidence.threshold(made_up("threshold", figures, keep=called("pruning", "anp", "random-pruning (as clp)")))
+    shown = answers_axes.threshold(made_up("threshold", figures, keep=called("pruning", "anp", "random-pruning (as clp)")))
     line = shown.frame[shown.frame["defense"] == "pruning"].iloc[0]
     assert line["area"] == pytest.approx(0.4)
     assert (line["best"], line["default"]) == pytest.approx((0.8, 0.4))
@@ -288,7 +293,7 @@ def test_selection_measures_the_gap_or_finds_none(turned: bool) -> None:
         ra = 0.1 + (0.5 * place if turned else 0.0)
         return (0.97 - 0.08 * place, 0.9 - ra, ra) if cell.defense_label != "none" else undefended(cell)
 
-    shown = evidence.selection(made_up("selection", figures, keep=called("pruning", "anp", "anp (500 steps)")))
+    shown = answers_axes.selection(made_up("selection", figures, keep=called("pruning", "anp", "anp (500 steps)")))
     line = shown.frame[shown.frame["defense"] == "anp"].iloc[0]
     # The oracle turns the dial to 1; validation allows a loss of 4 points, the place 0.5, which is the default too.
     assert line["gap_default"] == pytest.approx(0.25 if turned else 0.0)
@@ -308,7 +313,7 @@ def test_budget_compares_with_training_from_scratch_on_the_same_images(ahead: bo
     why = "does not apply: too few"
     names = [f"{base}, budget {share} %" for base in ("anp", "training-from-scratch") for share in ("0.1", "1", "20")]
     source = made_up("budget", figures, keep=called(*names, "clp"), refuse=lambda cell: why if cell.budget == 0.001 else "")
-    shown = evidence.budget(source)
+    shown = answers_axes.budget(source)
     side = "for 1 of 1 defenses (anp (whole))" if ahead else "for none of 1 defenses (none) and below it for 1"
     assert f"With 200 clean images (20 %), RA is above that of training from scratch on the same images {side}" in shown.answer
     assert f"Refused: {why}." in shown.answer
@@ -333,7 +338,7 @@ def test_rate_says_from_where_an_attack_is_there_and_how_ra_moves(slope: float, 
         ra = 0.5 + slope * cell.scenario.plan.rate
         return (0.9, 0.95 - ra, ra) if cell.defense_label != "none" else rate_before(cell)
 
-    shown = evidence.rate(made_up("rate", figures, rate_before, keep=called("clp")))
+    shown = answers_axes.rate(made_up("rate", figures, rate_before, keep=called("clp")))
     assert "badnets implants in most seeds at 2 %, 5 %, 10 %; at the highest rate it costs 1.5 points" in shown.answer
     assert "wanet implants at no rate." in shown.answer
     assert words in shown.answer
@@ -345,7 +350,7 @@ def test_rate_says_from_where_an_attack_is_there_and_how_ra_moves(slope: float, 
 @pytest.mark.parametrize(("ra", "words"), [(0.9, "the attacked head is worth keeping there"), (0.1, "is not beaten")])
 def test_extractor_puts_the_best_head_beside_the_plainest_classifier(ra: float, words: str) -> None:
     keep = called("anp", "nearest-class-mean on clean, with labels", "nearest-class-mean on clean, no labels")
-    shown = evidence.extractor(made_up("extractor", steady({"anp": ra}, other=0.5), keep=keep))
+    shown = answers_axes.extractor(made_up("extractor", steady({"anp": ra}, other=0.5), keep=keep))
     assert words in shown.answer
     line = shown.frame[(shown.frame["victims"].str.contains("with labels")) & (shown.frame["attack"] == "badnets")].iloc[0]
     assert (line["best"], line["plainest"]) == ("anp (head)", "nearest-class-mean on clean, with labels")
@@ -354,7 +359,7 @@ def test_extractor_puts_the_best_head_beside_the_plainest_classifier(ra: float, 
 
 def test_extractor_without_an_implanted_attack_says_so() -> None:
     source = made_up("extractor", before=lambda cell: (0.97, 0.1, 0.8), keep=called("anp"))
-    assert "Through no given features did an attack implant" in evidence.extractor(source).answer
+    assert "Through no given features did an attack implant" in answers_axes.extractor(source).answer
 
 
 @pytest.mark.parametrize(("slope", "words"), [(-0.2, "RA falls for 1 of 1 defenses (clp"), (0.2, "and rises for 1 (clp"),
@@ -365,7 +370,8 @@ def test_adaptive_compares_with_strength_zero(slope: float, words: str) -> None:
         ra = 0.5 + slope * min(cell.scenario.attack.strength, 1)
         return (0.9, 0.95 - ra, ra) if cell.defense_label != "none" else undefended(cell)
 
-    shown = evidence.adaptive(made_up("adaptive", figures, keep=lambda cell: called("clp")(cell) and cell.scope.value == "whole"))
+    whole = made_up("adaptive", figures, keep=lambda cell: called("clp")(cell) and cell.scope.value == "whole")
+    shown = answers_axes.adaptive(whole)
     assert words in shown.answer
     line = shown.frame[(shown.frame["attack"] == "rescaled") & (shown.frame["defense"] == "clp")].iloc[0]
     assert (line["base"], line["strong"], line["difference"]) == pytest.approx((0.5, 0.5 + slope, slope))
@@ -377,7 +383,7 @@ def test_adaptive_leaves_out_strengths_that_do_not_implant() -> None:
         assert isinstance(cell.scenario.attack, Adaptive)
         return (0.97, 0.97, 0.02) if cell.scenario.attack.strength == 0 else (0.9, 0.97, 0.02)
 
-    shown = evidence.adaptive(made_up("adaptive", before=before, keep=called("clp")))
+    shown = answers_axes.adaptive(made_up("adaptive", before=before, keep=called("clp")))
     assert "flat-holder does not implant at both strength 0 and another" in shown.answer
     assert set(shown.frame["strength"]) == {0.0}
 
@@ -385,7 +391,7 @@ def test_adaptive_leaves_out_strengths_that_do_not_implant() -> None:
 @pytest.mark.parametrize(("again", "words"), [(0.5, "they remove is one trigger, not the weakness"),
                                               (0.0, "what they remove stays removed")])  # fmt: skip
 def test_natural_tells_a_kept_trigger_from_one_found_again(again: float, words: str) -> None:
-    shown = evidence.natural(made_up("natural", steady({"anp": 0.7}, other=0.2), keep=called("anp", "clp"), again=again))
+    shown = answers_axes.natural(made_up("natural", steady({"anp": 0.7}, other=0.2), keep=called("anp", "clp"), again=again))
     assert words in shown.answer
     assert "in 2 of 4 cases" in shown.answer
     line = shown.frame[shown.frame["defense"] == "anp"].iloc[0]
@@ -397,10 +403,10 @@ def test_performance_tells_losses_from_no_change() -> None:
         lost = 0.1 + 0.01 * cell.scenario.seed if cell.defense_label == "anp" else 0.0
         return (0.97 - lost, 0.1, 0.8) if cell.defense_label != "none" else undefended(cell)
 
-    shown = evidence.performance(made_up("quick", figures, keep=called("anp", "clp")))
+    shown = answers_boards.performance(made_up("quick", figures, keep=called("anp", "clp")))
     assert shown.answer.startswith("2 of 4 entries lose accuracy: anp")
     assert "Of the 4 that take the mean ASR below 50 %, 2 do so without a loss that can be told: clp" in shown.answer
-    idle = evidence.performance(made_up("quick", lambda cell, place: undefended(cell), keep=called("anp", "clp")))
+    idle = answers_boards.performance(made_up("quick", lambda cell, place: undefended(cell), keep=called("anp", "clp")))
     assert idle.answer.startswith("None of 4 entries lose accuracy")
     assert "None takes the mean ASR below 50 %" in idle.answer
 
@@ -409,7 +415,7 @@ def test_performance_tells_losses_from_no_change() -> None:
 def test_size_counts_who_takes_asr_down_and_who_passes_training_from_scratch(ra: float, words: str) -> None:
     keep = called("pruning", "training-from-scratch")
     source = made_up("size", steady({"pruning": ra}, other=0.5), keep=lambda cell: keep(cell) and cell.scope.value == "whole")
-    shown = evidence.size(source)
+    shown = answers_boards.size(source)
     assert words in shown.answer
     assert ("1 of 1 entries take" in shown.answer) is (ra > 0.5)
 
@@ -419,8 +425,8 @@ def test_controls_and_significance_pair_the_leader_with_controls(ra: float, word
     plain = [f"{name} on {of}" for name in ("nearest-class-mean",) for of in ("poisoned, no labels", "clean, with labels")]
     keep = called("clp", "training-from-scratch", *plain)
     source = made_up("quick", steady({"clp": ra}, other=0.5), keep=keep)
-    assert words in evidence.controls(source).answer
-    told = evidence.significance(source).answer
+    assert words in answers_boards.controls(source).answer
+    told = answers_boards.significance(source).answer
     assert words in told
     assert "it takes 11 implanted scenarios, and there are" in told
 
@@ -431,14 +437,14 @@ def test_significance_reports_a_rank_test_where_there_are_enough_scenarios() -> 
     one = source.rows[source.rows["attack"] == "badnets"]
     one = one[one["backbone"] == one["backbone"].iloc[0]]
     rows = pd.concat([one.assign(attack=f"attack {number}") for number in range(12)], ignore_index=True)
-    told = evidence.significance(dataclasses.replace(source, rows=rows)).answer
+    told = answers_boards.significance(dataclasses.replace(source, rows=rows)).answer
     assert "Friedman's test over 12 scenarios, p = " in told
 
 
 @pytest.mark.parametrize(("precision", "words"), [(0.5, "All 3 defenses that single out"), (0.02, "None of 3")])
 def test_detectors_are_put_beside_the_base_rate(precision: float, words: str) -> None:
     keep = called("abl", "dbd", "hid")
-    shown = evidence.detectors(made_up("quick", keep=keep, precision=precision))
+    shown = answers_boards.detectors(made_up("quick", keep=keep, precision=precision))
     assert shown.answer.startswith(words)
     assert set(shown.frame["precision"]) == {precision}
     assert shown.frame["base"].iloc[0] == pytest.approx(0.1)
@@ -448,53 +454,67 @@ def test_validity_counts_scenarios_and_claims_no_reference_it_has_not() -> None:
     def before(cell: Cell) -> Triple:
         return (0.97, 0.3, 0.6) if cell.scenario.frozen else undefended(cell)
 
-    shown = evidence.validity(made_up("quick", before=before, keep=called()))
+    shown = answers_boards.validity(made_up("quick", before=before, keep=called()))
     assert "ASR below the line: badnets on vgg11-bn-w8 on clean, with labels (30.0 %)" in shown.answer
     assert "None has a published figure" in shown.answer
-    assert "minus the same trained end to end, ASR: -67.0 points" in shown.answer
+    assert "minus victims trained end to end: -67.0 points" in shown.answer
     source = made_up("quick", keep=called())
     rows = source.rows.assign(literature=["PASS", *["WARN"] * (len(source.rows) - 1)])
-    told = evidence.validity(dataclasses.replace(source, rows=rows)).answer
+    told = answers_boards.validity(dataclasses.replace(source, rows=rows)).answer
     assert "published figures of the same protocol: PASS 1, WARN" in told
-    assert evidence.validity(source).answer.startswith("All ")
+    assert answers_boards.validity(source).answer.startswith("All ")
 
 
 def test_benign_accuracy_is_one_number_or_the_rows_do_not_belong_together() -> None:
     source = made_up("quick", keep=called("clp"))
-    assert evidence.benign(source).answer.startswith("One benign accuracy per backbone, recipe and seed")
+    assert answers_boards.benign(source).answer.startswith("One benign accuracy per backbone, recipe and seed")
     rows = source.rows.assign(acc_benign=source.rows["acc_benign"].where(source.rows["defense"] != "clp", 0.5))
-    told = evidence.benign(dataclasses.replace(source, rows=rows)).answer
+    told = answers_boards.benign(dataclasses.replace(source, rows=rows)).answer
     assert told.startswith("Benign accuracies differ")
     assert "Every row states its poisoning rate." in told
     unrated = dataclasses.replace(source, rows=rows.assign(rate=math.nan))
-    assert "rows lack a poisoning rate" in evidence.benign(unrated).answer
+    assert "rows lack a poisoning rate" in answers_boards.benign(unrated).answer
 
 
 def test_replaced_compares_the_sizes() -> None:
     source = made_up("quick", keep=called("abl"))  # 1250 released, 250 of them held out, 1000 received
-    assert "|D'| = |D| in all" in evidence.replaced(source).answer
+    assert "|D'| = |D| in all" in answers_boards.replaced(source).answer
     grown = dataclasses.replace(source, rows=source.rows.assign(train_images=1100))
-    assert evidence.replaced(grown).answer.startswith("Sizes differ: digits: 1000 clean images left to the attacker, 1100")
+    assert answers_boards.replaced(grown).answer.startswith("Sizes differ: digits: 1000 clean images left to the attacker, 1100")
     with pytest.raises(Missing, match="manifest"):
-        evidence.replaced(dataclasses.replace(source, manifest={}))
+        answers_boards.replaced(dataclasses.replace(source, manifest={}))
 
 
 def test_robust_checks_that_asr_and_ra_share_their_images() -> None:
     source = made_up("quick", keep=called("clp"))
-    assert "which holds in all" in evidence.robust(source).answer
+    assert "which holds in all" in answers_boards.robust(source).answer
     broken = dataclasses.replace(source, rows=source.rows.assign(ra=1.0))
-    assert "which fails in " in evidence.robust(broken).answer
+    assert "which fails in " in answers_boards.robust(broken).answer
 
 
 def test_pruned_states_units_and_schedules() -> None:
-    shown = evidence.pruned(made_up("quick", keep=called("pruning", "dbd", "hid")))
+    shown = answers_boards.pruned(made_up("quick", keep=called("pruning", "dbd", "hid")))
     assert "Every row that prunes says how many units of how many." in shown.answer
     assert "dbd (cpu; " in shown.answer
     line = shown.frame[shown.frame["defense"] == "pruning"].iloc[0]
     assert (line["units"], line["default"], line["default_share"]) == (40.0, 20.0, 0.5)
     source = made_up("quick", keep=called("pruning"))
     unknown = dataclasses.replace(source, rows=source.rows.assign(units=0))
-    assert "rows prune units of an unknown number" in evidence.pruned(unknown).answer
+    assert "rows prune units of an unknown number" in answers_boards.pruned(unknown).answer
+
+
+def test_text_stands_before_numbers_and_empty_columns_are_left_out() -> None:
+    frame = pd.DataFrame({"a": [0.5], "b": ["x"], "c": [""], "d": [math.nan], "d_low": [math.nan], "d_high": [math.nan]})
+    columns = (evidence.Column("A", "share", "a"), evidence.Column("B", "text", "b"), evidence.Column("C", "text", "c"),
+               evidence.Column("D", "difference", "d"))  # fmt: skip
+    assert table_markdown(evidence.Shown("", frame, columns, "")) == "| B | A |\n| :-- | --: |\n| x | 50.0 |\n"
+
+
+def test_the_committed_page_asks_every_question() -> None:
+    page = (ROOT / "results" / "EXHIBITS.md").read_text()
+    for exhibit in EXHIBITS:
+        assert f'<a id="{exhibit.name}"></a>' in page
+        assert f"**{exhibit.question}**" in page
 
 
 # -- the page ------------------------------------------------------------------------------------------------------------------
@@ -559,7 +579,7 @@ def test_no_results_is_one_clear_error(tmp_path: Path) -> None:
 
 
 def test_figures_hold_what_the_table_holds() -> None:
-    shown = evidence.scope(made_up("scope"))
+    shown = answers_axes.scope(made_up("scope"))
     assert isinstance(shown.figure, Dots)
     drawn = {name.split(",")[0]: part for panel in shown.figure.panels[:1]
              for name, part in zip(panel.names, panel.series[0][1], strict=True)}  # fmt: skip
