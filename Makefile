@@ -57,7 +57,7 @@ page: $(STAMP) ## leaderboard.html of MATRIX from its stored rows: sort, filter 
 report: $(STAMP) ## report of MATRIX from its stored rows
 	@$(LEVELFIELD) report --matrix $(MATRIX) $(ARGS)
 
-paper: $(STAMP) ## tables, plots, page and report of everything under results/, from stored rows, touching no model
+paper: $(STAMP) ## tables, plots, page and report of everything under results/, and the exhibits, from stored rows, touching no model
 	@found=; for rows in results/*/rows.csv; do \
 	  [ -f "$$rows" ] || continue; found=yes; matrix=$$(basename "$$(dirname "$$rows")"); \
 	  for verb in tables plots page report; do $(LEVELFIELD) $$verb --matrix "$$matrix"; done; \

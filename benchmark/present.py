@@ -21,7 +21,9 @@ from models.spec import BadInput
 if TYPE_CHECKING:
     from benchmark.tracking import CellLog
 
-__all__ = ["catalogue", "cell_logs", "draw_exhibits", "draw_page", "draw_plots", "draw_report", "draw_tables", "leaderboard", "present"]
+__all__ = [
+    "catalogue", "cell_logs", "draw_exhibits", "draw_page", "draw_plots", "draw_report", "draw_tables", "leaderboard", "present",
+]  # fmt: skip
 
 FRONT = "quick"
 """The matrix whose leaderboard stands on the project's front page."""
