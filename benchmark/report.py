@@ -26,6 +26,7 @@ from benchmark.tables import (
     setting_words,
     slug,
     track_words,
+    validity_markdown,
 )  # fmt: skip
 
 __all__ = ["headline", "plain_words", "summary", "write_headline", "write_plain_words", "write_report"]
@@ -279,14 +280,17 @@ def write_report(
     if (folder / "leaderboard.html").is_file():
         text.append("To sort, filter and open every line: [leaderboard.html](leaderboard.html), opened from disk in any browser.\n")
     text.append("Generated from [rows.csv](rows.csv); nothing on this page is typed by hand.\n\n## What was run\n")
-    ran = {**setting_words(rows), "track": "; ".join(track_words(track) for track in stats.tracks(rows)),
+    ran = {**setting_words(rows), "track": "; ".join(track_words(track) for track in stats.tracks(rows)) or "none",
            "defense": ", ".join(dict.fromkeys(rows.loc[~rows["control"].astype(bool), "defense"])) or "none",
            "control": ", ".join(dict.fromkeys(rows.loc[rows["control"].astype(bool), "defense"])) or "none",
            "gate": gate_words(rows)}  # fmt: skip
     text.append("| | |\n| :-- | :-- |\n" + "".join(f"| {name} | {markdown(words)} |\n" for name, words in ran.items()))
     for name, words in _FIGURES[:2]:
         text.append(_picture(name, words, have))
-    text.append(f"## In plain words\n\n{plain_words(rows)}")
+    if stats.tracks(rows):
+        text.append(f"## In plain words\n\n{plain_words(rows)}")
+    else:
+        text.append(f"## The attacked models\n\nOne figure per seed.\n\n{validity_markdown(rows)}")
     for track in stats.tracks(rows):
         tail = slug(track)
         text.append(f"## Track: {markdown(track_words(track))}\n\n{summary(rows, track)}\n")
@@ -300,7 +304,8 @@ def write_report(
         text.append(f"**What the defender was given**\n\n{given_markdown(rows, track)}")
         lines = []
         for selection in stats.selections(rows, track):
-            for kind, words in (("leaderboard", "leaderboard"), ("attacks", "every attack")):
+            for kind, words in (("leaderboard", "leaderboard"), ("attacks", "every attack"),
+                                ("protocols", "triggers that need the attacked model, frozen and recraft")):  # fmt: skip
                 stem = f"{kind}-{tail}-{selection}"
                 present = [f"{stem}{end}" for end in (".md", ".csv", ".tex") if f"tables/{stem}{end}" in have]
                 if present:

@@ -99,7 +99,12 @@ def _intervals(data: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def tracks(rows: pd.DataFrame) -> list[str]:
-    """Tracks in which something other than a control competes, in matrix order; all tracks when there are only controls."""
+    """Tracks in which something other than a control competes, in matrix order; all tracks when there are only controls.
+
+    None where nothing but the undefended models was run: there is nobody to compare.
+    """
+    if (rows["defense"] == UNDEFENDED).all():
+        return []
     competing = rows[~_is_control(rows)]
     return list(dict.fromkeys((competing if len(competing) else rows)["track"]))
 
@@ -510,9 +515,10 @@ def _present_mean(values: np.ndarray, axis: int) -> np.ndarray:
 def _by_blocks(table: pd.DataFrame) -> tuple[Interval, np.ndarray]:
     """Mean over scenarios of means over seeds of the column ``difference``, its interval, and the mean of each block.
 
-    A block is all worlds of one data set and seed. They are not independent of each other: they share the clean budget, and on
-    each backbone the benign twin and the network trained from scratch, the very same one whatever the attack. So the interval
-    resamples whole blocks (all scenarios of a data set get the same draw of seeds); otherwise it is that of :func:`interval`.
+    A block is all worlds of one data set and seed that are there. They are not independent of each other: they share the clean
+    budget, and on each backbone the benign twin and the network trained from scratch, the very same one whatever the attack. So the
+    interval resamples whole blocks (all scenarios of a data set get the same draw of seeds); otherwise it is that of
+    :func:`interval`.
     """
     grids = [
         mine.pivot_table(index=SCENARIO, columns="seed", values="difference", sort=False).to_numpy(np.float64)

@@ -1,9 +1,9 @@
 """Rows -> tables: leaderboards, what each defender was given, per-attack details, samples singled out, attack validity, selection
-gaps, missing cells, cost.
+gaps, missing cells, cost, paired tests, published figures.
 
 Markdown for reading, LaTeX (booktabs) for papers, CSV (shares in [0, 1], unrounded) for everything else. A second run writes the
-same bytes. Seconds depend on the machine, so they stand in ``cost.md`` and ``cost.csv`` alone. Names come from settings files and are treated as
-hostile: they can break no cell, carry no markup and start no formula.
+same bytes. Seconds depend on the machine, so they stand in ``cost.md`` and ``cost.csv`` alone. Names come from settings files and
+are treated as hostile: they can break no cell, carry no markup and start no formula.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "GIVEN_NOTES", "NOTHING", "SELECTION_WORDS", "console_leaderboard", "csv_text", "gate_words", "given_markdown", "latex",
     "leaderboard_markdown", "markdown", "paired_words", "plain", "problems_markdown", "rank_words", "setting_words", "slug",
-    "track_words", "write_tables",
+    "track_words", "validity_markdown", "write_tables",
 ]  # fmt: skip
 
 NOTHING = "No attack was implanted under the attack-validity gate, so there is nothing to rank a defense on."
@@ -468,21 +468,21 @@ def _each(values: pd.Series) -> str:
     return ", ".join(_percent(float(value)) for value in values)
 
 
-def _validity(rows: pd.DataFrame) -> str:
+def validity_markdown(rows: pd.DataFrame) -> str:
     """One line per scenario; figures of the undefended model, one per seed, in the order of the seeds."""
     attacked = rows[rows["attack"] != stats.NO_ATTACK]
     worlds = attacked.groupby(stats.WORLD, sort=False).first().reset_index().sort_values("seed", kind="stable")
     header = ["Dataset", "Backbone", "Attack", "Rate, nominal", "Rate, realised", "Labels", "Seeds", "ACC, benign twin",
-              "ACC", "ASR", "RA", "Implanted", "Gate"]  # fmt: skip
+              "ACC", "ASR", "RA", "Implanted", "Gate", "Against the literature", "Notes"]  # fmt: skip
     lines = []
+    undefended = attacked[attacked["defense"] == stats.UNDEFENDED]
     for _, line in stats.scenarios(rows).iterrows():
         mine = worlds[(worlds[stats.SCENARIO] == line[stats.SCENARIO]).all(axis=1)]
-        gates = dict.fromkeys(mine["gate"])
-        words = (
-            mine["gate"].iloc[0]
-            if len(gates) == 1
-            else "; ".join(f"seed {seed}: {gate}" for seed, gate in zip(mine["seed"], mine["gate"], strict=True))
-        )
+        parts = [_gate_parts(str(gate)) for gate in mine["gate"]]
+        words = _by_seed(mine["seed"], [gate for gate, _ in parts])
+        literature = _by_seed(mine["seed"], [text for _, text in parts])
+        told = undefended[(undefended[stats.SCENARIO] == line[stats.SCENARIO]).all(axis=1)].drop_duplicates("seed")
+        notes = _by_seed(told["seed"], list(told["note"])) if told["note"].astype(bool).any() else ""
         first = mine.iloc[0]
         labels = f"{first['label_mode']}, target {first['target']}" if first["label_mode"] == "all-to-one" else first["label_mode"]
         lines.append([
@@ -492,9 +492,46 @@ def _validity(rows: pd.DataFrame) -> str:
             ", ".join(map(str, mine["seed"])), _each(mine["acc_benign"]), _each(mine["acc_undefended"]),
             _each(mine["asr_undefended"]), _each(mine["ra_undefended"]),
             f"{'**yes**' if line['implanted'] else '**no**'}, {line['implanted_seeds']} of {line['seeds']} seeds",
-            markdown(words or _MISSING),
+            markdown(words or _MISSING), markdown(literature or _MISSING), markdown(notes or _MISSING),
         ])  # fmt: skip
     return _pipe(header, lines, left=3)
+
+
+_PROTOCOL_NOTES = (
+    "Percent: mean ± sample standard deviation over all seeds. Frozen: the triggered test set was crafted once, on the undefended "
+    "model. Recraft: crafted again on the defended one, as an attacker who holds it can. Every other table shows *frozen*."
+)
+
+
+def _gate_parts(gate: str) -> tuple[str, str]:
+    """The gate's words, split into whether the attack worked and how it stands against the literature."""
+    for mark, shown in (("; literature: ", ""), ("; no literature reference: ", "no reference: ")):
+        if mark in gate:
+            own, _, literature = gate.partition(mark)
+            return own, shown + literature
+    return gate, ""
+
+
+def _by_seed(seeds: pd.Series, words: Sequence[str]) -> str:
+    """Said once where all seeds agree, otherwise seed by seed."""
+    if len(set(words)) <= 1:
+        return next(iter(words), "")
+    return "; ".join(f"seed {seed}: {text}" for seed, text in zip(seeds, words, strict=True))
+
+
+def _protocols(rows: pd.DataFrame, track: str, selection: str) -> str:
+    """Frozen and recraft, per entry and scenario; empty where no trigger needs the attacked model."""
+    table = stats.field(rows, track)
+    table = table[(table["selection"] == selection) & (table["status"] == "ok") & table["asr_recraft"].notna()]
+    gate = {line[:3]: line[3] for line in stats.scenarios(rows)[[*stats.SCENARIO, "implanted"]].itertuples(index=False, name=None)}
+    lines = []
+    for place, mine in table.groupby([*stats.ENTRY, *stats.SCENARIO], sort=False):
+        figures = [_spread(mine[name]) for name in ("acc", "asr", "ra", "asr_recraft", "ra_recraft")]
+        worked = "yes" if gate.get(tuple(place[2:]), False) else "**no**"
+        lines.append([*map(markdown, place), worked, *figures])
+    header = ["Defense", "Scope", "Dataset", "Backbone", "Attack", "Implanted", "ACC", "ASR, frozen", "RA, frozen", "ASR, recraft",
+              "RA, recraft"]  # fmt: skip
+    return _pipe(header, lines, left=6) if lines else ""
 
 
 def _gap_table(rows: pd.DataFrame) -> str:
@@ -688,7 +725,7 @@ def _both_protocols(rows: pd.DataFrame, folder: Path) -> str:
     sizes = f"; {train} training images" if train else ""
     here = {
         "data set": f"{_listed(rows['dataset'])}{sizes}" + (f" ({settings['dataset']})" if "dataset" in settings else ""),
-        "network": _listed(rows["backbone"]) + " (w: width of the first stage; full is 64, of WRN-16-1 16)",
+        "network": _listed(rows["backbone"]) + " (w: width of the first stage; the literature's have 64, WRN-16-1 16)",
         "training": settings.get("recipe", "see matrix.toml"),
         "clean budget": f"{clean} images, held out of the attacker's training set, a fifth to validate on" if clean else _MISSING,
         "seeds": ", ".join(map(str, sorted(set(rows["seed"])))),
@@ -757,6 +794,12 @@ def write_tables(rows: pd.DataFrame, curves: pd.DataFrame, timings: pd.DataFrame
                 f"{_detail(rows, track, selection)}\n{note}"
             )
             put(f"attacks-{name}.md", detail)
+            protocols = _protocols(rows, track, selection)
+            if protocols:
+                put(f"protocols-{name}.md", (
+                    f"# {head}triggers that need the attacked model, {markdown(track)}, {selection}\n\n{_PROTOCOL_NOTES}\n\n"
+                    f"{protocols}"
+                ))  # fmt: skip
         name = slug(track)
         caption = _caption(rows, f"{plain(title)}: what the defender was given", track, stats.headline(rows, track))
         put(f"given-{name}.md", (
@@ -784,7 +827,7 @@ def write_tables(rows: pd.DataFrame, curves: pd.DataFrame, timings: pd.DataFrame
         f"# {head}did the attacks work?\n\nThe undefended models, one figure per seed. Gate: ASR at least "
         f"{100 * IMPLANTED_ASR:g} % and ACC at most {100 * MAX_ACC_LOSS:g} points below the benign twin (same data, "
         "backbone, recipe and seed, no attack). A scenario is implanted when "
-        f"more than half of its seeds pass; only those seeds enter aggregates. {gate_words(rows)}.\n\n{_validity(rows)}"
+        f"more than half of its seeds pass; only those seeds enter aggregates. {gate_words(rows)}.\n\n{validity_markdown(rows)}"
     ))  # fmt: skip
     put("selection-gap.md", (
         f"# {head}what choosing with the test set is worth\n\nMeans over implanted scenarios. A positive gap is ASR that an "

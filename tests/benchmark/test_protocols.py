@@ -91,7 +91,8 @@ def test_chosen_candidates_are_scored_on_a_trigger_crafted_against_them(ran: Ran
         if line["status"] != "ok":
             continue
         chosen = next(n for n, one in enumerate(measured) if one["dial"] == line["dial"])
-        again = poison_test(w.data.test, scenario.attack.recraft(kept[chosen], crafted, w.train, scenario.plan, seed), scenario.plan)
+        against = scenario.attack.recraft(kept[chosen], crafted, w.train, scenario.plan, seed)
+        again = poison_test(w.data.test, against, scenario.plan)
         expected = score(kept[chosen], w.data.test, again)
         assert (line["asr_recraft"], line["ra_recraft"]) == pytest.approx((expected.asr, expected.ra), abs=1e-6)
         assert (line["asr"], line["ra"]) == pytest.approx((measured[chosen]["asr"], measured[chosen]["ra"]), abs=1e-6)

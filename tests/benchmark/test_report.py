@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
+
 from benchmark import report, tables
-from benchmark.rows import Row, frame
+from benchmark.rows import Curve, Row, Timing, frame
 from benchmark.selection import NOTHING_TO_VALIDATE_ON
 
 
@@ -169,3 +171,18 @@ def test_a_pages_words_about_a_matrix_stand_between_its_own_markers(tmp_path: Pa
     assert "1 of 1 scenarios" in text
     assert report.write_plain_words(page, rows, "results/m") is False
     assert report.write_plain_words(page, rows, "results/unnamed") is False
+
+
+def test_a_matrix_of_attacks_alone_shows_the_attacked_models_and_no_board(tmp_path: Path):
+    table = frame([row("badnets", seed, "none", selection=name, gate="implanted; no literature reference: another network")
+                   for seed in (0, 1) for name in ("default", "validation", "oracle")])  # fmt: skip
+    curves, timings = (pd.DataFrame(columns=[*kind.__dataclass_fields__]) for kind in (Curve, Timing))
+    written = {path.name for path in tables.write_tables(table, curves, timings, tmp_path, "tiny")}
+    assert not any(name.startswith(("leaderboard", "given", "attacks-")) for name in written)
+    text = report.write_report(tmp_path, table, "tiny").read_text()
+    assert "| track | none |" in text
+    assert "## In plain words" not in text
+    assert "## Track" not in text
+    shown = text.split("## The attacked models")[1]
+    assert "| badnets | 10 % |" in shown
+    assert "no reference: another network" in shown

@@ -151,6 +151,7 @@ def test_controls_are_lent_to_every_track_once_and_never_ranked():
         [table(), frame(extra), frame([row(attack, seed, "other", 0.1, track="u") for attack, seed in RA])], ignore_index=True
     )
     assert stats.tracks(rows) == ["t", "u"]
+    assert stats.tracks(rows[rows["defense"] == "none"]) == []
     board = stats.leaderboard(rows, "t", "validation")
     random = board[board["defense"] == "random"]
     assert list(random["source"]) == ["u"]

@@ -188,7 +188,31 @@ def test_validity_lists_every_seed(tmp_path):
     line = next(cells(line) for line in run(rows, tmp_path)["attack-validity.md"].splitlines() if "| badnets |" in line)
     assert line[3:8] == ["10 %", "9.94 %", "all-to-one, target 0", "0, 1", "90.0, 91.0"]
     assert line[9] == "30.0, 70.0"
-    assert line[11:] == ["**no**, 1 of 2 seeds", "seed 0: gate of 0; seed 1: gate of 1"]
+    assert line[11:] == ["**no**, 1 of 2 seeds", "seed 0: gate of 0; seed 1: gate of 1", "\N{EN DASH}", "\N{EN DASH}"]
+
+
+def test_validity_tells_the_literature_from_the_gate_and_shows_the_notes_of_the_undefended(tmp_path):
+    failed = "not implanted: ASR 1.0 < 50; ACC 9.0 points below the benign twin"
+    gates = ["implanted; literature: PASS (published ACC 93.0, ASR 95.0)", f"{failed}; no literature reference: another network"]
+    rows = [row("badnets", 0, name, gate=gates[0], note=f"of {name}") for name in ("good", "none")]
+    rows += [row("wanet", seed, "none", gate=gates[1], note=f"seed {seed}" * seed) for seed in (0, 1)]
+    text = run(rows, tmp_path)["attack-validity.md"]
+    badnets, wanet = (next(cells(line) for line in text.splitlines() if f"| {name} |" in line) for name in ("badnets", "wanet"))
+    assert badnets[12:] == ["implanted", "PASS (published ACC 93.0, ASR 95.0)", "of none"]
+    assert wanet[12] == failed.replace("<", "&lt;")
+    assert wanet[13:] == ["no reference: another network", "seed 0: ; seed 1: seed 1"]
+
+
+def test_frozen_and_recraft_stand_side_by_side_where_a_trigger_needs_the_model(tmp_path):
+    rows = [row("natural", seed, "good", 0.4 + 0.2 * seed, asr=0.2, asr_recraft=0.6 + 0.2 * seed, ra_recraft=0.1, implanted=False)
+            for seed in (0, 1)]  # fmt: skip
+    rows += [row("badnets", 0, "good"), row("natural", 0, "weak", status="failed", reason="why")]
+    lines = run(rows, tmp_path)["protocols-model-clean-validation.md"].splitlines()
+    assert [cells(line)[5:] for line in lines if "| natural |" in line] == [
+        ["**no**", "90.0±0.0", "20.0±0.0", "50.0±14.1", "70.0±14.1", "10.0±0.0"]
+    ]
+    assert not any("badnets" in line or "weak" in line for line in lines)
+    assert "protocols-model-clean-validation.md" not in run([row("badnets", 0, "good")], tmp_path / "other")
 
 
 def test_selection_gap_table(tmp_path):
