@@ -516,8 +516,8 @@ def _attacks(plt: Any, rows: pd.DataFrame, title: str) -> Any | None:
     for dataset, backbone in _places(worlds, "dataset", "backbone"):
         met = list(dict.fromkeys(_at(worlds, dataset=dataset, backbone=backbone)["attack"]))
         count = math.ceil(len(met) / _PER_PANEL)
-        for number, part in enumerate(np.array_split(np.array(met, dtype=object), count), 1):
-            lists.append((dataset, backbone, list(part), f" ({number} of {count})" if count > 1 else ""))
+        for number, shown in enumerate(np.array_split(np.array(met, dtype=object), count), 1):
+            lists.append((dataset, backbone, list(shown), f" ({number} of {count})" if count > 1 else ""))
     widest = max(len(attacks) for _, _, attacks, _ in lists)
     across = min(len(lists), 2)
     panels = Panels(plt, len(lists), across, (max(3.2, 0.95 * widest), 2.2), (0.35, 1.05), (0.65, 0.2, 1.4, 0.82), title)
@@ -812,7 +812,9 @@ def _published(plt: Any, rows: pd.DataFrame, track: str, title: str) -> Any | No
         top = where.y1 * panels.height
         first = group[0]
         rates = sorted({figure.rate for one in group for figure in one.printed if not math.isnan(figure.rate)})
-        at = f"published at {' and '.join(f'{100 * rate:g}' for rate in rates)} % poison" if rates else "published rate not stated"
+        unsaid = " (a source states no rate)" * any(math.isnan(figure.rate) for one in group for figure in one.printed)
+        named = " and ".join(f"{100 * rate:g}" for rate in rates)
+        at = f"published at {named} % poison{unsaid}" if rates else "published rate not stated"
         dead = "" if first.implanted else "; attack not implanted here"
         panels.figure.text(0.12 / panels.width, (top + 0.36) / panels.height, wrapped(", ".join(map(plain, place)), 90, 1),
                            fontsize=10, fontweight="bold", va="bottom")  # fmt: skip
