@@ -297,9 +297,10 @@ def _run_pool(stages: Sequence[Stage], arguments: tuple[str, str, str], watcher:
                 running.clear()
                 watcher.note("a worker process died; its stages are tried again")
     finally:
-        if pool is not None:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in list((pool._processes or {}).values()):
-                process.terminate()
         drain()
+        if pool is not None:
+            workers = list((pool._processes or {}).values())  # a pool that is shut down has forgotten them
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in workers:
+                process.terminate()
     return list(failures.values())

@@ -2,8 +2,8 @@
 
 Networks live on the CPU between two uses. Training and evaluation move them to the default device and back; what they return is on
 the CPU. On CUDA the same call gives the same bits on one type of GPU: cuDNN and PyTorch are held to their deterministic kernels.
-Where PyTorch has none, it warns; of what is used here that is the backward pass of max-pooling in channels_last alone, and its
-windows, which do not overlap, leave nothing to add up in another order.
+Where PyTorch has none, it warns. Going by its documentation, of what is used here that is the backward pass of max-pooling alone,
+whose windows do not overlap and so leave nothing to add up in another order.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,6 +85,31 @@ def test_a_worker_that_dies_is_replaced_and_its_stage_tried_again(tmp_path: Path
     assert {"victim", "dies once", "none"} <= set(ear.finished_labels)
     assert ear.notes == ["a worker process died; its stages are tried again"]
     assert len(list((tmp_path / "store" / "defended").rglob("entry.json"))) == 2
+
+
+SLEEPS = ODD.replace("DiesOnce", "Sleeps").replace("dies-once", "sleeps").replace("import os", "import os, time")
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_the_workers_too(tmp_path: Path) -> None:
+    (tmp_path / "odd.py").write_text(SLEEPS.replace("os._exit(9)", "time.sleep(3600)"))
+    (tmp_path / "m.toml").write_text(MATRIX.replace("dies-once", "sleeps"))
+    seen: list[int] = []
+
+    class Impatient(Ear):
+        def started(self, worker: int, label: str) -> None:
+            if label == "sleeps":
+                seen.append(worker)
+                raise KeyboardInterrupt
+
+    stages = [Stage("victim", 1, "victim"), Stage("cell", 1, "sleeps", (0,)), Stage("cell", 0, "none", (0,))]
+    with pytest.raises(KeyboardInterrupt):
+        run_stages(stages, tmp_path / "m.toml", tmp_path / "store", tmp_path / "cache", Impatient(), 2)
+    deadline = time.monotonic() + 300
+    while any(child.pid in seen for child in multiprocessing.active_children()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert seen
+    assert not [child for child in multiprocessing.active_children() if child.pid in seen]
 
 
 def inline(monkeypatch: pytest.MonkeyPatch, work: object) -> None:
