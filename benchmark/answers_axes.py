@@ -93,7 +93,7 @@ def alpha(source: Source) -> Shown:
         raise Missing("it takes Hölder pruning at two exponents or more")
     curves = source.curves[source.curves["cell"].isin(table["cell"])]
     lines: list[dict[str, Any]] = []
-    panels, said, better, compared = [], [], [], 0
+    panels, said, sides = [], [], []
     for (mode, scope_), group in table.groupby(["mode", "scope"], sort=False):
         by = {float(value): group[group["alpha"] == value] for value in sorted(set(group["alpha"]))}
         last = max(by)
@@ -123,23 +123,19 @@ def alpha(source: Source) -> Shown:
             continue
         paper = HolderPruning.alpha
         if paper in by and paper != last:
-            compared += 1
             difference, pairs = paired(by[paper], by[last], "ra")
-            better += [(mode, scope_)] * (verdict(difference) > 0)
+            sides.append(verdict(difference))
             said.append(
                 f"With {mode} ({scope_}), {100 * (1 - same / points) if points else 0:.0f} % of the models differ from those at "
                 "alpha "
                 f"{last:g}; RA at alpha {paper:g} minus RA at alpha {last:g}: {points_words(difference)} over {pairs} attacked "
                 "models."
             )
-    if compared:
+    if sides:
         said.append(
-            f"The published exponent is above the Lipschitz quotient in {out_of(len(better), compared)} comparisons where it "
-            "could be."
-            if better
-            else f"In none of {compared} comparisons where the exponent could matter is the published one told apart, for the "
-            "better, "
-            "from the Lipschitz quotient: the result does not rest on it."
+            f"Where the exponent could matter, the published one is told apart from the Lipschitz quotient for the better in "
+            f"{out_of(sides.count(1), len(sides))} comparisons and for the worse in {sides.count(-1)}"
+            + ("." if sides.count(1) > sides.count(-1) else ": the result does not rest on it.")
         )
     columns = (Column("Distance", "text", "mode"), Column("Scope", "text", "scope"), Column("alpha", "number", "alpha"), *FIGURES,
                Column("Models as at the largest alpha", "share", "same"), Column("Models", "count", "points"),
@@ -285,7 +281,7 @@ def threshold(source: Source) -> Shown:
     competing = frame[frame["control"] == ""]
     passing = competing[competing["window"] > 0].sort_values("window", ascending=False, kind="stable")
     said = [
-        f"{out_of(len(passing), len(competing)).capitalize()} dials pass through a stretch where the mean ASR is below "
+        f"{out_of(len(passing), len(competing)).capitalize()} dials have a stretch where the mean ASR is below "
         f"{100 * IMPLANTED_ASR:g} % at a mean loss of at most {100 * TAU:g} points of ACC"
         + (": " + ", ".join(f"{entry_markdown((line['defense'], line['scope']))} on {100 * line['window']:.0f} % of its length"
                             for _, line in passing.iterrows()) if len(passing) else "")

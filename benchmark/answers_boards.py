@@ -168,6 +168,9 @@ def pruned(source: Source) -> Shown:
         f"At the published default, pruning defenses remove between {percent_words(float(shares.min()))} and "
         f"{percent_words(float(shares.max()))} of the units in scope (means)." if len(shares.dropna()) else "",
     ]  # fmt: skip
+    idle = [entry_markdown((line["defense"], line["scope"])) for _, line in competing.iterrows() if line["default"] < 1]
+    if idle:
+        said.append(f"On average, {out_of(len(idle), len(competing))} prune less than one unit there: {few(idle, 6)}.")
     semi = {c.defense_label: c for c in source.matrix.cells if hasattr(c.defense, "semi_epochs")}
     if semi:
         told = [f"{markdown(label)} ({markdown(c.preset)})" for label, c in semi.items()]
@@ -175,8 +178,8 @@ def pruned(source: Source) -> Shown:
     columns = (
         Column("Track", "text", "track"), Column("Defense", "text", "defense"), Column("Scope", "text", "scope"),
         Column("", "text", "control"), Column("Units in scope", "number", "units"), Column("Pruned, default", "number", "default"),
-        Column("share", "interval", "default_share"), Column("Pruned, validation", "number", "validation"),
-        Column("share ", "interval", "validation_share"), Column("Preset", "text", "preset"),
+        Column("Share, default", "interval", "default_share"), Column("Pruned, validation", "number", "validation"),
+        Column("Share, validation", "interval", "validation_share"), Column("Preset", "text", "preset"),
     )  # fmt: skip
     return Shown(" ".join(filter(None, said)), frame, columns, MEANS)
 

@@ -217,10 +217,10 @@ def test_alpha_changes_nothing_or_something() -> None:
     falling = holder_figures(lambda d, place: (d.clip or d.distance == "feature") * 0.3 * (1 - d.alpha))
     better = answers_axes.alpha(made_up("alpha", falling))
     assert "alpha changes nothing, as it must: all 80 models" in better.answer  # 4 exponents, 2 attacks, 2 seeds, 5 points
-    assert "The published exponent is above the Lipschitz quotient in all 3 comparisons" in better.answer
+    assert "Lipschitz quotient for the better in all 3 comparisons and for the worse in 0." in better.answer
     assert set(better.frame.loc[better.frame["same"] < 1, "mode"]) == set(moving)
     worse = answers_axes.alpha(made_up("alpha", holder_figures(lambda d, place: 0.3 * d.alpha + 0.1 * place)))
-    assert "In none of 3 comparisons" in worse.answer
+    assert "for the better in none of 3 comparisons and for the worse in 3: the result does not rest on it." in worse.answer
     assert "alpha cannot change the ranking, yet 80 of 80 models differ" in worse.answer
 
 
@@ -283,7 +283,7 @@ def test_threshold_reports_the_good_stretch_and_the_area(good: bool) -> None:
     assert (line["best"], line["default"]) == pytest.approx((0.8, 0.4))
     # ASR falls below one half where 0.95 - 0.8 place does: from 0.5625 on, that is at 44 of 101 places.
     assert line["window"] == pytest.approx(44 / 101 if good else 0.0)
-    assert ("2 of 4 dials pass" in shown.answer) if good else shown.answer.startswith("None of 4 dials pass")
+    assert ("2 of 4 dials have" in shown.answer) if good else shown.answer.startswith("None of 4 dials have")
     assert "by 20.0 points of RA on average, by 40.0 for pruning" in shown.answer
 
 
@@ -498,7 +498,10 @@ def test_pruned_states_units_and_schedules() -> None:
     assert "dbd (cpu; " in shown.answer
     line = shown.frame[shown.frame["defense"] == "pruning"].iloc[0]
     assert (line["units"], line["default"], line["default_share"]) == (40.0, 20.0, 0.5)
+    assert "less than one unit" not in shown.answer  # half of 40 everywhere
     source = made_up("quick", keep=called("pruning"))
+    idle = dataclasses.replace(source, rows=source.rows.assign(pruned=(source.rows["selection"] == "oracle").astype(int)))
+    assert "all 2 prune less than one unit there: pruning (head), pruning (whole)" in answers_boards.pruned(idle).answer
     unknown = dataclasses.replace(source, rows=source.rows.assign(units=0))
     assert "rows prune units of an unknown number" in answers_boards.pruned(unknown).answer
 
