@@ -35,7 +35,8 @@ pytestmark = pytest.mark.skipif(
 HOSTILE = 'b</script><img src=x onerror="window.hacked = true">\u202e'
 RA = {"good": 0.4, HOSTILE: 0.7, "weak": 0.2, "none": 0.0, "random": 0.9}
 SHOWN = 'b</script><img src=x onerror="window.hacked = true">'
-WORLDS = [("net", "badnets"), ("net", "wanet"), ("other", "badnets"), ("other", "dud")]
+OTHER = "other-bn-w8 on features from clean images, with labels"
+WORLDS = [("net", "badnets"), ("net", "wanet"), (OTHER, "badnets"), (OTHER, "dud")]
 """(backbone, attack): "dud" does not implant."""
 
 
@@ -186,7 +187,7 @@ def test_a_row_opens_by_enter_space_and_click(tab: Any) -> None:
 
 
 def test_a_part_of_the_scenarios_shows_them_one_by_one_and_says_so(tab: Any) -> None:
-    choose(tab, "backbone", "other")
+    choose(tab, "backbone", OTHER)
     assert "Filtered to 1 of 3 implanted scenarios" in status(tab)
     assert "notice" in tab.find_element(By.ID, "status").get_attribute("class")
     blocks = names(tab)
@@ -288,6 +289,11 @@ def test_it_fits_a_desk_and_a_phone(tab: Any, width: int, tmp_path: Path) -> Non
         ".filter((node) => node.getBoundingClientRect().right > window.innerWidth + 1).length"
     )
     assert outside == 0
+    apart = tab.execute_script(
+        "const [table, plane] = ['.boards', '.plane'].map((name) => document.querySelector(name).getBoundingClientRect());"
+        "return table.right <= plane.left || table.bottom <= plane.top"
+    )
+    assert apart, "the table runs into the plane"
     picture = Image.open(io.BytesIO(tab.get_screenshot_as_png())).convert("L")
     assert picture.width == width
     assert len(np.unique(np.asarray(picture))) > 50  # text and figures, no blank sheet
