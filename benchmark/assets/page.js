@@ -38,6 +38,8 @@
   const el = (tag, properties = {}, ...children) => build(document.createElement(tag), properties, children);
   const svg = (tag, properties = {}, ...children) => build(document.createElementNS(drawn, tag), properties, children);
 
+  const compared = data.tracks.length > 0; // otherwise the matrix holds attacked models and nobody who defends them
+
   const word = (number) => data.words[number];
   const entryOf = (line) => data.entries[line.e];
   const placeOf = (line) => data.scenarios[line.p];
@@ -404,7 +406,8 @@
     const rows = table.getRowModel().rows;
     sections = new Map();
     const tracks = data.tracks.map((_, at) => at).filter((at) => !choice.track || word(data.tracks[at].name) === choice.track);
-    document.getElementById("boards").replaceChildren(...tracks.map((at) => section(at, rows.filter((row) => row.original.t === at))));
+    document.getElementById("boards").replaceChildren(...(compared ? [] : [
+      el("p", { class: "notice" }, "No defense was run in this matrix: below are its attacked models.")]), ...tracks.map((at) => section(at, rows.filter((row) => row.original.t === at))));
     if (focus && document.activeElement?.id !== focus) document.getElementById(focus)?.focus({ preventScroll: true });
     const status = document.getElementById("status");
     const kept = data.scenarios.filter((place) => place.implanted && within(place)).length;
@@ -414,7 +417,7 @@
       : { means: `Percent: means over all implanted scenarios, 95 % intervals in brackets; ${word(data.counted)}.`,
         places: "Percent, each scenario by itself: means and sample deviations over its seeds.",
         cells: "Percent, every attacked model by itself: one seed, no interval." }[choice.view];
-    const said = `${words} ${rows.length} ${rows.length === 1 ? "line" : "lines"}.`;
+    const said = compared ? `${words} ${rows.length} ${rows.length === 1 ? "line" : "lines"}.` : "";
     if (status.textContent !== said) status.textContent = said;
     status.classList.toggle("notice", partial());
   }
@@ -428,7 +431,7 @@
       filter();
     } }, pairs.map(([value, words]) => el("option", { value, selected: value === choice[id] }, words))));
     const each = (label, values) => [["", label], ...values.map((value) => [value, value])];
-    document.getElementById("filters").replaceChildren(
+    document.getElementById("filters").replaceChildren(...(compared ? [
       pick("view", "Show", Object.entries(VIEWS)),
       pick("track", "Track", each("all", data.tracks.map((track) => word(track.name)))),
       pick("selection", "Selection", each("as each track is judged", SELECTIONS.filter((name) => name in data.selections))),
@@ -439,12 +442,12 @@
       el("label", {}, "Name contains", el("input", { type: "search", id: "filter-name", value: choice.name, autocomplete: "off", input: (event) => {
         choice.name = event.target.value;
         filter();
-      } })),
+      } }))] : []),
       el("label", {}, "Colours", el("select", { id: "theme", change: (event) => {
         if (event.target.value) document.documentElement.dataset.theme = event.target.value;
         else delete document.documentElement.dataset.theme;
       } }, [["", "as the system"], ["light", "light"], ["dark", "dark"]].map(([value, words]) => el("option", { value }, words)))),
-      el("button", { type: "button", class: "plain", id: "reset", click: () => {
+      compared ? el("button", { type: "button", class: "plain", id: "reset", click: () => {
         const theme = document.documentElement.dataset.theme ?? "";
         Object.assign(choice, start);
         all.clear();
@@ -454,7 +457,7 @@
         document.getElementById("theme").value = theme;
         filter();
         document.getElementById("reset").focus();
-      } }, "Reset"),
+      } }, "Reset") : "",
     );
   }
 
@@ -465,9 +468,10 @@
       ...["acc", "asr", "ra"].map((name) => el("td", {}, place.undefended[name] ? place.undefended[name].slice(1).join(" ") : DASH)),
       el("td", {}, place.benign ? place.benign.slice(1).join(" ") : DASH),
     ]);
-    document.getElementById("scenarios").append(el("details", {}, el("summary", {}, "Scenarios: which attacks implanted"),
+    document.getElementById("scenarios").append(el("details", { open: !compared }, el("summary", {}, "Scenarios: which attacks implanted"),
       el("p", {}, `${word(data.counted)}. Undefended models, percent: means and sample deviations over all seeds.`),
-      small(["Attack", "Backbone, dataset", "Rate", "Gate", "ACC", "ASR", "RA", "ACC of the benign twin"], body, 4), facts(data.settings)));
+      small(["Attack", "Backbone, dataset", "Rate", "Gate", "ACC", "ASR", "RA", "ACC of the benign twin"], body, 4), facts(data.settings),
+      triggers(data.scenarios.map((_, p) => ({ p })))));
     document.getElementById("reading").append(el("details", {}, el("summary", {}, "How to read this"), facts(data.reading)));
   }
 

@@ -291,8 +291,11 @@ def test_tracks_stand_apart_and_say_how_they_are_judged() -> None:
 
 
 def test_controls_alone_and_nothing_implanted_make_a_page(tmp_path: Path) -> None:
-    alone = embedded(written([line for line in field(1) if line.defense == "none"], tmp_path / "a"))
-    assert {line["role"] for line in alone["means"]} == {"reference"}
+    alone = embedded(written([line for line in field(1) if line.control], tmp_path / "a"))
+    assert {line["role"] for line in alone["means"]} == {"reference", "control"}
+    undefended = embedded(written([line for line in field(1) if line.defense == "none"], tmp_path / "c"))
+    assert undefended["tracks"] == undefended["means"] == undefended["places"] == []
+    assert [place["undefended"]["asr"][1] for place in undefended["scenarios"]] == ["100.0"] * 4
     nothing = embedded(written(field(1, implanted=False), tmp_path / "b"))
     assert nothing["means"] == []
     assert len(nothing["places"]) == 48

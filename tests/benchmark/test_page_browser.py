@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -309,6 +310,20 @@ def test_it_prints_without_its_controls(tab: Any) -> None:
     assert not tab.find_element(By.ID, "filters").is_displayed()
     assert tab.find_element(By.CSS_SELECTOR, "tr.line td.ra").is_displayed()
     tab.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+
+
+def test_a_matrix_without_defenses_shows_its_attacked_models(tab: Any, address: str, tmp_path: Path) -> None:
+    table = [line for line in rows() if line.defense == "none"]
+    no_curves, no_timings = (pd.DataFrame(columns=[*kind.__dataclass_fields__]) for kind in (Curve, Timing))
+    folder = Path(address.removeprefix("file://")).parent
+    shutil.copytree(folder / "plots", tmp_path / "plots")
+    tab.get(page.write_page(tmp_path, frame(table), no_curves, no_timings, "attacks").as_uri())
+    assert "No defense was run in this matrix" in tab.find_element(By.ID, "boards").text
+    scenarios = tab.find_element(By.ID, "scenarios")
+    assert "not counted: 0 of 2 seeds implanted" in scenarios.text
+    assert len(scenarios.find_elements(By.CSS_SELECTOR, "img")) == 2
+    assert tab.find_elements(By.ID, "filter-view") == []
+    assert tab.find_element(By.ID, "theme").is_displayed()
 
 
 def test_what_is_shown_is_the_leaderboard_and_reads_as_a_table(tab: Any) -> None:
