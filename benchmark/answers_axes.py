@@ -31,10 +31,10 @@ from benchmark.evidence import (
     competitors,
     entry_markdown,
     entry_words,
-    few,
     figure_names,
     finished,
     implanted_words,
+    in_brackets,
     interval_of,
     interval_words,
     judged,
@@ -182,9 +182,9 @@ def scope(source: Source) -> Shown:
         if sides:
             better = {side: [markdown(name) for name, found in sides if found == side] for side in (1, -1, 0)}
             said.append(
-                f"On victims {markdown(victims)}, RA is higher on the head for {len(better[1])} of {len(sides)} defenses "
-                f"({listed(better[1])}), higher on the whole network for {len(better[-1])} ({listed(better[-1])}), and not told "
-                f"apart for {len(better[0])}."
+                f"On victims {markdown(victims)}, RA is higher on the head for {len(better[1])} of {len(sides)} defenses"
+                f"{in_brackets(better[1])}, higher on the whole network for {len(better[-1])}{in_brackets(better[-1])}, and not "
+                f"told apart for {len(better[0])}."
             )
             series = (("head", tuple(heads)), ("whole", tuple(wholes)))
             panels.append(DotPanel(f"Victims {victims}", "RA in %", tuple(names), series))
@@ -431,7 +431,7 @@ def budget(source: Source) -> Shown:
             said.append(
                 f"With {images[share]:.0f} clean images ({100 * share:g} %), RA is above that of training from scratch on the "
                 "same images "
-                f"for {out_of(len(ahead), len(here))} defenses ({few(ahead)}) and below it for {behind}."
+                f"for {out_of(len(ahead), len(here))} defenses{in_brackets(ahead)} and below it for {behind}."
             )
     competing = told[told["control"] == ""]
     ends = []
@@ -523,8 +523,8 @@ def rate(source: Source) -> Shown:
         falls = [f"{entry_markdown(entry)} {points_words(part)}" for entry, part in changes if verdict(part) < 0]
         rises = [f"{entry_markdown(entry)} {points_words(part)}" for entry, part in changes if verdict(part) > 0]
         said.append(
-            f"From the lowest rate that implants to the highest, RA falls for {len(falls)} of {len(changes)} defenses "
-            f"({few(falls)}) and rises for {len(rises)} ({few(rises)})."
+            f"From the lowest rate that implants to the highest, RA falls for {len(falls)} of {len(changes)} defenses"
+            f"{in_brackets(falls)} and rises for {len(rises)}{in_brackets(rises)}."
         )
     frame = pd.DataFrame(lines)
     columns = (
@@ -673,7 +673,7 @@ def adaptive(source: Source) -> Shown:
         said.append(
             f"{markdown(kind)} (implanted in most seeds at {', '.join(f'{value:g}' for value in works)}): against its base "
             "attack, RA "
-            f"falls for {len(falls)} of {len(tested)} defenses ({few(falls)}) and rises for {len(rises)} ({few(rises)})."
+            f"falls for {len(falls)} of {len(tested)} defenses{in_brackets(falls)} and rises for {len(rises)}{in_brackets(rises)}."
             if tested
             else f"{markdown(kind)} does not implant at both strength 0 and another, so nothing can be compared."
         )

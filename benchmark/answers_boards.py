@@ -28,6 +28,7 @@ from benchmark.evidence import (
     few,
     finished,
     implanted_words,
+    in_brackets,
     interval_of,
     listed,
     mean,
@@ -290,8 +291,8 @@ def detectors(source: Source) -> Shown:
     ]  # fmt: skip
     said = (
         f"{out_of(len(better), len(frame)).capitalize()} defenses that single out samples do so with a precision above the base "
-        "rate "
-        f"({few(better)}); {sides.count(-1)} with one below it."
+        "rate"
+        f"{in_brackets(better)}; {sides.count(-1)} with one below it."
     )
     columns = (
         Column("Track", "text", "track"), Column("Defense", "text", "defense"), Column("Scope", "text", "scope"),

@@ -25,8 +25,8 @@ from benchmark.tables import gate_words, markdown
 __all__ = [
     "END_TO_END", "FIGURES", "MEANS", "UNMEASURED", "Column", "DotPanel", "Dots", "Entry", "Lines", "Missing", "Panel", "Series",
     "Shown", "Source", "after_colon", "before_defense", "bounded", "brief", "competitors", "entry_markdown", "entry_words", "few",
-    "figure_names", "finished", "implanted_words", "interval_of", "interval_words", "judged", "largest", "listed", "mean",
-    "means_of", "of_entry", "out_of", "paired", "percent_words", "points_words", "verdict", "victims_words",
+    "figure_names", "finished", "implanted_words", "in_brackets", "interval_of", "interval_words", "judged", "largest", "listed",
+    "mean", "means_of", "of_entry", "out_of", "paired", "percent_words", "points_words", "verdict", "victims_words",
 ]  # fmt: skip
 
 
@@ -295,6 +295,11 @@ def few(words: Sequence[str], most: int = 3) -> str:
 def after_colon(words: Sequence[str]) -> str:
     """": a, b and 3 more", or nothing."""
     return f": {few(words)}" if words else ""
+
+
+def in_brackets(words: Sequence[str]) -> str:
+    """" (a, b and 3 more)", or nothing."""
+    return f" ({few(words)})" if words else ""
 
 
 def out_of(some: int, of: int) -> str:

@@ -188,6 +188,8 @@ def test_words_for_figures() -> None:
     assert evidence.few(list("abcde")) == "a, b, c and 2 more"
     assert evidence.few(list("abcd")) == "a, b, c, d"
     assert evidence.few([]) == "none"
+    assert evidence.in_brackets([]) == evidence.after_colon([]) == ""
+    assert evidence.in_brackets(["a"]) + evidence.after_colon(["b"]) == " (a): b"
 
 
 @pytest.mark.parametrize("show", [
@@ -314,7 +316,7 @@ def test_budget_compares_with_training_from_scratch_on_the_same_images(ahead: bo
     names = [f"{base}, budget {share} %" for base in ("anp", "training-from-scratch") for share in ("0.1", "1", "20")]
     source = made_up("budget", figures, keep=called(*names, "clp"), refuse=lambda cell: why if cell.budget == 0.001 else "")
     shown = answers_axes.budget(source)
-    side = "for 1 of 1 defenses (anp (whole))" if ahead else "for none of 1 defenses (none) and below it for 1"
+    side = "for 1 of 1 defenses (anp (whole))" if ahead else "for none of 1 defenses and below it for 1"
     assert f"With 200 clean images (20 %), RA is above that of training from scratch on the same images {side}" in shown.answer
     assert f"Refused: {why}." in shown.answer
     assert "gains most: from 2.0 % to 40.0 %" in shown.answer.replace("2.1 %", "2.0 %").replace("40.1 %", "40.0 %")
@@ -332,7 +334,7 @@ def rate_before(cell: Cell) -> Triple:
 
 
 @pytest.mark.parametrize(("slope", "words"), [(-3.0, "RA falls for 1 of 1 defenses (clp"), (3.0, "and rises for 1 (clp"),
-                                              (0.0, "RA falls for 0 of 1 defenses (none) and rises for 0 (none)")])  # fmt: skip
+                                              (0.0, "RA falls for 0 of 1 defenses and rises for 0.")])  # fmt: skip
 def test_rate_says_from_where_an_attack_is_there_and_how_ra_moves(slope: float, words: str) -> None:
     def figures(cell: Cell, place: float) -> Triple:
         ra = 0.5 + slope * cell.scenario.plan.rate
