@@ -229,7 +229,7 @@ def write_exhibits(results: Path) -> list[Path]:
                 index.append((exhibit, f"not run yet: `{command(exhibit)}`"))
                 parts.append(f"{head}Not run yet: `{command(exhibit)}`\n")
                 continue
-            rows = f"[{exhibit.matrix}]({exhibit.matrix}/README.md)"
+            rows = f"[{exhibit.matrix}]({exhibit.matrix}/rows.csv)"
             try:
                 shown = exhibit.show(source)
             except Missing as reason:

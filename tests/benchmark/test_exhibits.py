@@ -548,7 +548,7 @@ def test_the_page_says_what_was_not_run_and_a_second_run_writes_the_same_bytes(t
     assert "| not run yet: `make benchmark MATRIX=alpha` |" in page
     for name in ("robust-accuracy.md", "robust-accuracy.tex", "performance.png", "performance.svg", "budget.png", "budget.csv"):
         assert (tmp_path / "exhibits" / name).is_file()
-    for link in ("exhibits/budget.png", "exhibits/performance.csv", "quick/README.md"):
+    for link in ("exhibits/budget.png", "exhibits/performance.csv", "quick/rows.csv"):
         assert f"({link})" in page
     assert not (tmp_path / "exhibits" / "alpha.md").exists()
     (tmp_path / "exhibits" / "gone.md").write_text("of an exhibit that is no more")
@@ -570,7 +570,7 @@ def test_rows_that_cannot_answer_say_why_and_hostile_names_stay_text(tmp_path: P
     stored(failed, tmp_path)
     write_exhibits(tmp_path)
     page = (tmp_path / "EXHIBITS.md").read_text()
-    assert "The rows of [budget](budget/README.md) cannot answer this: it takes defenses met with two clean budgets" in page
+    assert "The rows of [budget](budget/rows.csv) cannot answer this: it takes defenses met with two clean budgets" in page
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
     latex = (tmp_path / "exhibits" / "performance.tex").read_text()
