@@ -25,15 +25,15 @@ from benchmark.rows import Curve, Row, Timing, read
 from benchmark.stats import headline, tracks
 from benchmark.style import figures, looks, save
 from benchmark.tables import (
-    _bracketed,
-    _latex_table,
-    _number,
-    _percent,
-    _pipe,
+    bracketed,
     csv_text,
     gate_words,
     latex,
+    latex_table,
     markdown,
+    number_text,
+    percent_text,
+    pipe_table,
     plain,
     setting_words,
 )
@@ -134,13 +134,13 @@ def _shown(line: pd.Series, column: Column, escape: Callable[[object], str], sma
     if column.kind == "text":
         return escape(value)
     if column.kind in ("interval", "difference"):
-        return _bracketed(line, column.name, signed=column.kind == "difference", small=small)
+        return bracketed(line, column.name, signed=column.kind == "difference", small=small)
     found = float(value)
     if math.isnan(found):
         return _MISSING
     if column.kind in ("share", "points"):
-        return _percent(found, signed=column.kind == "points")
-    return f"{found:.0f}" if column.kind == "count" else _number(found)
+        return percent_text(found, signed=column.kind == "points")
+    return f"{found:.0f}" if column.kind == "count" else number_text(found)
 
 
 def _filled(shown: Shown) -> tuple[Column, ...]:
@@ -158,7 +158,7 @@ def table_markdown(shown: Shown) -> str:
     columns = _filled(shown)
     lines = [[_shown(line, column, markdown, str) for column in columns] for _, line in shown.frame.iterrows()]
     texts = sum(column.kind == "text" for column in columns)
-    return _pipe([markdown(column.head) for column in columns], lines, left=max(texts, 1))
+    return pipe_table([markdown(column.head) for column in columns], lines, left=max(texts, 1))
 
 
 def table_latex(shown: Shown, words: str, label: str) -> str:
@@ -173,7 +173,7 @@ def table_latex(shown: Shown, words: str, label: str) -> str:
         for _, line in shown.frame.iterrows()
     ]
     kinds = "".join("l" if column.kind == "text" else "r" for column in columns)
-    return _latex_table([column.head for column in columns], kinds, body, words, label)
+    return latex_table([column.head for column in columns], kinds, body, words, label)
 
 
 def _once(text: str) -> str:
@@ -257,7 +257,7 @@ def write_exhibits(results: Path) -> list[Path]:
                 f"{markdown(text)}\n\nRows: {rows}, `{command(exhibit)}`. Files: {links}.\n"
             )
             index.append((exhibit, "answered"))
-    contents = _pipe(["Question", "Exhibit", "Rows"], [
+    contents = pipe_table(["Question", "Exhibit", "Rows"], [
         [exhibit.question, f"[{exhibit.title}](#{exhibit.name})", words if words != "answered" else f"`{exhibit.matrix}`"]
         for exhibit, words in index
     ], left=3)  # fmt: skip

@@ -36,10 +36,10 @@ from benchmark.tables import (
     GIVEN_NOTES,
     NOTHING,
     SELECTION_WORDS,
-    _given_words,
-    _number,
-    _percent,
     gate_words,
+    given_words,
+    number_text,
+    percent_text,
     plain,
     setting_words,
     track_words,
@@ -93,8 +93,8 @@ def _share(line: Any, name: str, *, signed: bool = False) -> list[Any] | None:
     mean, low, high = (float(line[column]) for column in (name, f"{name}_low", f"{name}_high"))
     if math.isnan(mean):
         return None
-    bounds = "" if math.isnan(low) else f"[{_percent(low, signed=signed)}, {_percent(high, signed=signed)}]"
-    return [_rounded(mean), _percent(mean, signed=signed), bounds]
+    bounds = "" if math.isnan(low) else f"[{percent_text(low, signed=signed)}, {percent_text(high, signed=signed)}]"
+    return [_rounded(mean), percent_text(mean, signed=signed), bounds]
 
 
 def _spread(values: Iterable[float], *, signed: bool = False) -> list[Any] | None:
@@ -103,12 +103,12 @@ def _spread(values: Iterable[float], *, signed: bool = False) -> list[Any] | Non
     if not found:
         return None
     mean, deviation = float(np.mean(found)), stats.spread(found)
-    return [_rounded(mean), _percent(mean, signed=signed), "" if math.isnan(deviation) else f"±{100 * deviation:.1f}"]
+    return [_rounded(mean), percent_text(mean, signed=signed), "" if math.isnan(deviation) else f"±{100 * deviation:.1f}"]
 
 
 def _count(value: float) -> list[Any] | None:
     """[value, text of three significant digits]."""
-    return None if math.isnan(value) else [_rounded(value), _number(value)]
+    return None if math.isnan(value) else [_rounded(value), number_text(value)]
 
 
 def _words_of(figure: list[Any] | None) -> str:
@@ -117,14 +117,14 @@ def _words_of(figure: list[Any] | None) -> str:
 
 def _triple(line: Any, tail: str = "") -> str:
     """ "98.3 / 99.7 / 0.3": ACC, ASR and RA in percent."""
-    return " / ".join(_percent(float(line[f"{name}{tail}"])) for name in ("acc", "asr", "ra"))
+    return " / ".join(percent_text(float(line[f"{name}{tail}"])) for name in ("acc", "asr", "ra"))
 
 
 def _clock(clock: Mapping[Any, Any] | None) -> str:
     """Seconds and memory of :class:`benchmark.rows.Timing`."""
     if clock is None:
         return ""
-    return f"{_number(float(clock['seconds']))} s; {_number(float(clock['peak_mib']))} MiB, on the machine that ran it"
+    return f"{number_text(float(clock['seconds']))} s; {number_text(float(clock['peak_mib']))} MiB, on the machine that ran it"
 
 
 def _units(pruned: float, units: float) -> str:
@@ -174,8 +174,8 @@ def _given(rows: pd.DataFrame, track: str, selection: str) -> dict[tuple[str, st
     names = {"model": "Model", "clean_images": "Clean labelled images", "training_images": "Training images",
              "extractor": "Extractor", "controls_training": "Controls training", "preset": "Preset"}  # fmt: skip
     return {
-        (line["defense"], line["scope"]): [(names[key], text) for key, text in _given_words(line).items()]
-        + [("Cost, of which extractor", "" if math.isnan(line["extractor_epochs"]) else _number(float(line["extractor_epochs"])))]
+        (line["defense"], line["scope"]): [(names[key], text) for key, text in given_words(line).items()]
+        + [("Cost, of which extractor", "" if math.isnan(line["extractor_epochs"]) else number_text(float(line["extractor_epochs"])))]
         for _, line in stats.given(rows, track, selection).iterrows()
     }
 
@@ -276,7 +276,7 @@ def _place(matrix: _Matrix, track: str, place: tuple[str, ...], every: list[Json
     facts = [
         ("Preset", _joined(mine, "preset", " or ")), ("Pruned / units", _units(mean("pruned"), mean("units"))),
         ("Measured in track", first["source"] if first["source"] != track else ""), ("Note", _joined(mine, "note")),
-        ("Poisoning rate", f"{100 * first['rate']:g} %, really {_percent(mean('realised_rate', every))} %"),
+        ("Poisoning rate", f"{100 * first['rate']:g} %, really {percent_text(mean('realised_rate', every))} %"),
         ("Features of the victim", first["features"]),
         ("Not in the means", "; ".join(reasons)),
         ("Gate", said.pop() if len(said) == 1 else "; ".join(gates)),
@@ -292,18 +292,18 @@ def _place(matrix: _Matrix, track: str, place: tuple[str, ...], every: list[Json
 
 def _cell_facts(line: Any, dial: str, clock: Any) -> Facts:
     """The settings and everything measured of one cell under one selection, in words."""
-    of_extractor = "" if math.isnan(line["extractor_epochs"]) else f", {_number(line['extractor_epochs'])} epochs"
-    isolated = f"{line['isolated']}; precision {_percent(line['precision'])} %, recall {_percent(line['recall'])} %"
-    again = f"{_percent(line['asr_recraft'])} / {_percent(line['ra_recraft'])}"
+    of_extractor = "" if math.isnan(line["extractor_epochs"]) else f", {number_text(line['extractor_epochs'])} epochs"
+    isolated = f"{line['isolated']}; precision {percent_text(line['precision'])} %, recall {percent_text(line['recall'])} %"
+    again = f"{percent_text(line['asr_recraft'])} / {percent_text(line['ra_recraft'])}"
     return [
         ("Selection", SELECTION_WORDS.get(line["selection"], line["selection"])),
         ("Not measured", "" if line["status"] == "ok" else f"{line['status']}: {line['reason'] or 'no reason recorded'}"),
         ("Preset", line["preset"]),
-        ("Dial", "" if math.isnan(line["dial"]) else f"{dial or 'dial'}: {_number(float(line['dial']))}"),
+        ("Dial", "" if math.isnan(line["dial"]) else f"{dial or 'dial'}: {number_text(float(line['dial']))}"),
         ("Pruned / units", _units(float(line["pruned"]), float(line["units"])) if line["status"] == "ok" else ""),
-        ("ACC on held-out clean images", "" if math.isnan(line["val_acc"]) else f"{_percent(line['val_acc'])} %"),
-        ("dASR", "" if math.isnan(line["d_asr"]) else f"{_percent(line['d_asr'], signed=True)} points"),
-        ("DER", "" if math.isnan(line["der"]) else _percent(line["der"])),
+        ("ACC on held-out clean images", "" if math.isnan(line["val_acc"]) else f"{percent_text(line['val_acc'])} %"),
+        ("dASR", "" if math.isnan(line["d_asr"]) else f"{percent_text(line['d_asr'], signed=True)} points"),
+        ("DER", "" if math.isnan(line["der"]) else percent_text(line["der"])),
         ("ASR / RA, trigger computed again", "" if math.isnan(line["asr_recraft"]) else again),
         ("Took from what it was granted", line["used"]),
         ("Clean labelled images", str(line["clean_images"] or "")), ("Training images", str(line["train_images"] or "")),
@@ -312,8 +312,8 @@ def _cell_facts(line: Any, dial: str, clock: Any) -> Facts:
         ("Features of the victim", line["features"]),
         ("Samples singled out", isolated if line["isolated"] else ""),
         ("Undefended ACC / ASR / RA", _triple(line, "_undefended")),
-        ("ACC of the benign twin", "" if math.isnan(line["acc_benign"]) else _percent(line["acc_benign"])),
-        ("Poisoning rate", f"{100 * line['rate']:g} %, really {_percent(line['realised_rate'])} %"),
+        ("ACC of the benign twin", "" if math.isnan(line["acc_benign"]) else percent_text(line["acc_benign"])),
+        ("Poisoning rate", f"{100 * line['rate']:g} %, really {percent_text(line['realised_rate'])} %"),
         ("Labels", f"{line['label_mode']}, target {line['target']}" if line["label_mode"] == "all-to-one" else line["label_mode"]),
         ("Note", line["note"]), ("Gate", line["gate"]),
         ("Seconds; peak memory", _clock(clock)), ("Cell", line["cell"]),
@@ -351,7 +351,7 @@ def _cells(matrix: _Matrix, curves: pd.DataFrame, timings: pd.DataFrame) -> list
         by = {}
         for line in mine:
             done, selection = line["status"] == "ok", str(line["selection"])
-            shares = {name: None if math.isnan(line[name]) else [_rounded(line[name]), _percent(line[name], signed=signed), ""]
+            shares = {name: None if math.isnan(line[name]) else [_rounded(line[name]), percent_text(line[name], signed=signed), ""]
                       for name, signed in _SHARES}  # fmt: skip
             by[selection] = {
                 **shares, "cost": _count(float(line["cost_epochs"])), "ok": int(done), "of": 1,

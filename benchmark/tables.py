@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = [
-    "GIVEN_NOTES", "NOTHING", "SELECTION_WORDS", "console_leaderboard", "csv_text", "gate_words", "given_markdown", "latex",
-    "leaderboard_markdown", "markdown", "paired_words", "plain", "problems_markdown", "rank_words", "setting_words", "slug",
-    "track_words", "validity_markdown", "write_tables",
+    "GIVEN_NOTES", "NOTHING", "SELECTION_WORDS", "bracketed", "console_leaderboard", "csv_text", "gate_words", "given_markdown",
+    "given_words", "latex", "latex_table", "leaderboard_markdown", "markdown", "number_text", "paired_words", "percent_text",
+    "pipe_table", "plain", "problems_markdown", "rank_words", "setting_words", "slug", "track_words", "validity_markdown",
+    "write_tables",
 ]  # fmt: skip
 
 NOTHING = "No attack was implanted under the attack-validity gate, so there is nothing to rank a defense on."
@@ -104,7 +105,7 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "unnamed"
 
 
-def _percent(value: float, *, signed: bool = False) -> str:
+def percent_text(value: float, *, signed: bool = False) -> str:
     """A share as percent with one decimal."""
     if math.isnan(value):
         return _MISSING
@@ -112,15 +113,15 @@ def _percent(value: float, *, signed: bool = False) -> str:
     return text.replace("-0.0", "0.0").replace("+0.0", "0.0") if text in ("-0.0", "+0.0") else text
 
 
-def _bracketed(line: pd.Series, name: str, *, signed: bool = False, small: Callable[[str], str] = str) -> str:
+def bracketed(line: pd.Series, name: str, *, signed: bool = False, small: Callable[[str], str] = str) -> str:
     mean, low, high = (float(line[column]) for column in (name, f"{name}_low", f"{name}_high"))
-    text = _percent(mean, signed=signed)
+    text = percent_text(mean, signed=signed)
     if math.isnan(low):
         return text
-    return f"{text} {small(f'[{_percent(low, signed=signed)}, {_percent(high, signed=signed)}]')}"
+    return f"{text} {small(f'[{percent_text(low, signed=signed)}, {percent_text(high, signed=signed)}]')}"
 
 
-def _number(value: float) -> str:
+def number_text(value: float) -> str:
     """At most three significant digits, no exponent, no trailing zeros: 0.0312, 1.25, 48, 4800."""
     if math.isnan(value):
         return _MISSING
@@ -131,7 +132,7 @@ def _number(value: float) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def _pipe(header: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
+def pipe_table(header: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
     """A Markdown table of cells that are already escaped; the first ``left`` columns are aligned left, the others right."""
     rule = [":--" if column < left else "--:" for column in range(len(header))]
     return "".join(f"| {' | '.join(line)} |\n" for line in [header, rule, *lines])
@@ -211,8 +212,8 @@ def _board_lines(board: pd.DataFrame, track: str, escape: Callable[[object], str
         if line["cells_ok"] == 0:
             lines.append([*start, escape(line["missing"]), *[_MISSING] * 7, rank, cells])
             continue
-        shares = [_bracketed(line, name, signed=signed, small=small) for _, name, signed in _SHARES]
-        lines.append([*start, *shares, _units(line), _number(float(line["cost_epochs"])), rank, cells])
+        shares = [bracketed(line, name, signed=signed, small=small) for _, name, signed in _SHARES]
+        lines.append([*start, *shares, _units(line), number_text(float(line["cost_epochs"])), rank, cells])
     return lines
 
 
@@ -225,7 +226,7 @@ def leaderboard_markdown(board: pd.DataFrame, track: str) -> str:
     rest = _board_lines(board[~competing], track, markdown, str)
     if rest:
         lines += [["", "**Reference and controls, not ranked**", *[""] * (len(_HEADER) - 2)], *rest]
-    text = _pipe(_HEADER, lines, left=3)
+    text = pipe_table(_HEADER, lines, left=3)
     missing = [f"- {markdown(line['defense'])} ({markdown(line['scope'])}): {markdown(line['reasons'])}\n"
                for _, line in board.iterrows() if line["reasons"]]  # fmt: skip
     return text + (f"\nNot in the means:\n\n{''.join(missing)}" if missing else "")
@@ -240,10 +241,10 @@ def _leaderboard_latex(board: pd.DataFrame, track: str, caption: str, label: str
             body.append(r"\midrule")
         body += [" & ".join(cell.replace(_MISSING, "--") for cell in line) + r" \\" for line in lines]
     notes = _NOTES + " The lower block holds the reference and the controls, which are not ranked."
-    return _latex_table(_HEADER, "rll" + "r" * (len(_HEADER) - 3), body, f"{caption} {notes}", label)
+    return latex_table(_HEADER, "rll" + "r" * (len(_HEADER) - 3), body, f"{caption} {notes}", label)
 
 
-def _latex_table(header: Sequence[str], columns: str, body: Sequence[str], caption: str, label: str) -> str:
+def latex_table(header: Sequence[str], columns: str, body: Sequence[str], caption: str, label: str) -> str:
     """A floating booktabs table as wide as the text; ``body`` is LaTeX already, ``caption`` and ``header`` are not."""
     return "\n".join([
         r"% needs \usepackage{booktabs,graphicx}", r"\begin{table}", r"\centering", rf"\caption{{{latex(caption)}}}",
@@ -311,7 +312,7 @@ def _training_words(line: pd.Series) -> str:
     ])  # fmt: skip
 
 
-def _given_words(line: pd.Series) -> dict[str, str]:
+def given_words(line: pd.Series) -> dict[str, str]:
     """The texts of a line of :func:`benchmark.stats.given`, from ``model`` to ``preset``."""
     if line["cells_ok"] == 0:
         nothing = dict.fromkeys(("clean_images", "training_images", "extractor", "controls_training", "preset"), _MISSING)
@@ -330,8 +331,8 @@ def _given_words(line: pd.Series) -> dict[str, str]:
 
 def _given_lines(table: pd.DataFrame, track: str, escape: Callable[[object], str]) -> list[list[str]]:
     return [
-        [*map(escape, (_name(line, track), line["scope"], *_given_words(line).values())),
-         *(_number(float(line[name])) for name in ("cost_epochs", "extractor_epochs"))]
+        [*map(escape, (_name(line, track), line["scope"], *given_words(line).values())),
+         *(number_text(float(line[name])) for name in ("cost_epochs", "extractor_epochs"))]
         for _, line in table.iterrows()
     ]  # fmt: skip
 
@@ -344,7 +345,7 @@ def given_markdown(rows: pd.DataFrame, track: str) -> str:
     rest = _given_lines(table[~competing], track, markdown)
     if rest:
         lines += [["**Reference and controls**", *[""] * (len(_GIVEN_HEADER) - 1)], *rest]
-    return _pipe(_GIVEN_HEADER, lines, left=_GIVEN_LEFT)
+    return pipe_table(_GIVEN_HEADER, lines, left=_GIVEN_LEFT)
 
 
 def _given_latex(rows: pd.DataFrame, track: str, caption: str, label: str) -> str:
@@ -356,7 +357,7 @@ def _given_latex(rows: pd.DataFrame, track: str, caption: str, label: str) -> st
             body.append(r"\midrule")
         body += [" & ".join(cell.replace(_MISSING, "--") for cell in line) + r" \\" for line in lines]
     columns = "l" * _GIVEN_LEFT + "r" * (len(_GIVEN_HEADER) - _GIVEN_LEFT)
-    return _latex_table(_GIVEN_HEADER, columns, body, f"{caption} {GIVEN_NOTES}", label)
+    return latex_table(_GIVEN_HEADER, columns, body, f"{caption} {GIVEN_NOTES}", label)
 
 
 def _given_csv(rows: pd.DataFrame, track: str) -> str:
@@ -365,7 +366,7 @@ def _given_csv(rows: pd.DataFrame, track: str) -> str:
     lines = []
     for _, line in stats.given(rows, track, selection).iterrows():
         done = line["cells_ok"] > 0
-        words = _given_words(line) if done else {}
+        words = given_words(line) if done else {}
         images = {f"{name}_images_{end}": line[f"{name}_images_{end}"] if done else "" for name in ("clean", "train")
                   for end in ("min", "max")}  # fmt: skip
         lines.append({
@@ -391,7 +392,7 @@ _DETECTOR_NOTES = (
 
 def _detector_share(line: pd.Series, name: str) -> str:
     deviation, seeds = float(line[f"{name}_sd"]), int(line[f"{name}_seeds"])
-    text = _percent(float(line[name])) + ("" if math.isnan(deviation) else f"±{100 * deviation:.1f}")
+    text = percent_text(float(line[name])) + ("" if math.isnan(deviation) else f"±{100 * deviation:.1f}")
     return f"{text} ({seeds} of {line['cells']} seeds)" if 0 < seeds < line["cells"] else text
 
 
@@ -405,11 +406,11 @@ def _detectors(found: pd.DataFrame, track: str) -> str:
         start = [*map(markdown, [*names, *line[stats.SCENARIO]])]
         start[-1] += "<br>" + stats.EXPORTED if line["exported"] else ""
         start.append(f"{'yes' if line['implanted'] else '**no**'}, {line['implanted_seeds']} of {line['seeds']} seeds")
-        base = _percent(float(line["base_rate"]))
+        base = percent_text(float(line["base_rate"]))
         if line["cells_ok"] == 0:
             lines.append([*start, markdown(line["missing"]), *[_MISSING] * 3, base])
             continue
-        share = [_percent(float(line["isolated_share"])), *(_detector_share(line, name) for name in ("precision", "recall"))]
+        share = [percent_text(float(line["isolated_share"])), *(_detector_share(line, name) for name in ("precision", "recall"))]
         count = _MISSING if math.isnan(line["isolated"]) else _tidy(float(line["isolated"]))
         lines.append([*start, count, *share, base])
     exported = (
@@ -418,7 +419,7 @@ def _detectors(found: pd.DataFrame, track: str) -> str:
         if found["exported"].any()
         else ""
     )
-    return _pipe(header, lines, left=6) + exported
+    return pipe_table(header, lines, left=6) + exported
 
 
 # -- the other tables ----------------------------------------------------------------------------------------------------------
@@ -426,7 +427,7 @@ def _detectors(found: pd.DataFrame, track: str) -> str:
 
 def _spread(values: pd.Series) -> str:
     deviation = stats.spread(list(values))
-    return _percent(float(values.mean())) + ("" if math.isnan(deviation) else f"±{100 * deviation:.1f}")
+    return percent_text(float(values.mean())) + ("" if math.isnan(deviation) else f"±{100 * deviation:.1f}")
 
 
 def _detail_cell(mine: pd.DataFrame) -> str:
@@ -460,12 +461,12 @@ def _detail(rows: pd.DataFrame, track: str, selection: str) -> str:
             mine = here[(here["defense"] == defense) & (here["scope"] == scope)]
             name = markdown(defense) + (" (control)" if mine["role"].iloc[0] == "control" else "")
             lines.append([name, markdown(scope), *(_detail_cell(mine[mine["attack"] == attack]) for attack in attacks)])
-        parts.append(f"## {markdown(dataset)}, {markdown(backbone)}\n\n{_pipe(header, lines, left=2)}")
+        parts.append(f"## {markdown(dataset)}, {markdown(backbone)}\n\n{pipe_table(header, lines, left=2)}")
     return "\n".join(parts)
 
 
 def _each(values: pd.Series) -> str:
-    return ", ".join(_percent(float(value)) for value in values)
+    return ", ".join(percent_text(float(value)) for value in values)
 
 
 def validity_markdown(rows: pd.DataFrame) -> str:
@@ -494,7 +495,7 @@ def validity_markdown(rows: pd.DataFrame) -> str:
             f"{'**yes**' if line['implanted'] else '**no**'}, {line['implanted_seeds']} of {line['seeds']} seeds",
             markdown(words or _MISSING), markdown(literature or _MISSING), markdown(notes or _MISSING),
         ])  # fmt: skip
-    return _pipe(header, lines, left=3)
+    return pipe_table(header, lines, left=3)
 
 
 _PROTOCOL_NOTES = (
@@ -531,7 +532,7 @@ def _protocols(rows: pd.DataFrame, track: str, selection: str) -> str:
         lines.append([*map(markdown, place), worked, *figures])
     header = ["Defense", "Scope", "Dataset", "Backbone", "Attack", "Implanted", "ACC", "ASR, frozen", "RA, frozen", "ASR, recraft",
               "RA, recraft"]  # fmt: skip
-    return _pipe(header, lines, left=6) if lines else ""
+    return pipe_table(header, lines, left=6) if lines else ""
 
 
 def _gap_table(rows: pd.DataFrame) -> str:
@@ -542,16 +543,16 @@ def _gap_table(rows: pd.DataFrame) -> str:
         gaps = stats.selection_gaps(rows, track)
         for _, line in gaps.iterrows():
             triples = [
-                " / ".join(_percent(float(line[f"{metric}_{name}"])) for metric in ("acc", "asr", "ra"))
+                " / ".join(percent_text(float(line[f"{metric}_{name}"])) for metric in ("acc", "asr", "ra"))
                 for name in stats.SELECTIONS
             ]
             lines.append([markdown(track), markdown(line["defense"]), markdown(line["scope"]), str(line["cells"]), *triples,
-                          *(_bracketed(line, f"gap_{name}", signed=True) for name in ("validation", "default"))])  # fmt: skip
+                          *(bracketed(line, f"gap_{name}", signed=True) for name in ("validation", "default"))])  # fmt: skip
         own = rows[rows["track"] == track]
         shown = set(zip(gaps["defense"], gaps["scope"], strict=True)) if len(gaps) else set()
         without += [f"{defense} ({scope})" for defense, scope in stats.entries(own) if (defense, scope) not in shown]
     text = (
-        _pipe(header, lines, left=3)
+        pipe_table(header, lines, left=3)
         if lines
         else "No defense with a dial stands on an implanted scenario under all three selections.\n"
     )
@@ -571,7 +572,7 @@ def problems_markdown(rows: pd.DataFrame) -> str:
     lines = [
         [markdown(value) or "no reason recorded" for value in line] for line in bad[columns].itertuples(index=False, name=None)
     ]
-    return _pipe(header, lines, left=len(header))
+    return pipe_table(header, lines, left=len(header))
 
 
 def _cost(rows: pd.DataFrame, timings: pd.DataFrame) -> str:
@@ -589,11 +590,11 @@ def _cost(rows: pd.DataFrame, timings: pd.DataFrame) -> str:
         "Cells",
     ]
     lines = [[
-        markdown(line["track"]), markdown(line["defense"]), markdown(line["scope"]), _number(float(line["seconds"])),
-        _MISSING if math.isnan(line["share"]) else f"{100 * line['share']:.1f} %", _number(float(line["cost_epochs"])),
-        _number(float(line["peak_mib"])), str(line["cells"]),
+        markdown(line["track"]), markdown(line["defense"]), markdown(line["scope"]), number_text(float(line["seconds"])),
+        _MISSING if math.isnan(line["share"]) else f"{100 * line['share']:.1f} %", number_text(float(line["cost_epochs"])),
+        number_text(float(line["peak_mib"])), str(line["cells"]),
     ] for _, line in table.iterrows()]  # fmt: skip
-    return _pipe(header, lines, left=3)
+    return pipe_table(header, lines, left=3)
 
 
 # -- tests ---------------------------------------------------------------------------------------------------------------------
@@ -653,10 +654,10 @@ def _paired(table: pd.DataFrame) -> str:
     header = ["Defense", "Scope", "In", "Pairs", "Difference", "p", "Holm p", "Blocks", "p over blocks"]
     lines = [[
         markdown(line["defense"]), markdown(line["scope"]), str(line["metric"]).upper(), f"{line['pairs']} of {line['worlds']}",
-        _bracketed(line, "difference", signed=True), _probability(line["p"]), _probability(line["p_holm"]), str(line["blocks"]),
+        bracketed(line, "difference", signed=True), _probability(line["p"]), _probability(line["p_holm"]), str(line["blocks"]),
         _probability(line["p_blocks"]),
     ] for _, line in table.iterrows()]  # fmt: skip
-    return _pipe(header, lines, left=3)
+    return pipe_table(header, lines, left=3)
 
 
 def _paired_page(table: pd.DataFrame, rows: pd.DataFrame, track: str) -> str:
@@ -681,7 +682,7 @@ _PUBLISHED_NOTES = (
 
 def _printed_band(figures: Sequence[published.Printed], metric: str) -> str:
     low, high = published.band(getattr(figure, metric) for figure in figures)
-    return _percent(low) if math.isnan(low) or low == high else f"{_percent(low)}{_MISSING}{_percent(high)}"
+    return percent_text(low) if math.isnan(low) or low == high else f"{percent_text(low)}{_MISSING}{percent_text(high)}"
 
 
 def _printed_where(figures: Sequence[published.Printed]) -> str:
@@ -713,7 +714,7 @@ def _published(found: Sequence[tuple[str, published.Comparison]]) -> str:
         first = next(one for _, one in found if one.place == place)
         marks = ["the literature's protocol" if first.same_protocol else "**other protocol**", f"{100 * first.rate:g} % poisoned"]
         marks += [] if first.implanted else ["attack not implanted"]
-        parts.append(f"## {', '.join(map(markdown, place))}\n\n{'; '.join(marks)}\n\n{_pipe(header, lines, left=5)}")
+        parts.append(f"## {', '.join(map(markdown, place))}\n\n{'; '.join(marks)}\n\n{pipe_table(header, lines, left=5)}")
     return "\n".join(parts)
 
 
@@ -732,7 +733,7 @@ def _both_protocols(rows: pd.DataFrame, folder: Path) -> str:
         "selection": "; ".join(f"{track}: {stats.headline(rows, track)}" for track in stats.tracks(rows)),
     }
     lines = [[name, markdown(words), markdown(here[name])] for name, words in published.PROTOCOL.items()]
-    return _pipe(["", "Published", "Here"], lines, left=3)
+    return pipe_table(["", "Published", "Here"], lines, left=3)
 
 
 def _published_csv(found: Sequence[tuple[str, published.Comparison]]) -> str:
@@ -880,8 +881,8 @@ def console_leaderboard(rows: pd.DataFrame) -> list[Table]:
         for position, (_, line) in enumerate(board.iterrows()):
             start = [str(line["place"]) if line["place"] else "", plain(_name(line, track)), plain(line["scope"])]
             if line["cells_ok"]:
-                figures = [_percent(float(line["acc"])), _percent(float(line["asr"])), _percent(float(line["ra"])),
-                           _percent(float(line["d_acc"]), signed=True), _number(float(line["cost_epochs"]))]  # fmt: skip
+                figures = [percent_text(float(line["acc"])), percent_text(float(line["asr"])), percent_text(float(line["ra"])),
+                           percent_text(float(line["d_acc"]), signed=True), number_text(float(line["cost_epochs"]))]  # fmt: skip
             else:
                 figures = [plain(line["missing"]), *[_MISSING] * 4]
             last_competing = roles[position] == "defense" and "defense" not in roles[position + 1 :]

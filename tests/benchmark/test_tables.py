@@ -392,7 +392,7 @@ def test_csv_starts_no_formula(start):
     ("value", "expected"), [(0.0, "0"), (0.03125, "0.0312"), (1.5, "1.5"), (12.34, "12.3"), (4800.0, "4800"), (100.0, "100")]
 )
 def test_number(value, expected):
-    assert tables._number(value) == expected
+    assert tables.number_text(value) == expected
 
 
 def test_slug():
