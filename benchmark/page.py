@@ -173,9 +173,15 @@ def _given(rows: pd.DataFrame, track: str, selection: str) -> dict[tuple[str, st
     """What each entry of a track's field was given, in words."""
     names = {"model": "Model", "clean_images": "Clean labelled images", "training_images": "Training images",
              "extractor": "Extractor", "controls_training": "Controls training", "preset": "Preset"}  # fmt: skip
+
+    def epochs(line: pd.Series) -> str:
+        return "" if math.isnan(line["extractor_epochs"]) else number_text(float(line["extractor_epochs"]))
+
     return {
-        (line["defense"], line["scope"]): [(names[key], text) for key, text in given_words(line).items()]
-        + [("Cost, of which extractor", "" if math.isnan(line["extractor_epochs"]) else number_text(float(line["extractor_epochs"])))]
+        (line["defense"], line["scope"]): [
+            *((names[key], text) for key, text in given_words(line).items()),
+            ("Cost, of which extractor", epochs(line)),
+        ]
         for _, line in stats.given(rows, track, selection).iterrows()
     }
 
