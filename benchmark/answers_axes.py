@@ -591,7 +591,8 @@ def extractor(source: Source) -> Shown:
         if own:
             series = tuple((name.upper(), tuple(mean(of_entry(here, entry), name) for entry in own)) for name in ("ra", "asr"))
             worked = int(here[SCENARIO].drop_duplicates().shape[0])
-            panels.append(DotPanel(f"Victims {victims}; {worked} attacks implanted", "%", tuple(figure_names(here, own)), series))
+            title = f"Victims {victims}; {worked} attack{'s' * (worked != 1)} implanted"
+            panels.append(DotPanel(title, "%", tuple(figure_names(here, own)), series))
     said.insert(0, "Implanted:")
     if sides:
         ahead, behind = (sum(verdict(part) == side for _, _, part in sides) for side in (1, -1))
