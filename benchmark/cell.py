@@ -156,10 +156,16 @@ def run_extractor(extractor: Extractor, scenario: Scenario, store: Store, cache:
 
     ``poisoned``: the scenario's poisoned training set, where the caller has it; otherwise it is read off the victim.
     """
+    if extractor.reads == "nothing":
+        return
     w = world(scenario, cache)
     key = extractor_key(extractor, scenario, w.data.fingerprint)
-    if extractor.reads == "nothing" or store.read("extractor", key, tensors=False):
-        return
+    store.once("extractor", key, lambda: _make_extractor(extractor, scenario, w, key, store, cache, poisoned))
+
+
+def _make_extractor(
+    extractor: Extractor, scenario: Scenario, w: World, key: str, store: Store, cache: Path, poisoned: ImageSet | None
+) -> None:
     if extractor.reads == "clean":
         data = w.train
     elif poisoned is not None:
@@ -246,8 +252,10 @@ def run_victim(scenario: Scenario, store: Store, cache: Path) -> None:
     """Trains the scenario's victim and stores it with its poisoned samples and triggered test set; no-op when it stands."""
     w = world(scenario, cache)
     key = victim_key(scenario, w.data.fingerprint)
-    if store.read("victim", key, tensors=False):
-        return
+    store.once("victim", key, lambda: _make_victim(scenario, w, key, store, cache))
+
+
+def _make_victim(scenario: Scenario, w: World, key: str, store: Store, cache: Path) -> None:
     start = time.perf_counter()
     # The initial weights depend on the backbone and the seed alone: benign twin and victim start from the same network.
     net = _fresh(scenario, w, derive_seed(scenario.backbone.spec(), scenario.seed, "init"))
@@ -385,11 +393,13 @@ def read_victim(scenario: Scenario, store: Store, cache: Path) -> Victim:
 
 def run_cell(cell: Cell, store: Store, cache: Path) -> None:
     """Runs a defense on its view, scores every candidate it yields, and stores the scores; no-op when they stand."""
-    scenario = cell.scenario
-    w = world(scenario, cache)
+    w = world(cell.scenario, cache)
     key = cell_key(cell, w.data.fingerprint)
-    if store.read("defended", key, tensors=False):
-        return
+    store.once("defended", key, lambda: _make_cell(cell, w, key, store, cache))
+
+
+def _make_cell(cell: Cell, w: World, key: str, store: Store, cache: Path) -> None:
+    scenario = cell.scenario
     victim = read_victim(scenario, store, cache)
     reset_peak()
     if victim.outcome["status"] == "ok":

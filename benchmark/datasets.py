@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmark.files import write_bytes
+from benchmark.files import held, write_bytes
 from benchmark.image_files import DECODER_REVISION, Gathered, archive_key, listing_key, pixels, read
 from models.images import ImageSet, quantise
 from models.spec import BadInput, Spec, canonical, check, digest, generator, nearest
@@ -81,6 +81,8 @@ class DatasetSpec(Spec):
     def __post_init__(self) -> None:
         path = self.source.removeprefix("folder:")
         check(self, "source", bool(path) and path.isprintable(), "a name, or folder:PATH")
+        # It stands in rows.csv, which a spreadsheet may open.
+        check(self, "source", self.source[0] not in "=+-@", "a name that is no formula, or folder:PATH")
         check(self, "train_limit", self.train_limit is None or self.train_limit >= 2, "at least 2 images, or left out for all")
         check(self, "test_limit", self.test_limit is None or self.test_limit >= 1, "at least 1 image, or left out for all")
         check(self, "size", self.size is None or 4 <= self.size <= 1024, "between 4 and 1024 pixels, or left out")
@@ -159,7 +161,8 @@ def load(spec: DatasetSpec, cache: Path, progress: Callable[[str], None] = _sile
     if source == "digits":
         whole = _digits(spec.size or 16)
     elif source in _OFFICIAL:
-        whole = _official(source, spec.size, cache, progress)
+        with held(cache / "locks" / f"release-{source}"):  # while one run downloads it, the others must not take it for damaged
+            whole = _official(source, spec.size, cache, progress)
     else:
         whole = _stored(_locate(source, cache), source, spec.size, cache, progress)
     train = _limited(whole.train, spec, "train_limit", spec.train_limit)

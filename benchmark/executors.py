@@ -2,7 +2,8 @@
 
 A stage is a victim, an extractor or a cell, named by its place in the matrix; the store is the hand-over between them, so who ran
 what, in which order and how often it was interrupted cannot change a row. Every process finds the GPU by itself (it is not told
-which device to use), and what it stores is on the CPU.
+which device to use), and what it stores is on the CPU. A stage that another run of the same store is computing is put back and
+asked for again after the others.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ ATTEMPTS = 3
 SHARING = 3
 """Processes that share a GPU unless somebody says otherwise: at the literature's batch of 128 a single one spends about as long on
 issuing kernels as the GPU on running them."""
+AGAIN = 1.0
+"""Seconds until a stage that another run is computing is asked for again."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Watcher(Protocol):
 
     def started(self, worker: int, label: str) -> None: ...
     def finished(self, worker: int, label: str, kind: str) -> None: ...
+    def put_back(self, worker: int) -> None: ...
     def note(self, line: str) -> None: ...
 
 
@@ -94,7 +98,7 @@ def _start(path: str, store: str, cache: str, news: Any, parent: int) -> None:
     def report(line: str) -> None:
         news.put((os.getpid(), "note", line, ""))
 
-    _state.update(matrix=load_matrix(Path(path)), store=Store(Path(store), report), cache=Path(cache), news=news)
+    _state.update(matrix=load_matrix(Path(path)), store=Store(Path(store), report, patient=False), cache=Path(cache), news=news)
     _state.update(pooled=parent > 0, lost=False)
     if parent:
         threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
@@ -107,21 +111,29 @@ def _die_with(parent: int) -> None:
     os._exit(1)
 
 
-def _work(kind: str, number: int, label: str) -> None:
+def _work(kind: str, number: int, label: str) -> bool:
+    """Runs a stage; True when it was put back, because another run is computing it or what it stands on."""
+    from benchmark.store import Busy
+
     if _state.get("lost"):
         os._exit(1)  # the pool starts another process and tries this stage there
     news = _state["news"]
     news.put((os.getpid(), "started", label, kind))
+    ended = "finished"
     try:
         _run(kind, number)
     except BadInput:
         raise
+    except Busy:
+        ended = "put back"
+        return True
     except Exception as error:
         _state["lost"] = _state["pooled"] and _device_lost()
         # Told here, where the traceback is whole, so that the reason reads the same in this process and across processes.
         raise StageError(_why(error)) from error
     finally:
-        news.put((os.getpid(), "finished", label, kind))
+        news.put((os.getpid(), ended, label, kind))
+    return False
 
 
 def _run(kind: str, number: int) -> None:
@@ -200,6 +212,8 @@ def _tell(watcher: Watcher, item: tuple[int, str, str, str]) -> None:
         watcher.started(worker, text)
     elif what == "finished":
         watcher.finished(worker, text, kind)
+    elif what == "put back":
+        watcher.put_back(worker)
     else:
         watcher.note(text)
 
@@ -228,16 +242,48 @@ def run_stages(
 def _run_inline(stages: Sequence[Stage], arguments: tuple[str, str, str], watcher: Watcher) -> list[Failure]:
     _start(*arguments, _Inline(watcher), 0)
     failures: dict[int, Failure] = {}
-    for position, stage in enumerate(stages):
+    done: set[int] = set()
+    waiting = deque(range(len(stages)))
+    shared = _Shared(watcher)
+    passed = 0  # over how many stages, since the last one that could be run
+    while waiting:
+        if passed == len(waiting):
+            time.sleep(AGAIN)
+            passed = 0
+        position = waiting.popleft()
+        stage = stages[position]
         blocked = [failures[i] for i in stage.after if i in failures]
+        put_back = not blocked and not all(i in done for i in stage.after)
         if blocked:
             failures[position] = Failure(position, blocked[0].reason)
-            continue
-        try:
-            _work(stage.kind, stage.number, stage.label)
-        except StageError as error:
-            failures[position] = Failure(position, str(error))
+        elif not put_back:
+            try:
+                put_back = _work(stage.kind, stage.number, stage.label)
+            except StageError as error:
+                failures[position] = Failure(position, str(error))
+            else:
+                if put_back:
+                    shared.told()
+                else:
+                    done.add(position)
+        if put_back:
+            waiting.append(position)
+            passed += 1
+        else:
+            passed = 0
     return list(failures.values())
+
+
+class _Shared:
+    """Tells, once, that another run is at work on the same store."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self.watcher, self.silent = watcher, False
+
+    def told(self) -> None:
+        if not self.silent:
+            self.watcher.note("another run is computing stages of this one in the same store: they are read once they stand")
+        self.silent = True
 
 
 def _run_pool(stages: Sequence[Stage], arguments: tuple[str, str, str], watcher: Watcher, processes: int) -> list[Failure]:
@@ -247,8 +293,10 @@ def _run_pool(stages: Sequence[Stage], arguments: tuple[str, str, str], watcher:
     failures: dict[int, Failure] = {}
     tries = dict.fromkeys(range(len(stages)), 0)
     waiting = deque(range(len(stages)))
+    again: dict[int, float] = {}
+    shared = _Shared(watcher)
     pool = None
-    running: dict[Future[None], int] = {}
+    running: dict[Future[bool], int] = {}
 
     def drain() -> None:
         while not news.empty():
@@ -267,16 +315,22 @@ def _run_pool(stages: Sequence[Stage], arguments: tuple[str, str, str], watcher:
                     blocked = [failures[i] for i in stage.after if i in failures]
                     if blocked:
                         failures[position] = Failure(position, blocked[0].reason)
-                    elif all(i in done for i in stage.after):
+                    elif all(i in done for i in stage.after) and again.get(position, 0.0) <= time.monotonic():
                         running[pool.submit(_work, stage.kind, stage.number, stage.label)] = position
                     else:
                         waiting.append(position)
+                if not running and waiting:  # nothing to wait for but another run
+                    time.sleep(0.2)
                 finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
                 drain()
                 for future in finished:
                     position = running.pop(future)
                     error = future.exception()
-                    if error is None:
+                    if error is None and future.result():
+                        shared.told()
+                        again[position] = time.monotonic() + AGAIN
+                        waiting.append(position)
+                    elif error is None:
                         done.add(position)
                     elif isinstance(error, BrokenProcessPool):
                         running[future] = position

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
@@ -76,8 +77,11 @@ class RunProgress:
         self.bars.update(self.tasks[kind], completed=done, left=left)
         self._plain()
 
+    def put_back(self, worker: int) -> None:
+        self.now.pop(worker, None)
+
     def note(self, line: str) -> None:
-        self.console.print(f"[yellow]note:[/] {line}", highlight=False)
+        self.console.print(f"[yellow]note:[/] {escape(line)}", highlight=False)
 
     def _plain(self) -> None:
         if self.console.is_terminal or time.monotonic() - self.told < self.PLAIN_EVERY:

@@ -6,10 +6,13 @@ touched.
 
 from __future__ import annotations
 
+import errno
+import functools
 import json
 import math
 import os
 import platform
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,17 +21,18 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from benchmark import rows as files
 from benchmark.cell import CellResult, cell_key, cell_rows, extractor_key, victim_key
 from benchmark.datasets import Dataset, load
 from benchmark.executors import Failure, Stage, extractors_of, places, run_stages, victims_of
-from benchmark.files import write_text
+from benchmark.files import held, write_text
 from benchmark.matrix import Cell, Matrix, Scenario, settings_hash
 from benchmark.progress import RunProgress
 from benchmark.rows import Curve, Row, Timing
 from benchmark.store import Entry, Store
-from models.spec import BadInput, canonical, nearest
+from models.spec import BadInput, canonical, digest, nearest
 
 __all__ = ["Filter", "Outcome", "collect", "parse_only", "run_matrix"]
 
@@ -113,7 +117,7 @@ def run_matrix(
     folder = results / matrix.name
     _writable(folder)
     _writable(cache)
-    store = Store(cache / "store", lambda line: console.print(f"[yellow]note:[/] {line}", highlight=False))
+    store = Store(cache / "store", lambda line: console.print(f"[yellow]note:[/] {escape(line)}", highlight=False))
     cells = [cell for cell in matrix.cells if all(AXES[axis](cell) in values for axis, values in chosen.items())]
     datasets = _datasets(matrix, cache, console)
     try:
@@ -121,10 +125,10 @@ def run_matrix(
     except KeyboardInterrupt:
         stored = [cell for cell in cells if _stands(cell, store, datasets)]
         if stored:
-            _write(matrix, folder, collect(matrix, stored, store, datasets, {}), datasets, whole=False)
+            _write(matrix, folder, collect(matrix, stored, store, datasets, {}), datasets, store, whole=False)
         raise
     collected = collect(matrix, cells, store, datasets, failures)
-    changed = _write(matrix, folder, collected, datasets, whole=not chosen)
+    changed = _write(matrix, folder, collected, datasets, store, whole=not chosen)
     return Outcome(folder, [result for result, _ in collected], sum(new for _, new in collected), changed)
 
 
@@ -143,9 +147,12 @@ def _writable(folder: Path) -> None:
         raise BadInput(f"{folder}: cannot be made: {error.strerror}") from error
     if not os.access(folder, os.W_OK):
         raise BadInput(f"{folder}: cannot be written: permission denied")
-    probe = folder / ".levelfield-probe.tmp"
-    write_text(probe, "x")
-    probe.unlink(missing_ok=True)
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".levelfield-probe-", suffix=".tmp") as probe:  # one of its own a run
+            probe.write(b"x")
+    except OSError as error:
+        why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        raise BadInput(f"{folder}: cannot be written: {why}") from error
 
 
 def _datasets(matrix: Matrix, cache: Path, console: Console) -> dict[str, Dataset]:
@@ -154,7 +161,8 @@ def _datasets(matrix: Matrix, cache: Path, console: Console) -> dict[str, Datase
     for scenario in matrix.scenarios:
         key = canonical(scenario.dataset)
         if key not in found:
-            found[key] = load(scenario.dataset, cache, lambda line: console.print(line, style="dim", highlight=False))
+            say = functools.partial(console.print, style="dim", highlight=False, markup=False)
+            found[key] = load(scenario.dataset, cache, say)
     return found
 
 
@@ -220,6 +228,7 @@ def _execute(
         f"({len(cells) - len(todo)} already stand); "
         f"{count} process{'es' if count > 1 else ''}, one thread each{' and one GPU for all' if torch.cuda.is_available() else ''}",
         highlight=False,
+        markup=False,
     )
     with RunProgress(console, totals) as progress:
         failed = run_stages(stages, matrix.path, store.root, cache, progress, count)
@@ -268,6 +277,20 @@ def collect(
 
 
 def _write(
+    matrix: Matrix,
+    folder: Path,
+    collected: Sequence[tuple[CellResult, bool]],
+    datasets: Mapping[str, Dataset],
+    store: Store,
+    *,
+    whole: bool,
+) -> bool:
+    """Writes the files; slices that end at the same time do it one after the other, or one would merge into what is out of date."""
+    with held(store.root / "locks" / f"results-{digest(str(folder.resolve()))}"):
+        return _write_held(matrix, folder, collected, datasets, whole=whole)
+
+
+def _write_held(
     matrix: Matrix, folder: Path, collected: Sequence[tuple[CellResult, bool]], datasets: Mapping[str, Dataset], *, whole: bool
 ) -> bool:
     results = [result for result, _ in collected]

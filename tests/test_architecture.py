@@ -25,6 +25,7 @@ HOMES = {
     "seaborn": {"benchmark/plots.py", "benchmark/style.py"},
     "pytorch_lightning": {"models/classifier.py"},
     "ray": set(),
+    "filelock": {"benchmark/files.py"},
 }
 
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmark import executors
+from benchmark.cell import victim_key
+from benchmark.datasets import load
 from benchmark.executors import Failure, Stage, run_stages
+from benchmark.files import held
 from benchmark.matrix import load_matrix
+from benchmark.store import Store
 from models.spec import BadInput
 
 MATRIX = """
@@ -69,6 +73,9 @@ class Ear:
 
     def finished(self, worker: int, label: str, kind: str) -> None:
         self.finished_labels.append(label)
+
+    def put_back(self, worker: int) -> None:
+        pass
 
     def note(self, line: str) -> None:
         self.notes.append(line)
@@ -130,6 +137,49 @@ def test_what_waits_for_a_failed_stage_is_not_run_and_gives_its_reason(monkeypat
     failures = run_stages(stages, Path("m"), Path("s"), Path("c"), Ear(), 1)
     assert ran == ["a", "b", "on b"]
     assert failures == [Failure(0, "Diverged: no luck"), Failure(2, "Diverged: no luck")]
+
+
+def test_what_another_run_computes_is_asked_for_again_after_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    slept: list[float] = []
+
+    def work(kind: str, number: int, label: str) -> bool:
+        asked.append(label)
+        return label == "a" and len(slept) < 2
+
+    inline(monkeypatch, work)
+    monkeypatch.setattr(executors.time, "sleep", slept.append)
+    stages = [Stage("victim", 0, "a"), Stage("victim", 1, "b"), Stage("cell", 0, "on a", (0,)), Stage("cell", 1, "on b", (1,))]
+    ear = Ear()
+    assert run_stages(stages, Path("m"), Path("s"), Path("c"), ear, 1) == []
+    # Not before its own stage stands, and the processor rests while there is nothing else to do.
+    assert asked == ["a", "b", "on b", "a", "a", "on a"]
+    assert slept == [executors.AGAIN] * 2
+    assert len(ear.notes) == 1
+    assert "another run" in ear.notes[0]
+
+
+@pytest.mark.slow
+def test_a_pool_takes_other_stages_first_and_then_reads_what_another_run_computed(tmp_path: Path) -> None:
+    (tmp_path / "odd.py").write_text(ODD.replace("os._exit(9)", "pass"))
+    (tmp_path / "m.toml").write_text(MATRIX)
+    matrix, store = load_matrix(tmp_path / "m.toml"), Store(tmp_path / "store")
+    key = victim_key(executors.victims_of(matrix)[1], load(matrix.scenarios[0].dataset, tmp_path / "cache").fingerprint)
+    other_run = ExitStack()
+    other_run.enter_context(held(store.root / "locks" / f"victim-{key}"))
+
+    class Watching(Ear):
+        def note(self, line: str) -> None:
+            super().note(line)
+            other_run.close()  # it gave up: the stage is free
+
+    ear = Watching()
+    stages = [Stage("victim", 1, "victim"), Stage("victim", 0, "twin"), Stage("cell", 0, "none", (0,))]
+    assert run_stages(stages, tmp_path / "m.toml", store.root, tmp_path / "cache", ear, 2) == []
+    assert sorted(ear.finished_labels) == ["none", "twin", "victim"]
+    assert ear.finished_labels[-1] == "none"
+    assert len(ear.notes) == 1
+    assert store.read("victim", key) is not None
 
 
 def test_a_persons_mistake_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,11 +20,12 @@ import pytest
 from rich.console import Console
 
 from benchmark.executors import Failure, Stage, run_stages
+from benchmark.files import held
 from benchmark.matrix import Matrix, load_matrix
 from benchmark.rows import Curve, Row, read
 from benchmark.run import Outcome, parse_only, run_matrix
 from benchmark.selection import NOTHING_TO_VALIDATE_ON
-from models.spec import BadInput
+from models.spec import BadInput, digest
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = """
@@ -203,6 +206,99 @@ def test_kill_nine_in_mid_run_then_the_same_command(matrix: Matrix, once: Path, 
     assert not (tmp_path / "results" / "tiny" / "rows.csv").exists()
     go(matrix, tmp_path, processes=1)
     assert content(tmp_path) == content(once)
+
+
+SHARING = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from benchmark.matrix import load_matrix
+from benchmark.run import run_matrix
+from benchmark.store import Store
+
+matrix, folder, only = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] or None
+write = Store.write
+
+def counted(self, stage, key, *rest):
+    write(self, stage, key, *rest)
+    with (folder / "computed.txt").open("a") as log:
+        log.write(f"{stage} {key}\\n")
+
+Store.write = counted
+run_matrix(load_matrix(matrix), results=folder / "results", cache=folder / "cache", console=Console(), only=only, processes=1)
+"""
+
+
+def sharing(matrix: Matrix, folder: Path, only: str = "") -> subprocess.Popen[str]:
+    """A run in a process of its own, which notes in ``computed.txt`` every stage that it computes."""
+    command = [sys.executable, "-c", SHARING, str(matrix.path), str(folder), only]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def told(process: subprocess.Popen[str]) -> str:
+    said = process.communicate(timeout=600)[0]
+    assert process.returncode == 0, said
+    return said
+
+
+def computed(folder: Path) -> list[str]:
+    return sorted((folder / "computed.txt").read_text().splitlines())
+
+
+def entries(folder: Path) -> list[str]:
+    stored = (folder / "cache" / "store").glob("*/??/*/entry.json")
+    return sorted(f"{path.parents[2].name} {path.parent.name}" for path in stored)
+
+
+@pytest.mark.slow
+def test_two_runs_at_once_share_the_work(matrix: Matrix, once: Path, tmp_path: Path) -> None:
+    said = [told(process) for process in [sharing(matrix, tmp_path), sharing(matrix, tmp_path)]]
+    assert computed(tmp_path) == entries(tmp_path), "each stage once"
+    # A defense that raises leaves nothing to read, so both runs meet it.
+    assert len(entries(tmp_path)) == len(entries(once))
+    assert content(tmp_path) == content(once)
+    assert any("another run is computing" in text for text in said), "they never met, so this shows nothing"
+
+
+@pytest.mark.slow
+def test_of_two_runs_one_is_killed_and_the_other_finishes(matrix: Matrix, once: Path, tmp_path: Path) -> None:
+    killed, left = sharing(matrix, tmp_path), sharing(matrix, tmp_path)
+    deadline = time.monotonic() + 400
+    while time.monotonic() < deadline and killed.poll() is None and len(entries(tmp_path)) < 3:
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, "it was not in mid-run"
+    told(left)
+    done = computed(tmp_path)
+    assert len(set(done)) == len(done)
+    assert len(entries(tmp_path)) - 1 <= len(done) <= len(entries(tmp_path))  # it may have died before it noted its last one
+    assert content(tmp_path) == content(once)
+
+
+@pytest.mark.slow
+def test_slices_that_end_at_the_same_time_lose_no_row(matrix: Matrix, once: Path, tmp_path: Path) -> None:
+    for process in [sharing(matrix, tmp_path, "attack=sig"), sharing(matrix, tmp_path, "attack=badnets")]:
+        told(process)
+    assert content(tmp_path) == content(once)
+
+
+def test_rows_are_merged_under_a_lock(matrix: Matrix, once: Path, tmp_path: Path) -> None:
+    """Two slices, both collected before either writes: without the lock around reading and writing, one would win."""
+    shutil.copytree(once, tmp_path / "run")
+    folder = tmp_path / "run" / "results" / "tiny"
+    for name in ("rows.csv", "curves.csv", "timings.csv"):
+        (folder / name).unlink()
+    slices = [{"processes": 1, "only": f"attack={attack},defense=none|clp"} for attack in ("badnets", "sig")]
+    threads = [threading.Thread(target=go, args=(matrix, tmp_path / "run"), kwargs=one) for one in slices]
+    with held(tmp_path / "run" / "cache" / "store" / "locks" / f"results-{digest(str(folder.resolve()))}"):
+        for thread in threads:
+            thread.start()
+        time.sleep(1)
+        assert not (folder / "rows.csv").exists()
+    for thread in threads:
+        thread.join(120)
+    assert set(rows_of(tmp_path / "run")["attack"]) == {"badnets", "sig"}
 
 
 def test_a_flipped_byte_in_the_store_is_named_and_recomputed(matrix: Matrix, once: Path) -> None:

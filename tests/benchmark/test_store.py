@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmark.store import Store
+from benchmark.files import held
+from benchmark.store import Busy, Store
 from models.spec import BadInput
 
 KEY = "ab" + "0" * 62
@@ -105,3 +111,97 @@ def test_entries_are_plain_json_for_people(store: Store) -> None:
     content = json.loads((store.folder("victim", KEY) / "entry.json").read_text())["content"]
     assert content["stage"] == "victim"
     assert content["spec"] == {"name": "x"}
+
+
+# -- runs that share a store ---------------------------------------------------------------------------------------------------
+
+LOCK = f"victim-{KEY}"
+
+
+def test_a_stage_that_stands_is_not_computed_again(store: Store) -> None:
+    computed: list[int] = []
+
+    def compute() -> None:
+        computed.append(1)
+        assert (store.root / "locks" / LOCK).exists()
+        fill(store)
+
+    store.once("victim", KEY, compute)
+    store.once("victim", KEY, compute)
+    assert computed == [1]
+    assert list((store.root / "locks").iterdir()) == []
+
+
+def test_a_stage_that_another_run_computes_is_waited_for_and_read(store: Store) -> None:
+    waiter = threading.Thread(target=store.once, args=("victim", KEY, lambda: pytest.fail("computed twice")), daemon=True)
+    with held(store.root / "locks" / LOCK):
+        with pytest.raises(Busy):
+            Store(store.root, patient=False).once("victim", KEY, lambda: fill(store))
+        waiter.start()
+        waiter.join(0.5)
+        assert waiter.is_alive()
+        fill(store)
+    waiter.join(60)
+    assert not waiter.is_alive()
+
+
+def test_a_computation_that_fails_frees_its_stage(store: Store) -> None:
+    def fails() -> None:
+        raise RuntimeError("no luck")
+
+    with pytest.raises(RuntimeError, match="no luck"):
+        store.once("victim", KEY, fails)
+    Store(store.root, patient=False).once("victim", KEY, lambda: fill(store))
+    assert store.has("victim", KEY)
+
+
+def test_the_lock_of_a_killed_process_is_free_at_once(store: Store) -> None:
+    path = store.root / "locks" / LOCK
+    program = f"""
+import sys, time
+from pathlib import Path
+from benchmark.files import held
+with held(Path({str(path)!r})):
+    print("held", flush=True)
+    time.sleep(3600)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    with held(path, wait=False) as mine:
+        assert not mine
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert path.exists(), "it was left behind, and must not matter"
+    Store(store.root, patient=False).once("victim", KEY, lambda: fill(store))
+    assert store.has("victim", KEY)
+    assert not path.exists()
+
+
+def test_without_locks_the_work_is_done_all_the_same(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", unknown)
+    store.once("victim", KEY, lambda: fill(store))
+    assert store.has("victim", KEY)
+
+
+def test_a_folder_that_cannot_hold_locks_is_one_clear_error(store: Store) -> None:
+    store.root.write_text("a file where the folder should be")
+    with pytest.raises(BadInput, match="cannot be locked"):
+        store.once("victim", KEY, lambda: fill(store))
+
+
+def test_a_damaged_entry_is_set_aside_by_one_of_two_readers(store: Store, said: list[str]) -> None:
+    fill(store)
+    folder = store.folder("victim", KEY)
+    (folder / "entry.json").write_text("{")
+    seen = folder.stat().st_ino
+    assert store.read("victim", KEY) is None
+    store._set_aside(folder, seen, "the second to see the damage")
+    fill(store)
+    store._set_aside(folder, seen, "the second, late: a good one stands there by now")
+    assert store.read("victim", KEY) is not None
+    assert len(said) == 1
