@@ -40,6 +40,10 @@ DECODER_REVISION = 1
 MAX_PIXELS = 50_000_000
 MAX_FILE_BYTES = 256 * 2**20
 MAX_SET_BYTES = 8 * 2**30
+MAX_RATIO = 20
+"""An archive may unpack to that many times its size, or to MAX_SET_BYTES if that is more: images are packed already."""
+MAX_MEMBERS = 2_000_000
+MAX_DEPTH = 64
 REPORT_EVERY = 5000
 
 _IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
@@ -105,6 +109,8 @@ def _walk(root: Path) -> Iterator[tuple[str, Path | None]]:
     """
 
     def below(folder: Path, prefix: str, above: frozenset[Path]) -> Iterator[tuple[str, Path | None]]:
+        if len(above) >= MAX_DEPTH:
+            raise BadInput(f"{root}: folders lie more than {MAX_DEPTH} deep within each other; move the images up")
         real = folder.resolve()
         if real in above:
             raise BadInput(f"{folder}: a link leads back to a folder above it; remove the link")
@@ -162,15 +168,20 @@ def _archive(path: Path) -> Iterator[_Entry]:
     """The members of a tar archive, in one pass: each must be read before the next one is asked for.
 
     Raises:
-        BadInput: the archive is damaged, cut off, or holds links, devices, absolute names or names with ``..``.
+        BadInput: the archive is damaged, cut off, unpacks to far more than it is, or holds links, devices, absolute names or names
+            with ``..``.
     """
-    with _whole(path), path.open("rb") as file, _unpacked(file) as content, tarfile.open(fileobj=content, mode="r:") as archive:
-        for member in archive:
+    with _whole(path), path.open("rb") as file, _unpacked(file, path) as content, tarfile.open(None, "r:", content) as archive:
+        for number, member in enumerate(archive):
+            if number >= MAX_MEMBERS:
+                raise BadInput(f"{path}: more than {MAX_MEMBERS:,} members; leave out what is no image")
             parts = PurePosixPath(member.name).parts
             if member.name.startswith("/") or ".." in parts:
                 raise BadInput(f"{path}: member {member.name!r} points outside the archive; pack it again with relative names")
             if not (member.isdir() or member.isfile()):
                 raise BadInput(f"{path}: member {member.name!r} is a link or a device; pack plain files and folders")
+            if member.size < 0:  # the reader would go backwards, and on for ever
+                raise BadInput(f"{path}: member {member.name!r} says it has {member.size} bytes; pack it again")
             if member.size > MAX_FILE_BYTES:
                 raise BadInput(f"{path}: member {member.name!r} is larger than {MAX_FILE_BYTES // 2**20} MiB; leave it out")
             if parts and not any(part.startswith(".") for part in parts):
@@ -195,15 +206,32 @@ def _whole(path: Path) -> Iterator[None]:
         raise BadInput(f"{path}: not a whole tar archive (plain, .xz or .gz): {error}; copy or pack it again") from error
 
 
-def _unpacked(file: BinaryIO) -> io.BufferedReader:
+class _Bounded(io.BufferedReader):
+    """Reads an archive's content, up to ``limit`` bytes, and never more than one file's worth at once, whatever headers claim."""
+
+    def __init__(self, raw: Any, path: Path, limit: int) -> None:
+        super().__init__(raw, 2**20)
+        self.path, self.limit = path, limit
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= MAX_FILE_BYTES + tarfile.BLOCKSIZE:
+            raise BadInput(f"{self.path}: not a whole tar archive: a header claims a size out of range; copy or pack it again")
+        content = super().read(size)
+        if self.tell() > self.limit:
+            raise BadInput(f"{self.path}: unpacks to more than {self.limit / 2**30:.3g} GiB; leave out what is no image")
+        return content
+
+
+def _unpacked(file: BinaryIO, path: Path) -> _Bounded:
     magic = file.read(6)
+    limit = max(MAX_RATIO * file.seek(0, io.SEEK_END), MAX_SET_BYTES)
     file.seek(0)
     raw: Any = file
     if magic == b"\xfd7zXZ\0":
         raw = lzma.open(file)  # noqa: SIM115 - closed by the reader around it
     elif magic[:2] == b"\x1f\x8b":
         raw = gzip.open(file)  # noqa: SIM115
-    return io.BufferedReader(raw, 2**20)
+    return _Bounded(raw, path, limit)
 
 
 def _member_reader(path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo) -> Callable[[], bytes]:

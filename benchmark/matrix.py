@@ -14,6 +14,7 @@ import functools
 import hashlib
 import importlib.util
 import math
+import re
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,13 @@ from models.training import Recipe
 __all__ = ["Cell", "Frozen", "Matrix", "Scenario", "find_matrix", "load_matrix", "matrix_names", "settings_hash"]
 
 FOLDER = Path(__file__).parent / "matrices"
+MAX_BYTES = 2**20
+MAX_DEPTH = 16
+MAX_DOTS = 200
+"""In a line, between two marks: far more than any key's, and than any sentence's."""
+MAX_WORDS = 500
+"""Letters of a complaint: it may quote a value, and values may be as long as the file."""
+MAX_LABEL = 200
 
 
 class _Table(BaseModel):
@@ -64,7 +72,7 @@ class MatrixTable(_Table):
 
     title: str
     about: str = ""
-    seeds: list[int] = Field(min_length=1)
+    seeds: list[int] = Field(min_length=1, max_length=1000)
     tau: float = Field(default=TAU, ge=0, le=1)
     plugins: list[str] = []
     dataset: DatasetTable = DatasetTable()
@@ -215,25 +223,61 @@ def load_matrix(path: Path) -> Matrix:
         BadInput: not readable, not TOML, an unknown key or name, a wrong type or a number out of range; one line that names the
             file, the place, the value and the nearest right one.
     """
+    if path.stem.startswith(".") or not path.stem.isprintable():  # it names the folder of results
+        raise BadInput(f"{str(path)!r}: a matrix is called like its file, so {path.stem!r} cannot be one; rename the file")
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise BadInput(f"{path}: larger than {MAX_BYTES // 2**20} MiB; no settings file is")
         settings = path.read_text(encoding="utf-8")
+        if _dotted(settings) > MAX_DOTS:
+            raise BadInput(f"{path}: a key of more than {MAX_DOTS} parts; no setting is nested as deep")
         raw = tomllib.loads(settings)
     except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise BadInput(f"{path}: cannot be read: {error}") from error
-    except tomllib.TOMLDecodeError as error:
+    except BadInput:
+        raise
+    except ValueError as error:  # tomllib's own, and Python's refusal to read numbers of thousands of digits
         raise BadInput(f"{path}: not TOML: {error}") from error
+    _bounded(raw, path)
     try:
         table = MatrixTable.model_validate(raw)
     except ValidationError as error:
-        raise BadInput(f"{path}: {_first(error, MatrixTable)}") from error
+        raise BadInput(f"{path}: {_short(_first(error, MatrixTable))}") from error
     if len(set(table.seeds)) != len(table.seeds):
         raise BadInput(f"{path}: seeds {table.seeds} name one seed twice")
     plugins, found = _plugins(path, table.plugins)
     try:
         scenarios, cells = _expand(table, found)
     except BadInput as error:
-        raise BadInput(f"{path}: {error}") from error
+        raise BadInput(f"{path}: {_short(str(error))}") from error
     return Matrix(path.stem, path, table.title, table.about, settings, scenarios, cells, plugins)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MAX_WORDS else f"{text[:MAX_WORDS]} ..."
+
+
+def _dotted(settings: str) -> int:
+    """The most dots between two marks of a line, so at least its longest key's; tomllib's time grows with their square."""
+    lines = (line for line in settings.splitlines() if not line.lstrip().startswith("#"))
+    return max((piece.count(".") for line in lines for piece in re.split(r"[={},\[\]]", line)), default=0)
+
+
+def _bounded(raw: dict[str, Any], path: Path) -> None:
+    """Refuses what no setting is, before anything tries to print it.
+
+    Raises:
+        BadInput: tables or lists within each other deeper than any setting, or whole numbers beyond 64 bits.
+    """
+    left: list[tuple[str, Any, int]] = [("", raw, 0)]
+    while left:
+        place, value, depth = left.pop()
+        if depth > MAX_DEPTH:
+            raise BadInput(f"{path}: {_short(place.split('.')[0])!r} is nested more than {MAX_DEPTH} deep; no setting is")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise BadInput(f"{path}: {_short(place)!r} is a whole number of more than 64 bits")
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        left += [(f"{place}.{key}" if place else str(key), item, depth + 1) for key, item in items]
 
 
 def _first(error: ValidationError, model: type[BaseModel]) -> str:
@@ -257,6 +301,8 @@ def _plugins(path: Path, files: Sequence[str]) -> tuple[tuple[tuple[str, str], .
     loaded = []
     for name in files:
         file = path.parent / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise BadInput(f"{path}: plugins: {name!r}: a plug-in lies beside the matrix that names it, or below; copy it there")
         if not file.is_file():
             raise BadInput(f"{path}: plugins: {name}: no such file beside the matrix")
         hashed = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -269,7 +315,13 @@ def _plugins(path: Path, files: Sequence[str]) -> tuple[tuple[tuple[str, str], .
                 raise BadInput(f"{path}: plugins: {name}: not a Python file")
             module = importlib.util.module_from_spec(spec)
             sys.modules[module_name] = module
-            spec.loader.exec_module(module)
+            try:
+                spec.loader.exec_module(module)
+            except BaseException as error:
+                del sys.modules[module_name]  # half of it must not pass for the whole the next time
+                if isinstance(error, SyntaxError):
+                    raise BadInput(f"{path}: plugins: {name}: not Python: {error}") from error
+                raise
         for entry in vars(module).values():
             for base, entries in found.items():
                 if isinstance(entry, type) and issubclass(entry, base) and entry.__module__ == module_name:
@@ -339,7 +391,16 @@ def _recipe(*tables: Mapping[str, Any]) -> Recipe:
 
 
 def _unique(kind: str, labels: Sequence[str]) -> None:
+    """Labels stand in rows, tables, pages, file names and on terminals.
+
+    Raises:
+        BadInput: two are alike, or one is no line of text, or a spreadsheet would compute it.
+    """
     for label in labels:
+        if not label.strip() or len(label) > MAX_LABEL or not label.isprintable():
+            raise BadInput(f"{kind} label {label[:MAX_LABEL]!r}: it should be one line of 1 to {MAX_LABEL} printable characters")
+        if label[0] in "=+-@":
+            raise BadInput(f"{kind} label {label!r}: a spreadsheet would take it for a formula; begin it with something else")
         if labels.count(label) > 1:
             raise BadInput(f"two {kind}s are called {label!r}: give one of them a label")
 
@@ -504,7 +565,7 @@ def _given(
     if not named:
         raise BadInput(f"{where}: 'extractors' is missing: say which it runs on{nearest('', extractors)}")
     for name in named:
-        if name not in extractors:
+        if not isinstance(name, str) or name not in extractors:
             raise BadInput(f"{where}: extractors: no extractor {name!r} in this matrix{nearest(str(name), extractors)}")
         wanted = Knowledge.TRAIN if extractors[name].reads == "poisoned" else Knowledge.EXTRACTOR
         for track in tracks:
@@ -577,7 +638,7 @@ def _words(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(_words(item) for item in value)}]"
     if isinstance(value, list):
-        return f"{value[0]}={_words(value[1])}"
+        return "=".join(map(_words, value))
     return str(value)
 
 

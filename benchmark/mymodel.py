@@ -31,7 +31,7 @@ from defenses.base import Knowledge
 from models import BACKBONES
 from models.backbone import Backbone, Network
 from models.spec import BadInput, derive_seed, lookup
-from models.weights import fit_state, read_state, save_weights
+from models.weights import check_state, fit_state, read_state, save_weights
 
 __all__ = ["defend_checkpoint"]
 
@@ -53,7 +53,10 @@ def _backbone(name: str, state: dict[str, Tensor], path: Path) -> Backbone:
         )
     # The stem is the conv with the fewest input channels: files keep tensors in any order.
     stem = min(convs, key=lambda conv: conv.shape[1])
-    return cls(width=stem.shape[0], hidden=heads[0].shape[0] if len(heads) > 1 else 0)
+    try:
+        return cls(width=stem.shape[0], hidden=heads[0].shape[0] if len(heads) > 1 else 0)
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from error
 
 
 def defend_checkpoint(
@@ -73,6 +76,8 @@ def defend_checkpoint(
         BadInput: the checkpoint is missing, damaged, would run code, or does not fit the backbone or the data set's classes; an
             unknown name. Nothing is written then.
     """
+    if checkpoint.stem.startswith(".") or not checkpoint.stem.isprintable():  # it names the folder of results
+        raise BadInput(f"{str(checkpoint)!r}: results are called like the file, so {checkpoint.stem!r} cannot be one; rename it")
     state = read_state(checkpoint)
     shape_of = _backbone(backbone, state, checkpoint)
     if attack is not None:
@@ -81,10 +86,15 @@ def defend_checkpoint(
     scenario = cells[0].scenario
     torch.set_num_threads(1)
     w = world(scenario, cache)
-    net = scenario.backbone.build(w.data.train.num_classes, w.data.train.shape, w.mean, w.std, 0)
-    if not any(name.startswith("normalise.") for name in state):
+    own = any(name.startswith("normalise.") for name in state)
+    arguments = (w.data.train.num_classes, w.data.train.shape, w.mean, w.std, 0)
+    with torch.device("meta"):  # a file of a few bytes may claim a width that fills the memory
+        blank = scenario.backbone.build(*arguments)
+    check_state(blank, state if own else state | _normalisation(blank), checkpoint)
+    net = scenario.backbone.build(*arguments)
+    if not own:
         console.print("note: the checkpoint holds no normalisation; the data set's own is used", highlight=False)
-        state |= {name: value for name, value in net.state_dict().items() if name.startswith("normalise.")}
+        state |= _normalisation(net)
     fit_state(net, state, checkpoint)
     net.eval()
     triggered = None
@@ -98,17 +108,23 @@ def defend_checkpoint(
     folder = results / "my-model" / checkpoint.stem
     found = [Result("none (the checkpoint as it is)", "", before, before_val, 0, "ok", "")]
     for number, cell in enumerate(cells, 1):
-        console.print(f"[{number}/{len(cells)}] {cell.defense_label} ({cell.scope.value}): {cell.track.title}", highlight=False)
+        line = f"[{number}/{len(cells)}] {cell.defense_label} ({cell.scope.value}): {cell.track.title}"
+        console.print(line, highlight=False, markup=False)
         found.append(_defended(cell, victim, w, before, before_val, folder))
     write_text(folder / "defenses.csv", _csv(found))
     against = f"against {scenario.attack_label}" if scenario.attack else "no attack named: ACC only"
-    console.print(_table(found, f"{checkpoint.name} on {w.data.name}, {against} (percent)"))
+    console.print(_table(found, escape(f"{checkpoint.name} on {w.data.name}, {against} (percent)")))
     console.print(
         f"The clean budget ({len(w.clean) + len(w.validation)} images) is drawn from {w.data.name}'s training images; a model "
         f"that was trained on them has seen them.\ncleaned weights and defenses.csv: {folder}",
         highlight=False,
+        markup=False,
     )
     return folder
+
+
+def _normalisation(net: Network) -> dict[str, Tensor]:
+    return {name: value for name, value in net.state_dict().items() if name.startswith("normalise.")}
 
 
 @dataclass(frozen=True)

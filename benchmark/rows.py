@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -175,16 +176,24 @@ def read(path: Path, kind: type[T]) -> pd.DataFrame:
     # Only numbers may be missing: a defense called "nan" is a name.
     missing_as: dict[Any, Any] = {name: [""] for name, text in wanted.items() if text == "float"}
     try:
-        header = pd.read_csv(path, nrows=0)
-        missing = [name for name in wanted if name not in header.columns]
-        if missing:
-            raise BadInput(f"{path}: column {missing[0]!r} is missing")
-        table = pd.read_csv(path, dtype=types, keep_default_na=False, na_values=missing_as)
-    except (ValueError, pd.errors.ParserError) as error:
-        if isinstance(error, BadInput):
-            raise
-        raise BadInput(f"{path}: not a rows file: {error}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # a row longer than the header
+            header = pd.read_csv(path, nrows=0, index_col=False)
+            missing = [name for name in wanted if name not in header.columns]
+            if missing:
+                raise BadInput(f"{path}: column {missing[0]!r} is missing")
+            table = pd.read_csv(path, dtype=types, keep_default_na=False, na_values=missing_as, index_col=False)
+    except BadInput:
+        raise
+    except (ValueError, OverflowError, OSError, pd.errors.ParserWarning) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadInput(f"{path}: not a rows file: {reason}") from error
     for name, text in wanted.items():
+        if text not in numbers and table[name].isna().any():
+            raise BadInput(f"{path}: not a rows file: a row ends before its column {name!r}")
         if text == "bool":
-            table[name] = table[name].map({"true": True, "false": False}).astype(bool)
+            odd = table[name][~table[name].isin(["true", "false"])]
+            if len(odd):
+                raise BadInput(f"{path}: not a rows file: {name} = {str(odd.iloc[0])!r} is neither true nor false")
+            table[name] = table[name] == "true"
     return table

@@ -9,8 +9,10 @@ from __future__ import annotations
 import difflib
 import io
 import pickle
+import stat
 import struct
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,15 +24,19 @@ from torch import Tensor, nn
 from models.files import write_bytes
 from models.spec import BadInput
 
-__all__ = ["fit_state", "load_weights", "read_state", "save_weights"]
+__all__ = ["check_state", "fit_state", "load_weights", "read_state", "save_weights"]
 
 _NESTED = ("state_dict", "model")
 """Keys under which checkpoints keep the weights: Lightning's and most authors' codes; BackdoorBench's."""
 _PREFIXES = ("module.", "net.", "model.", "_orig_mod.")
 """What DataParallel, our own Classifier, other people's wrappers and torch.compile put in front of every name."""
+_MOST_PREFIXES = 8
+_LONGEST_NAME = 1000
+_MOST_NAMES = 5000
+"""Names among which the nearest to a wrong one is sought; a comparison takes microseconds."""
 _UNREADABLE = (
-    ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, OSError, RuntimeError, TypeError,
-    ValueError, struct.error,
+    ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, OSError, RuntimeError,
+    TypeError, ValueError, struct.error,
 )  # fmt: skip
 """What torch's reader raises on damaged bytes, whichever byte is damaged."""
 
@@ -64,6 +70,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
         BadInput: no such file; it is damaged; it holds something other than tensors; it would have to run code to be read.
     """
     try:
+        if not stat.S_ISREG(Path(path).stat().st_mode) and not Path(path).is_dir():
+            raise BadInput(f"{path}: a pipe or a device, not a file")  # it may never end
         content = Path(path).read_bytes()
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -77,9 +85,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise BadInput(f"{path}: holds no weights, but {_kind(found)}; it must hold tensors by name")
     for name, value in found.items():
         if not isinstance(name, str):
-            raise BadInput(f"{path}: the name {name!r} is not text; it must hold tensors by name")
-        if not isinstance(value, Tensor) or value.layout != torch.strided:
-            raise BadInput(f"{path}: {name!r} is not a dense tensor, but {_kind(value)}")
+            raise BadInput(f"{path}: the name {_shown(name)} is not text; it must hold tensors by name")
+        if len(name) > _LONGEST_NAME:
+            raise BadInput(f"{path}: a tensor's name has {len(name):,} letters; no network's has")
+        if not isinstance(value, Tensor) or not _dense(value):
+            raise BadInput(f"{path}: {_shown(name)} is not a dense tensor, but {_kind(value)}")
     return _unprefixed({name: value.detach() for name, value in found.items()})
 
 
@@ -89,6 +99,16 @@ def fit_state(net: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     Raises:
         BadInput: a tensor is missing, unexpected or of the wrong shape: the first one, with the shapes and the nearest name;
             ``net`` is then unchanged.
+    """
+    check_state(net, state, path)
+    net.load_state_dict(dict(state), strict=True)
+
+
+def check_state(net: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Checks that ``state`` fits ``net``, which may be on the meta device: nothing is allocated.
+
+    Raises:
+        BadInput: as :func:`fit_state`.
     """
     wanted = net.state_dict()
     for name, value in wanted.items():
@@ -100,8 +120,8 @@ def fit_state(net: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
             raise BadInput(f"{path}: tensor {name!r} is {state[name].dtype}, but the network's is {value.dtype}")
     for name, value in state.items():
         if name not in wanted:
-            raise BadInput(f"{path}: tensor {name!r} {_shape(value)} is not in the network{_nearest(name, set(wanted), wanted)}")
-    net.load_state_dict(dict(state), strict=True)
+            near = _nearest(name, set(wanted), wanted)
+            raise BadInput(f"{path}: tensor {_shown(name)} {_shape(value)} is not in the network{near}")
 
 
 def _safetensors(content: bytes, path: Path) -> dict[str, Tensor]:
@@ -113,6 +133,7 @@ def _safetensors(content: bytes, path: Path) -> dict[str, Tensor]:
 
 
 def _checkpoint(content: bytes, path: Path) -> object:
+    _uncompressed(content, path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about archives it then refuses
@@ -126,11 +147,38 @@ def _checkpoint(content: bytes, path: Path) -> object:
         raise BadInput(f"{path}: neither a whole safetensors file nor a whole torch checkpoint: {_first_line(error)}") from error
 
 
+def _uncompressed(content: bytes, path: Path) -> None:
+    """Refuses archives that unpack to much more than they are, before torch unpacks them; it packs its own without compression."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            total = sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, *_UNREADABLE):
+        return  # no archive, or a damaged one: torch says so
+    if total > 4 * len(content) + 2**20:
+        raise BadInput(f"{path}: refused: {len(content):,} bytes that unpack to {total:,}; torch packs without compression")
+
+
 def _unprefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) and name != prefix for name in state):
-            return _unprefixed({name.removeprefix(prefix): value for name, value in state.items()})
+    for _ in range(_MOST_PREFIXES):
+        shared = [one for one in _PREFIXES if all(name.startswith(one) and name != one for name in state)]
+        if not shared:
+            break
+        state = {name.removeprefix(shared[0]): value for name, value in state.items()}
     return state
+
+
+def _dense(value: Tensor) -> bool:
+    """Whether it holds plain numbers on the CPU; what is on ``meta`` holds none."""
+    plain = value.device.type == "cpu" and not (value.is_nested or value.is_quantized or value.is_complex())
+    return plain and value.layout == torch.strided
+
+
+def _shown(name: object) -> str:
+    """A name in a message: hostile ones are huge, or nested so deep that they cannot be printed."""
+    if isinstance(name, str):
+        return repr(name if len(name) <= 200 else name[:200] + "...")
+    short = isinstance(name, float) or (isinstance(name, int) and name.bit_length() <= 64)
+    return repr(name) if short else f"(a {type(name).__name__})"
 
 
 def _shape(value: Tensor) -> str:
@@ -142,8 +190,8 @@ def _kind(value: object) -> str:
 
 
 def _nearest(wrong: str, names: set[str], shapes: Mapping[str, Tensor]) -> str:
-    close = difflib.get_close_matches(wrong, sorted(names), n=1, cutoff=0.0)
-    return f"; nearest name there: {close[0]!r} {_shape(shapes[close[0]])}" if close else ""
+    close = difflib.get_close_matches(wrong, sorted(names)[:_MOST_NAMES], n=1, cutoff=0.0)
+    return f"; nearest name there: {_shown(close[0])} {_shape(shapes[close[0]])}" if close else ""
 
 
 def _first_line(error: BaseException) -> str:
