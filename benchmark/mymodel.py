@@ -107,10 +107,13 @@ def defend_checkpoint(
     victim = Victim(net, PoisonedSet(w.train, roles, w.train.labels), triggered, scorer, {"status": "ok"})
     folder = results / "my-model" / checkpoint.stem
     found = [Result("none (the checkpoint as it is)", "", before, before_val, 0, "ok", "")]
+    names = [_file_name(f"{cell.defense_label} ({cell.scope.value})") for cell in cells]
     for number, cell in enumerate(cells, 1):
         line = f"[{number}/{len(cells)}] {cell.defense_label} ({cell.scope.value}): {cell.track.title}"
         console.print(line, highlight=False, markup=False)
-        found.append(_defended(cell, victim, w, before, before_val, folder))
+        name = names[number - 1]
+        file = folder / (f"{name}.safetensors" if names.count(name) == 1 else f"{name}-{number}.safetensors")
+        found.append(_defended(cell, victim, w, before, before_val, file))
     write_text(folder / "defenses.csv", _csv(found))
     against = f"against {scenario.attack_label}" if scenario.attack else "no attack named: ACC only"
     console.print(_table(found, escape(f"{checkpoint.name} on {w.data.name}, {against} (percent)")))
@@ -162,8 +165,8 @@ def _cells(matrix: str, dataset: str, backbone: Backbone, attack: str | None) ->
     ]
 
 
-def _defended(cell: Cell, victim: Victim, w: World, before: Score, before_val: float, folder: Path) -> Result:
-    """Runs one defense and writes the network that validation chose; the default, where nothing to validate on is granted."""
+def _defended(cell: Cell, victim: Victim, w: World, before: Score, before_val: float, file: Path) -> Result:
+    """Runs one defense and writes to ``file`` what validation chose; the default, where nothing to validate on is granted."""
     kept: list[Network] = []
     outcome = defend(cell, w, victim, kept)
     label = f"{cell.defense_label} ({cell.scope.value})"
@@ -173,7 +176,7 @@ def _defended(cell: Cell, victim: Victim, w: World, before: Score, before_val: f
     how = Selection.VALIDATION if Knowledge.CLEAN in cell.track.grants else Selection.DEFAULT
     chosen = choose(how, measured, before, before_val, cell.tau)
     assert chosen is not None
-    save_weights(kept[chosen], folder / f"{_file_name(label)}.safetensors")
+    save_weights(kept[chosen], file)
     m = measured[chosen]
     return Result(label, how.value, m.score, m.val_acc, m.pruned, "ok", m.note)
 

@@ -185,7 +185,9 @@ def read(path: Path, kind: type[T]) -> pd.DataFrame:
             table = pd.read_csv(path, dtype=types, keep_default_na=False, na_values=missing_as, index_col=False)
     except BadInput:
         raise
-    except (ValueError, OverflowError, OSError, pd.errors.ParserWarning) as error:
+    except pd.errors.ParserWarning as error:
+        raise BadInput(f"{path}: not a rows file: a row is longer than the header") from error
+    except (ValueError, OverflowError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadInput(f"{path}: not a rows file: {reason}") from error
     for name, text in wanted.items():

@@ -186,6 +186,8 @@ def _shape(value: Tensor) -> str:
 
 
 def _kind(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} on {value.device} ({value.layout})"
     return "an empty mapping" if isinstance(value, Mapping) and not value else f"a {type(value).__name__}"
 
 

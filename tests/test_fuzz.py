@@ -12,7 +12,6 @@ import json
 import os
 import pickle
 import struct
-import tempfile
 import tomllib
 import zipfile
 from dataclasses import fields
@@ -50,9 +49,9 @@ def one_line(error: BadInput, path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def place() -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for files that are written over again and again."""
-    return Path(tempfile.mkdtemp(prefix="levelfield-fuzz-"))
+    return tmp_path_factory.mktemp("fuzz")
 
 
 # -- settings ------------------------------------------------------------------------------------------------------------------

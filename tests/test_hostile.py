@@ -28,6 +28,7 @@ from rich.console import Console
 from benchmark import image_files, mymodel, tables
 from benchmark.datasets import DatasetSpec, load
 from benchmark.matrix import load_matrix
+from benchmark.progress import RunProgress
 from benchmark.rows import Row, read
 from models import BACKBONES
 from models.backbone import Backbone
@@ -134,8 +135,8 @@ CHECKPOINTS = [
     ("a header of 100,000 brackets", checkpoint(lying(b'{"w":' + b"[" * 100_000)), "safetensors"),
     ("20 MB packed into 20 kB", checkpoint(repacked), "torch packs without compression"),
     ("a tensor of 10^12 numbers that are one", checkpoint(saved({"w": torch.ones(1).expand(10**12)})), "missing"),
-    ("a tensor without numbers (meta)", checkpoint(saved({"w": torch.ones(2, device="meta")})), "not a dense tensor"),
-    ("a complex tensor", checkpoint(saved({"w": torch.tensor(1j)})), "not a dense tensor"),
+    ("a tensor without numbers", checkpoint(saved({"w": torch.ones(2, device="meta")})), "torch.float32 on meta"),
+    ("a complex tensor", checkpoint(saved({"w": torch.tensor(1j)})), "torch.complex64 on cpu"),
     ("a name nested 400 deep", checkpoint(nested_key(400)), "is not text"),
     ("a name nested 50,000 deep", checkpoint(nested_key(50_000)), "weights.pt: "),
     ("a name of 600 digits", checkpoint(saved({1 << 2000: torch.ones(1)})), "weights.pt: "),
@@ -383,7 +384,7 @@ def neutral(write: Callable[[object], str], *gone: str) -> Callable[[Path], obje
 
 
 FILES = [
-    ("a row longer than the header", rows(f"{HEADER}\n{line()},more\n"), "not a rows file"),
+    ("a row longer than the header", rows(f"{HEADER}\n{line()},more\n"), "longer than the header"),
     ("a row cut short", rows(f"{HEADER}\n{line()}\nx,y\n"), "not a rows file"),
     ("neither true nor false", rows(f"{HEADER}\n{line(implanted='maybe')}\n"), "neither true nor false"),
     ("a seed of 30 digits", rows(f"{HEADER}\n{line(seed='9' * 30)}\n"), "not a rows file"),
@@ -462,6 +463,55 @@ def test_a_tiny_file_that_claims_a_wide_network_allocates_none(tmp_path: Path, m
             console=Console(file=io.StringIO()),
         )  # fmt: skip
     assert built == ["meta"]
+
+
+NAMED = """
+title = "odd labels"
+seeds = [0]
+dataset = { source = "digits", clean_fraction = 0.2, train_limit = 100, test_limit = 40 }
+recipe = { epochs = 0 }
+[[backbone]]
+name = "resnet8"
+width = 1
+[[attack]]
+name = "badnets"
+[[defense]]
+name = "clp"
+label = "[/]"
+tracks = ["model+clean"]
+[[defense]]
+name = "clp"
+label = "(/)"
+tracks = ["model+clean"]
+[[defense]]
+name = "clp"
+label = "../../x"
+tracks = ["model+clean"]
+grid = [0.5]
+"""
+
+
+@pytest.mark.slow
+def test_labels_that_are_markup_or_paths_are_text_on_the_terminal_and_in_file_names(tmp_path: Path) -> None:
+    path, inside = tmp_path / "inside" / "mine.safetensors", tmp_path / "inside"
+    save_weights(ResNet8(width=1, hidden=0).build(10, (1, 16, 16), [0.5], [0.25], 0), path)
+    (inside / "odd.toml").write_text(NAMED)
+    out = io.StringIO()
+    folder = mymodel.defend_checkpoint(
+        path, "resnet8", "digits", None, str(inside / "odd.toml"), results=inside / "r", cache=inside / "c",
+        console=Console(file=out, width=200),
+    )  # fmt: skip
+    assert "[1/3] [/] (whole)" in out.getvalue()
+    assert "[3/3] ../../x (whole)" in out.getvalue()
+    names = [f"{name}.safetensors" for name in ("..-..-x-whole", "whole-1", "whole-2")]  # no two defenses share a file
+    assert sorted(file.name for file in folder.iterdir()) == sorted([*names, "defenses.csv"])
+    assert list(tmp_path.iterdir()) == [inside]
+
+
+def test_the_screens_words_are_no_markup() -> None:
+    out = io.StringIO()
+    RunProgress(Console(file=out, width=200), {"cell": 1}).note("damaged entry in /data/[/]")
+    assert "damaged entry in /data/[/]" in out.getvalue()
 
 
 def test_a_broken_plugin_is_not_taken_for_a_whole_one_the_next_time(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_what_another_run_computes_is_asked_for_again_after_the_others(monkeypat
     ear = Ear()
     assert run_stages(stages, Path("m"), Path("s"), Path("c"), ear, 1) == []
     # Not before its own stage stands, and the processor rests while there is nothing else to do.
-    assert asked == ["a", "b", "on b", "a", "a", "on a"]
+    assert asked == ["a", "b", "on b", "a", "a", "a", "on a"]
     assert slept == [executors.AGAIN] * 2
     assert len(ear.notes) == 1
     assert "another run" in ear.notes[0]
