@@ -361,6 +361,23 @@ def _settings(kind: str, cls: type[Spec], settings: Mapping[str, Any]) -> dict[s
     return values
 
 
+def _others(entry: dict[str, Any], key: str, whose: str, where: str, cls: type[Spec], catalogue: Sequence[type[Spec]]) -> None:
+    """Settings of another method within a method's own: a table becomes (field, value) pairs, and their types are checked.
+
+    Raises:
+        BadInput: a value is of the wrong type. Whether there is such a field says the method itself.
+    """
+    given = entry.get(key)
+    if isinstance(given, dict):
+        entry[key] = given = [list(pair) for pair in given.items()]
+    pairs = [pair for pair in given if isinstance(pair, list) and len(pair) == 2] if isinstance(given, list) else []
+    named = entry.get(whose, getattr(cls, whose, None))
+    for other in catalogue:
+        if other.name == named:
+            known = {name: value for name, value in pairs if isinstance(name, str) and name in _fields(other)}
+            _settings(f"{where}: {key} of", other, known)
+
+
 def _take(table: dict[str, Any], key: str, kind: type[Any], default: Any, where: str) -> Any:
     value = table.pop(key, default)
     if value is not default and not isinstance(value, kind):
@@ -452,8 +469,7 @@ def _expand(table: MatrixTable, found: Found) -> tuple[tuple[Scenario, ...], tup
         recipe = _take(entry, "recipe", dict, {}, f"attack {name}")
         label = _take(entry, "label", str, None, f"attack {name}")
         rates = _take(entry, "rates", list, None, f"attack {name}")
-        if isinstance(entry.get("base_settings"), dict):
-            entry["base_settings"] = [list(pair) for pair in entry["base_settings"].items()]
+        _others(entry, "base_settings", "base", f"attack {name}", cls, ATTACKS)
         planned = {key: entry.pop(key) for key in plan_fields & entry.keys()}
         if rates is not None and "rate" in planned:
             raise BadInput(f"attack {name}: give either rate or rates")
@@ -489,8 +505,7 @@ def _expand(table: MatrixTable, found: Found) -> tuple[tuple[Scenario, ...], tup
         tracks = [track_named(str(track)) for track in track_names]
         if CONTROL in tracks and not defense_cls.control:
             raise BadInput(f"{where}: the track 'control' grants what no defender has and is for controls only")
-        if "like_settings" in entry and isinstance(entry["like_settings"], dict):
-            entry["like_settings"] = [list(pair) for pair in entry["like_settings"].items()]
+        _others(entry, "like_settings", "like", where, defense_cls, DEFENSES)
         preset, entry = _preset(defense_cls, preset, entry)
         defense = _make("defense", defense_cls, entry)
         given = _given(defense, named, extractors, tracks, where)

@@ -178,6 +178,7 @@ def read(path: Path, kind: type[T]) -> pd.DataFrame:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # a row longer than the header
+            warnings.simplefilter("error", RuntimeWarning)  # no whole number is infinite
             header = pd.read_csv(path, nrows=0, index_col=False)
             missing = [name for name in wanted if name not in header.columns]
             if missing:
@@ -187,7 +188,7 @@ def read(path: Path, kind: type[T]) -> pd.DataFrame:
         raise
     except pd.errors.ParserWarning as error:
         raise BadInput(f"{path}: not a rows file: a row is longer than the header") from error
-    except (ValueError, OverflowError, OSError) as error:
+    except (ValueError, TypeError, OverflowError, OSError, RuntimeWarning) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadInput(f"{path}: not a rows file: {reason}") from error
     for name, text in wanted.items():

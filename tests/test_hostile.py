@@ -330,6 +330,10 @@ MATRICES = [
     ("a list where a name belongs", setting('tracks = ["model"]', 'tracks = [["model"]]'), "unknown track"),
     ("a table where an extractor's name belongs", matrix(
         SETTINGS + '[[defense]]\nname = "linear-probe"\nlabels = "train"\nextractors = [{ a = 1 }]\n'), "no extractor"),
+    ("a list where another method's number belongs", setting('name = "clp"\ntracks = ["model"]\nu = 2', (
+        'name = "random-pruning"\nlike_settings = { u = [] }')), "like_settings of clp: u = []"),
+    ("a list where a base attack's number belongs", setting('"badnets"', (
+        '"rescaled"\nbase_settings = [["size", []]]')), "base_settings of badnets: size = []"),
     ("an empty list within a list of numbers", setting("u = 2", "grid = [[]]"), "grid"),
     ("two megabytes", matrix(SETTINGS + "#" * 2**21), "larger than"),
     ("bytes that are no text", matrix(b"\xff\xfe\0" * 99), "cannot be read"),
@@ -388,6 +392,7 @@ FILES = [
     ("a row cut short", rows(f"{HEADER}\n{line()}\nx,y\n"), "not a rows file"),
     ("neither true nor false", rows(f"{HEADER}\n{line(implanted='maybe')}\n"), "neither true nor false"),
     ("a seed of 30 digits", rows(f"{HEADER}\n{line(seed='9' * 30)}\n"), "not a rows file"),
+    ("an infinite seed", rows(f"{HEADER}\n{line(seed='inf')}\n"), "not a rows file"),
     ("an open quote", rows(f'{HEADER}\n"{line()}\n'), "not a rows file"),
     ("nothing", rows(""), "not a rows file"),
     ("a name of everything evil in Markdown", neutral(tables.markdown, "<script", "x|y", "[a]("), ""),
