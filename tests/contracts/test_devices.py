@@ -249,6 +249,12 @@ def test_what_was_not_moved_meets_nothing_elsewhere(monkeypatch: pytest.MonkeyPa
 # -- training and evaluation ---------------------------------------------------------------------------------------------------
 
 
+def apart(one: Network, two: Network) -> float:
+    """Euclidean distance of the weights."""
+    pairs = zip(one.parameters(), two.parameters(), strict=True)
+    return float(sum(float((a - b).detach().square().sum()) for a, b in pairs) ** 0.5)
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_training_and_evaluation(where: Where, optimizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     data = of_attacks.pictures(SHAPE)
@@ -272,7 +278,7 @@ def test_training_and_evaluation(where: Where, optimizer: Any, monkeypatch: pyte
         assert same(done.net, plain)
         assert torch.equal(said, predict(plain, data.images))
     else:
-        assert all(torch.allclose(a, b, atol=0.2) for a, b in zip(done.net.parameters(), plain.parameters(), strict=True))
+        assert apart(done.net, plain) < 0.75 * apart(plain, network()), "other arithmetic ends near where float32 does"
 
 
 def test_backbones_with_pooling_train_the_same_twice(where: Where, monkeypatch: pytest.MonkeyPatch) -> None:
