@@ -298,8 +298,7 @@ def threshold(source: Source) -> Shown:
             worst = largest(told, "lost")
             said.append(
                 f"The published default stays below the best point of its own dial by {100 * lost.mean():.1f} points of RA on "
-                "average, "
-                f"by {100 * lost.max():.1f} for {entry_markdown((worst['defense'], worst['scope']))}."
+                f"average, by {100 * lost.max():.1f} for {entry_markdown((worst['defense'], worst['scope']))}."
             )
     random = frame[(frame["control"] != "")]
     if len(random):
@@ -307,8 +306,7 @@ def threshold(source: Source) -> Shown:
         above = int((competing["area_low"] > top["area_high"]).sum())
         said.append(
             f"The area of {entry_markdown((top['defense'], top['scope']))}, a control, is {percent_words(float(top['area']))}; "
-            "the intervals of "
-            f"{out_of(above, len(competing))} defenses lie above its interval."
+            f"the intervals of {out_of(above, len(competing))} defenses lie above its interval."
         )
     columns = (
         Column("Track", "text", "track"), Column("Defense", "text", "defense"), Column("Scope", "text", "scope"),
@@ -319,9 +317,8 @@ def threshold(source: Source) -> Shown:
     )  # fmt: skip
     about = (
         f"{MEANS}; dials scaled to [0, 1] from their weakest to their strongest end, linear between points; good stretch: share "
-        "of "
-        f"the dial where the mean ASR is below {100 * IMPLANTED_ASR:g} % and the mean ACC at most {100 * TAU:g} points lower than "
-        "before"
+        f"of the dial where the mean ASR is below {100 * IMPLANTED_ASR:g} % and the mean ACC at most {100 * TAU:g} points lower "
+        "than before"
     )
     return Shown(" ".join(said), frame, columns, about, Lines(tuple(panels), 4, "Means over scenarios of means over seeds."))
 
@@ -361,12 +358,10 @@ def selection(source: Source) -> Shown:
             found = interval_of(most, f"gap_{name}")
             said.append(
                 f"Choosing with the test set takes the ASR below that of {words} for {out_of(len(apart), len(measured))} defenses, "
-                "most "
-                f"for {entry_markdown((most['defense'], most['scope']))}: {points_words(found)}."
+                f"most for {entry_markdown((most['defense'], most['scope']))}: {points_words(found)}."
                 if len(apart)
                 else f"Choosing with the test set does not take the ASR of any of {len(measured)} defenses below that of {words} "
-                "by "
-                "more than its interval."
+                "by more than its interval."
             )
     for _, own in competing[competing["defense"].isin(known)].iterrows():
         figures = ", ".join(f"{name} {percent_words(float(own[f'asr_{name}']))}" for name in ("default", "validation", "oracle"))
@@ -430,8 +425,7 @@ def budget(source: Source) -> Shown:
         if len(here):
             said.append(
                 f"With {images[share]:.0f} clean images ({100 * share:g} %), RA is above that of training from scratch on the "
-                "same images "
-                f"for {out_of(len(ahead), len(here))} defenses{in_brackets(ahead)} and below it for {behind}."
+                f"same images for {out_of(len(ahead), len(here))} defenses{in_brackets(ahead)} and below it for {behind}."
             )
     competing = told[told["control"] == ""]
     ends = []

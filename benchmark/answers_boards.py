@@ -124,13 +124,11 @@ def performance(source: Source) -> Shown:
     said = [
         f"{out_of(len(loses), len(ranked)).capitalize()} entries lose accuracy{after_colon(loses)}; {gains} gain some; the "
         "others are not "
-        "told "
-        "apart from no change."
+        "told apart from no change."
     ]
     said.append(
         f"Of the {len(working)} that take the mean ASR below {100 * IMPLANTED_ASR:g} %, {len(free)} do so without a loss that "
-        "can be "
-        f"told{after_colon(free)}."
+        f"can be told{after_colon(free)}."
         if len(working)
         else f"None takes the mean ASR below {100 * IMPLANTED_ASR:g} %, so no accuracy was kept beside a removed backdoor."
     )
@@ -390,8 +388,7 @@ def benign(source: Source) -> Shown:
         "backbone or the recipe."
         if split.empty
         else f"Benign accuracies differ within {len(split)} of {len(frame)} combinations of backbone and recipe: the rows do not "
-        "belong "
-        "together.",
+        "belong together.",
         f"Undefended figures are the same for every defense in {out_of(int((worlds == 1).sum()), len(worlds))} attacked models.",
         "Every row states its poisoning rate." if not unrated else f"{unrated} rows lack a poisoning rate.",
     ]
@@ -465,8 +462,7 @@ def robust(source: Source) -> Shown:
     ])  # fmt: skip
     said = (
         "RA is the share of triggered images, those of the target class left out, that are given their true class; ASR is taken "
-        "over "
-        f"the same images, so that ASR + RA is at most 100 %, which {'holds in all' if not over else f'fails in {over} of'} "
+        f"over the same images, so that ASR + RA is at most 100 %, which {'holds in all' if not over else f'fails in {over} of'} "
         f"{len(table)} rows. "
         f"RA is not 100 % minus ASR: on average {percent_words(float(third.mean()))} of these images go to a third class, at most "
         f"{percent_words(float(third.max()))}."

@@ -29,7 +29,7 @@ ATTEMPTS = 3
 """How often a stage is tried when the process that runs it dies (out of memory, say)."""
 SHARING = 3
 """Processes that share a GPU unless somebody says otherwise: at the literature's batch of 128 a single one spends about as long on
-issuing kernels as the GPU on running them."""
+issuing kernels as the GPU on running them (an estimate; ``benchmark.throughput`` measures what sharing gives)."""
 AGAIN = 1.0
 """Seconds until a stage that another run is computing is asked for again."""
 

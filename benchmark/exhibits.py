@@ -197,14 +197,12 @@ def caption(exhibit: Exhibit, source: Source, shown: Shown) -> str:
 _INTRO = (
     "# Exhibits\n\n"
     "Questions that reviewers of pruning defenses asked, each answered from stored rows. Answers are computed by rule, for the "
-    "claim or "
-    "against it; *told apart* means that a 95 % bootstrap interval over seeds, of paired differences where two things are "
+    "claim or against it; *told apart* means that a 95 % bootstrap interval over seeds, of paired differences where two things are "
     "compared, "
     "leaves out 0. With three seeds such intervals are rough and rather too narrow, they speak of seeds alone, and many "
     "comparisons stand "
     "on one page: a single one at the edge of its interval is no finding. `make paper` redraws this page; the command below "
-    "each exhibit "
-    "makes its rows.\n"
+    "each exhibit makes its rows.\n"
 )
 _FOLDER = "exhibits"
 

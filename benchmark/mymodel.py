@@ -51,10 +51,10 @@ def _backbone(name: str, state: dict[str, Tensor], path: Path) -> Backbone:
             f"{path}: does not fit {name}: it has no 'features.*' conv or no 'head.*' layer; tensors there begin with "
             f"{', '.join(sorted({key.split('.')[0] for key in state})[:4])}"
         )
-    # The stem is the conv with the fewest input channels: files keep tensors in any order.
-    stem = min(convs, key=lambda conv: conv.shape[1])
+    # The first stage is the narrowest. (The conv with the fewest input channels need not be the stem: nets may be narrower than the
+    # image is deep, and files keep tensors in any order.)
     try:
-        return cls(width=stem.shape[0], hidden=heads[0].shape[0] if len(heads) > 1 else 0)
+        return cls(width=min(conv.shape[0] for conv in convs), hidden=heads[0].shape[0] if len(heads) > 1 else 0)
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from error
 

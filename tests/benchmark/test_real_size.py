@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -72,6 +73,8 @@ def test_slices_are_taken_in_the_order_of_the_file() -> None:
     made = subprocess.run(
         ["make", "-s", "slices", "STAMP=", f"RUN={sys.executable}", "LEVELFIELD=echo", "MATRIX=cifar10-fast", "ONLY=seed=0"],
         cwd=ROOT, capture_output=True, text=True, check=True, timeout=900,
+        # `make test ARGS=...` hands its own variables on to every make below it.
+        env={name: value for name, value in os.environ.items() if name not in ("ARGS", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS")},
     ).stdout.splitlines()  # fmt: skip
     assert made[0] == "run --matrix cifar10-fast --only seed=0,defense=none"
     labels = [line.partition("defense=")[2] for line in made]
