@@ -21,7 +21,7 @@ import pandas as pd
 from benchmark.files import write_text
 from models.spec import BadInput
 
-__all__ = ["Curve", "Key", "Row", "Timing", "frame", "read", "write"]
+__all__ = ["Curve", "Key", "Row", "Timing", "frame", "read", "text_of", "write"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ class Timing(Key):
 T = TypeVar("T", Row, Curve, Timing)
 
 
-def _cell(value: Any) -> str:
+def text_of(value: Any) -> str:
     """Floats to 6 decimals without trailing zeros, NaN as nothing, booleans as true/false: one value, one text."""
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -153,7 +153,7 @@ def write(path: Path, kind: type[T], rows: Iterable[T]) -> bool:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([f.name for f in fields(kind)])
     for row in rows:
-        writer.writerow([_cell(value) for value in asdict(row).values()])
+        writer.writerow([text_of(value) for value in asdict(row).values()])
     return write_text(path, out.getvalue())
 
 

@@ -34,7 +34,7 @@ from benchmark.rows import Curve, Row, Timing
 from benchmark.store import Entry, Store
 from models.spec import BadInput, canonical, digest, nearest
 
-__all__ = ["Filter", "Outcome", "collect", "parse_only", "run_matrix"]
+__all__ = ["Filter", "Outcome", "collect", "parse_only", "recompute", "run_matrix"]
 
 VERSIONED = ("torch", "torchvision", "pytorch-lightning", "numpy", "scipy", "scikit-learn", "pandas", "safetensors")
 Filter = Mapping[str, Sequence[str]]
@@ -130,6 +130,37 @@ def run_matrix(
     collected = collect(matrix, cells, store, datasets, failures)
     changed = _write(matrix, folder, collected, datasets, store, whole=not chosen)
     return Outcome(folder, [result for result, _ in collected], sum(new for _, new in collected), changed)
+
+
+def recompute(
+    matrix: Matrix,
+    cells: Sequence[Cell],
+    *,
+    store: Path,
+    cache: Path,
+    console: Console,
+    expected: Mapping[str, str],
+    processes: int | None = None,
+) -> list[Row]:
+    """Rows of some cells, computed in a store of their own and written nowhere (:mod:`benchmark.verify` compares them).
+
+    Args:
+        store: folder of that store. cache: decoded images alone are taken from here.
+        expected: fingerprint by data set's name.
+
+    Raises:
+        BadInput: a data set is not the one expected.
+    """
+    datasets = _datasets(matrix, cache, console)
+    for dataset in datasets.values():
+        if expected.get(dataset.name) != dataset.fingerprint:
+            raise BadInput(
+                f"data set {dataset.name!r}: its images are not those the rows were made with (fingerprint "
+                f"{dataset.fingerprint[:12]} here, {expected.get(dataset.name, 'none')[:12]} there)"
+            )
+    own = Store(store)
+    failures = _execute(matrix, cells, own, cache, datasets, console, processes, None)
+    return [row for result, _ in collect(matrix, cells, own, datasets, failures) for row in result.rows]
 
 
 def _stands(cell: Cell, store: Store, datasets: Mapping[str, Dataset]) -> bool:
@@ -308,6 +339,8 @@ def _write_held(
     changed |= files.write(folder / "curves.csv", Curve, curves)
     files.write(folder / "timings.csv", Timing, timings)
     write_text(folder / "matrix.toml", matrix.settings)
+    for name, _ in matrix.plugins:  # without them the settings beside them could not be read by anybody else
+        write_text(folder / "plugins" / name, (matrix.path.parent / name).read_text(encoding="utf-8"))
     write_text(folder / "manifest.json", json.dumps(manifest(matrix, datasets), indent=2, sort_keys=True) + "\n")
     return changed
 

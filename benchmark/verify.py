@@ -1,0 +1,245 @@
+"""Proof for readers: rows drawn at random are computed again from the committed settings and compared.
+
+Nothing of an earlier run is used but the decoded images, which are checked by their content: models are trained anew in a store
+that is thrown away. On the machine type that made the rows (same versions, instructions, device) every figure must be the same to
+its last digit. Elsewhere other instructions round differently and training amplifies it, so shares are held to a tolerance, and
+what follows from a choice (a dial, a count of pruned units) is shown without being judged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from benchmark import rows as files
+from benchmark.cell import cell_key
+from benchmark.matrix import Cell, Matrix, load_matrix, settings_hash
+from benchmark.rows import Row, Timing, text_of
+from benchmark.run import manifest as manifest_of
+from benchmark.run import recompute
+from models.spec import BadInput, generator
+
+__all__ = ["SHARES", "TOLERANCE", "Checked", "Verdict", "compare", "verify"]
+
+TOLERANCE = 0.05
+"""Largest difference of a share (0.05 = 5 points) between machine types. What is measured in results/README.md, "Proof"."""
+SHARES = ("acc", "asr", "ra", "der", "asr_recraft", "ra_recraft", "acc_undefended", "asr_undefended", "ra_undefended", "acc_benign")
+"""Columns that are judged between machine types."""
+NAMED = ("matrix", "dataset", "backbone", "attack", "rate", "seed", "track", "scope", "defense", "cell", "selection", "target",
+         "label_mode", "control", "status", "used", "preset", "extractor", "features")  # fmt: skip
+"""Columns that no rounding can change."""
+Verdict = Literal["identical", "within", "differs"]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One row, committed and computed again: the verdict, the columns that differ, and the largest difference of a share."""
+
+    committed: Mapping[str, Any]
+    again: Mapping[str, Any]
+    verdict: Verdict
+    differs: tuple[str, ...]
+    distance: float
+
+
+def compare(committed: Mapping[str, Any], again: Mapping[str, Any], *, exact: bool, tolerance: float = TOLERANCE) -> Checked:
+    """Compares two rows, given as a mapping from the columns of :class:`Row` to values.
+
+    Args:
+        exact: whether both come from one machine type, so that the written text of every column must agree.
+        tolerance: else, by how much a share may differ, in [0, 1]. A share that only one of them has differs.
+    """
+    differs = tuple(f.name for f in fields(Row) if text_of(committed[f.name]) != text_of(again[f.name]))
+    apart = [_apart(float(committed[name]), float(again[name])) for name in SHARES]
+    distance = max(apart)
+    if not differs:
+        verdict: Verdict = "identical"
+    elif exact or distance > tolerance or any(name in differs for name in NAMED):
+        verdict = "differs"
+    else:
+        verdict = "within"
+    return Checked(committed, again, verdict, differs, distance)
+
+
+def _apart(one: float, other: float) -> float:
+    if math.isnan(one) and math.isnan(other):
+        return 0.0
+    return math.inf if math.isnan(one) or math.isnan(other) else abs(one - other)
+
+
+def verify(
+    folder: Path,
+    *,
+    sample: int,
+    draw: int,
+    cache: Path,
+    console: Console,
+    processes: int | None = None,
+    tolerance: float = TOLERANCE,
+) -> list[Checked]:
+    """Checks the files of ``folder`` against each other, computes the cells of ``sample`` random rows again and compares all rows of
+    these cells.
+
+    Args:
+        folder: ``results/<matrix>``: rows.csv, timings.csv, manifest.json, matrix.toml, and the plug-ins that it names.
+        sample: how many rows are drawn; 0 checks the files alone, which needs no data.
+        draw: which draw: the same number draws the same rows.
+        cache: where decoded images are kept. What is trained is not kept.
+        processes: how many stages run at once.
+        tolerance: see :func:`compare`.
+
+    Raises:
+        BadInput: a file is missing or damaged; settings, plug-ins, data or keys are not those the manifest and the rows were made
+            with; the message says which.
+    """
+    made = _manifest(folder / "manifest.json")
+    table = files.read(folder / "rows.csv", Row)
+    with tempfile.TemporaryDirectory(prefix="levelfield-verify-") as temporary:
+        matrix = _matrix(folder, Path(temporary), made)
+        by_cell = _keys(matrix, made, folder, set(table["cell"]))
+        console.print(
+            f"{folder}: settings, plug-ins and the keys of all {len(table)} rows agree with the manifest", highlight=False
+        )
+        if not sample or table.empty:
+            return []
+        order = generator("verify", draw)
+        picked = sorted(_picks(len(table), min(sample, len(table)), order))
+        cells = list(dict.fromkeys(str(table["cell"].iloc[i]) for i in picked))
+        exact = _same_machine(matrix, made, console)
+        console.print(
+            f"{len(picked)} rows drawn (--draw {draw}) from {len(cells)} cells{_hours(folder, cells)}", highlight=False
+        )
+        again = recompute(
+            matrix, [by_cell[cell] for cell in cells], store=Path(temporary) / "store", cache=cache, console=console,
+            processes=processes, expected={name: one["fingerprint"] for name, one in made["datasets"].items()},
+        )  # fmt: skip
+    found = {(row.cell, row.selection): {f.name: getattr(row, f.name) for f in fields(Row)} for row in again}
+    old = table[table["cell"].isin(cells)].to_dict("records")
+    checked = [
+        compare({str(k): v for k, v in record.items()}, found[record["cell"], record["selection"]], exact=exact, tolerance=tolerance)
+        for record in old
+    ]
+    _show(checked, exact, tolerance, console)
+    return checked
+
+
+def _picks(size: int, count: int, source: Any) -> list[int]:
+    import torch
+
+    return [int(i) for i in torch.randperm(size, generator=source)[:count]]
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        made = json.loads(path.read_text(encoding="utf-8"))
+        missing = [name for name in ("settings", "datasets", "plugins", "versions", "arithmetic") if name not in made]
+        if missing:
+            raise BadInput(f"{path}: {missing[0]!r} is missing")
+        if not all(isinstance(one["fingerprint"], str) for one in made["datasets"].values()):
+            raise BadInput(f"{path}: 'datasets' is not as a run writes it")
+    except BadInput:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise BadInput(f"{path}: not a run's manifest: {type(error).__name__}: {error}") from error
+    return dict(made)
+
+
+def _matrix(folder: Path, temporary: Path, made: Mapping[str, Any]) -> Matrix:
+    """The matrix as committed, under its own name (its file is called matrix.toml there), its plug-ins checked before they run."""
+    settings = folder / "matrix.toml"
+    if not settings.is_file():
+        raise BadInput(f"{settings}: no such file; a run writes it beside its rows")
+    path = temporary / f"{folder.resolve().name}.toml"
+    shutil.copyfile(settings, path)
+    for plugin in made["plugins"]:
+        source = folder / "plugins" / plugin["file"]
+        if not source.resolve().is_relative_to((folder / "plugins").resolve()):
+            raise BadInput(f"{folder / 'manifest.json'}: plug-in {plugin['file']!r} lies outside the folder")
+        if not source.is_file():
+            raise BadInput(f"{source}: no such file; a run copies the plug-ins of its matrix there")
+        if hashlib.sha256(source.read_bytes()).hexdigest() != plugin["sha256"]:
+            raise BadInput(f"{source}: is not the file the rows were made with (its sha256 differs from the manifest's)")
+        target = temporary / plugin["file"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+    matrix = load_matrix(path)
+    if settings_hash(matrix) != made["settings"]:
+        raise BadInput(
+            f"{settings}: its cells are not those of manifest.json: it was changed after the run, or another version of levelfield "
+            "made the rows"
+        )
+    return matrix
+
+
+def _keys(matrix: Matrix, made: Mapping[str, Any], folder: Path, rows: set[str]) -> dict[str, Cell]:
+    """The matrix' cells by the name they have in rows.csv, by the fingerprints of the manifest.
+
+    Raises:
+        BadInput: rows.csv has a cell that the settings do not give.
+    """
+    prints = [one["fingerprint"] for one in made["datasets"].values()]
+    named = {cell_key(cell, fingerprint)[:12]: cell for fingerprint in prints for cell in matrix.cells}
+    odd = sorted(rows - set(named))
+    if odd:
+        raise BadInput(f"{folder / 'rows.csv'}: cell {odd[0]!r} ({len(odd)} in all) does not follow from matrix.toml and manifest.json")
+    return named
+
+
+def _same_machine(matrix: Matrix, made: Mapping[str, Any], console: Console) -> bool:
+    """Whether this is the machine type that made the rows; says what differs."""
+    here = manifest_of(matrix, {})
+    differs = [
+        f"{name} {made[part].get(name)!r} there, {here[part].get(name)!r} here"
+        for part in ("arithmetic", "versions")
+        for name in sorted(set(made[part]) | set(here[part]))
+        if made[part].get(name) != here[part].get(name)
+    ]
+    if differs:
+        console.print(f"another machine type than the rows': {'; '.join(differs)}", highlight=False, markup=False)
+    return not differs
+
+
+def _hours(folder: Path, cells: Sequence[str]) -> str:
+    """What computing them took where the rows were made, in words; nothing where no timings are kept."""
+    try:
+        timings = files.read(folder / "timings.csv", Timing)
+    except BadInput:
+        return ""
+    mine = timings[timings["cell"].isin(cells)]
+    seconds = mine["seconds"].sum() + mine.drop_duplicates(["dataset", "backbone", "attack", "seed"])["victim_seconds"].sum()
+    return f"; where they were made their defenses and attacked models took {seconds:.0f} s of one core"
+
+
+def _show(checked: Sequence[Checked], exact: bool, tolerance: float, console: Console) -> None:
+    table = Table("defense", "attack", "backbone", "seed", "selection", "ACC", "ASR", "again ACC", "ASR", "verdict")
+    for one in checked:
+        row = one.committed
+        marks = {"identical": "identical", "within": f"within ({100 * one.distance:.1f} points)"}
+        said = marks.get(one.verdict, f"DIFFERS: {', '.join(one.differs[:4])}{' ...' if len(one.differs) > 4 else ''}")
+        table.add_row(
+            *(escape(str(row[name])) for name in ("defense", "attack", "backbone", "seed", "selection")),
+            *(_percent(float(source[name])) for source in (row, one.again) for name in ("acc", "asr")), said,
+        )  # fmt: skip
+    console.print(table)
+    count = {verdict: sum(one.verdict == verdict for one in checked) for verdict in ("identical", "within", "differs")}
+    allowed = "must be identical (same machine type)" if exact else f"may differ by {100 * tolerance:g} points (another machine type)"
+    console.print(
+        f"{len(checked)} rows {allowed}: {count['identical']} identical, {count['within']} within the tolerance, "
+        f"{count['differs']} differ",
+        highlight=False,
+    )
+
+
+def _percent(share: float) -> str:
+    return "" if math.isnan(share) else f"{100 * share:.1f}"
