@@ -116,6 +116,21 @@ def exhibits(results: ResultsOption = RESULTS) -> None:
     draw_exhibits(results, console)
 
 
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A folder of results, e.g. results/quick, yours or somebody else's.")],
+    sample: Annotated[int, typer.Option(min=0, help="Rows to draw and compute again; 0 = check the files alone.")] = 5,
+    draw: Annotated[int, typer.Option(min=0, help="Which draw: the same number draws the same rows.")] = 0,
+    processes: Annotated[int, typer.Option(min=0, help="Stages at once; 0 = one per core (three on a GPU).")] = 0,
+    cache: CacheOption = CACHE,
+) -> None:
+    """Compute randomly drawn rows again from the settings beside them, and compare; exit status 1 where they differ."""
+    from benchmark.verify import verify
+
+    checked = verify(folder, sample=sample, draw=draw, cache=cache, console=console, processes=processes or None)
+    raise typer.Exit(any(one.verdict == "differs" for one in checked))
+
+
 @app.command("list")
 def list_() -> None:
     """List matrices, data sets, backbones, attacks, defenses and tracks."""
