@@ -7,6 +7,7 @@ triggered image is quantised to uint8 once: what the victim, the defender and th
 from __future__ import annotations
 
 import enum
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor
 from models.backbone import Network
 from models.classifier import Classifier
 from models.images import ImageSet, quantise, to_float
+from models.room import copied, room, taken
 from models.spec import BadInput, Spec, check, generator, uniforms
 from models.training import Recipe, default_device
 
@@ -188,17 +190,23 @@ class Attack(Spec, ABC):
         return {}
 
 
+MOST_PIXELS = 2**24
+"""Pixels (times channels) triggered at once: 64 MiB as floats, and as much again for what the trigger makes of them."""
+
+
 def apply(trigger: Trigger, images: Tensor, index: Tensor, batch: int = 1000) -> Tensor:
-    """Triggers uint8 images (N, C, H, W) in batches and quantises the result to uint8.
+    """Triggers uint8 images (N, C, H, W) in batches (of fewer than ``batch`` where images are large) and quantises the result to
+    uint8.
 
     Computed on the default device, where some triggers are networks; the result is where ``images`` are.
     """
     device = default_device()
-    parts = []
+    batch = max(1, min(batch, MOST_PIXELS // math.prod(images.shape[1:])))
+    out = torch.empty_like(images) if images.device.type != "cpu" else room(images.shape)
     for start in range(0, len(images), batch):
-        shown, which = images[start : start + batch].to(device), index[start : start + batch].to(device)
-        parts.append(quantise(trigger(to_float(shown), which)).to(images.device))
-    return torch.cat(parts) if parts else images.clone()
+        part = slice(start, start + batch)
+        out[part] = quantise(trigger(to_float(images[part].to(device)), index[part].to(device))).to(images.device)
+    return out
 
 
 def poison(train: ImageSet, attack: Attack, crafted: Crafted, plan: Plan, seed: int) -> PoisonedSet:
@@ -219,15 +227,15 @@ def poison(train: ImageSet, attack: Attack, crafted: Crafted, plan: Plan, seed: 
     eligible = order[train.labels[order] == plan.target] if attack.clean_label else order
     role = torch.zeros(size, dtype=torch.int8)
     role[eligible[: round(plan.rate * size)]] = Role.POISON
-    images, labels = train.images.clone(), train.labels.clone()
+    images, labels = copied(train.images), train.labels.clone()
     poisoned = torch.nonzero(role == Role.POISON).flatten()
-    images[poisoned] = apply(crafted.train, train.images[poisoned], poisoned)
+    images[poisoned] = apply(crafted.train, taken(train.images, poisoned), poisoned)
     labels[poisoned] = attacker_labels[poisoned]
     if crafted.cover is not None:
         rest = order[role[order] == Role.CLEAN]
         role[rest[: round(attack.cover_rate(plan) * size)]] = Role.COVER
         covers = torch.nonzero(role == Role.COVER).flatten()
-        images[covers] = apply(crafted.cover, train.images[covers], covers)
+        images[covers] = apply(crafted.cover, taken(train.images, covers), covers)
     return PoisonedSet(ImageSet(images, labels, train.num_classes), role, train.labels.clone())
 
 
@@ -235,5 +243,5 @@ def poison_test(test: ImageSet, crafted: Crafted, plan: Plan) -> PoisonedTest:
     """The triggered test set: every image whose true class the trigger would change (all-to-all: all of them)."""
     target_labels = plan.relabel(test.labels, test.num_classes)
     source = torch.nonzero(target_labels != test.labels).flatten()
-    images = apply(crafted.test, test.images[source], source)
+    images = apply(crafted.test, taken(test.images, source), source)
     return PoisonedTest(images, test.labels[source], target_labels[source], source)

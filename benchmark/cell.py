@@ -35,6 +35,7 @@ from models.classifier import Classifier
 from models.cost import Cost, metered
 from models.extractors import Extractor, embeddings, fit_head, mlp
 from models.images import ImageSet
+from models.room import copied, taken
 from models.spec import BadInput, derive_seed, digest, generator
 from models.training import Diverged, Fitted, fit
 from models.units import unit_layers
@@ -276,7 +277,7 @@ def _make_victim(scenario: Scenario, w: World, key: str, store: Store, cache: Pa
                 tensors |= {
                     "role": poisoned.role,
                     "touched": touched,
-                    "touched_images": poisoned.visible.images[touched],
+                    "touched_images": taken(poisoned.visible.images, touched),
                     "labels": poisoned.visible.labels,
                     "test_images": triggered.images,
                     "test_source": triggered.source,
@@ -356,7 +357,7 @@ def _read_victim(scenario: Scenario, root: Path, cache: Path) -> Victim | None:
     t = entry.tensors
     touched = None
     if "role" in t:
-        images = w.train.images.clone()
+        images = copied(w.train.images)
         images[t["touched"]] = t["touched_images"]
         touched = ImageSet(images, t["labels"], w.train.num_classes)
     net = _fresh(scenario, w, 0)

@@ -30,9 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmark.files import held, write_bytes
+from benchmark.files import held, replaced
 from benchmark.image_files import DECODER_REVISION, Gathered, archive_key, listing_key, pixels, read
 from models.images import ImageSet, quantise
+from models.room import limit
 from models.spec import BadInput, Spec, canonical, check, digest, generator, nearest
 
 __all__ = ["DATASETS", "Dataset", "DatasetSpec", "load", "mean_std", "split_budget", "split_validation"]
@@ -377,7 +378,8 @@ def _kept(path: Path, source: str, progress: Callable[[str], None], decode: Call
     }  # fmt: skip
     # One entry, because safetensors writes several in no fixed order.
     metadata = {"set": canonical({"class_names": whole.class_names, "content": whole.content()})}
-    write_bytes(path, safetensors.torch.save(tensors, metadata))
+    with replaced(path) as temporary:
+        safetensors.torch.save_file(tensors, temporary, metadata)
     progress(f"{source}: {len(whole.train):,} + {len(whole.test):,} images decoded and kept")
     return whole
 
@@ -390,8 +392,7 @@ def _read(path: Path) -> _Whole:
     """
     with safetensors.safe_open(path, framework="pt") as stored:
         metadata = json.loads(stored.metadata()["set"])
-        # Copies, because what is mapped from a file changes with the file.
-        tensors = {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118 - not a mapping
+        tensors = {name: _own(stored.get_tensor(name)) for name in stored.keys()}  # noqa: SIM118 - not a mapping
     names = tuple(metadata["class_names"])
     train = ImageSet(tensors["train_images"], tensors["train_labels"], len(names))
     test = ImageSet(tensors["test_images"], tensors["test_labels"], len(names))
@@ -399,6 +400,12 @@ def _read(path: Path) -> _Whole:
     if whole.content() != metadata["content"]:
         raise ValueError("its content does not match the recorded hash")
     return whole
+
+
+def _own(mapped: Tensor) -> Tensor:
+    """A copy, because what is mapped from a file changes with the file; what may not fit into memory stays mapped (nobody here
+    writes into the file: another one takes its place)."""
+    return mapped if mapped.nbytes > limit() else mapped.clone()
 
 
 def _cache_file(cache: Path, *key: Any) -> Path:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from models.files import write_bytes, write_text
+from models.files import replaced, write_bytes, write_text
 from models.spec import BadInput
 
-__all__ = ["held", "write_bytes", "write_text"]
+__all__ = ["held", "replaced", "write_bytes", "write_text"]
 
 _NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})
 """What a file system says that knows no locks."""

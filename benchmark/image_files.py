@@ -32,6 +32,7 @@ from PIL import Image
 from torch import Tensor
 
 from models.images import ImageSet
+from models.room import limit, room
 from models.spec import BadInput, nearest
 
 __all__ = ["Found", "Gathered", "archive_key", "listing_key", "pixels", "read"]
@@ -39,9 +40,13 @@ __all__ = ["Found", "Gathered", "archive_key", "listing_key", "pixels", "read"]
 DECODER_REVISION = 1
 MAX_PIXELS = 50_000_000
 MAX_FILE_BYTES = 256 * 2**20
-MAX_SET_BYTES = 8 * 2**30
+MAX_SET_BYTES = 256 * 2**30
+"""Pixels of a set. They need not fit into memory (:mod:`models.room`), only on the disk."""
 MAX_RATIO = 20
-"""An archive may unpack to that many times its size, or to MAX_SET_BYTES if that is more: images are packed already."""
+MAX_UNPACKED = 8 * 2**30
+"""An archive may unpack to MAX_RATIO times its size, or to MAX_UNPACKED bytes if that is more: images are packed already."""
+CHUNK = 64 * 2**20
+"""Bytes of file taken at a time for decoded images that do not fit into memory."""
 MAX_MEMBERS = 2_000_000
 MAX_DEPTH = 64
 REPORT_EVERY = 5000
@@ -224,14 +229,14 @@ class _Bounded(io.BufferedReader):
 
 def _unpacked(file: BinaryIO, path: Path) -> _Bounded:
     magic = file.read(6)
-    limit = max(MAX_RATIO * file.seek(0, io.SEEK_END), MAX_SET_BYTES)
+    most = max(MAX_RATIO * file.seek(0, io.SEEK_END), MAX_UNPACKED)
     file.seek(0)
     raw: Any = file
     if magic == b"\xfd7zXZ\0":
         raw = lzma.open(file)  # noqa: SIM115 - closed by the reader around it
     elif magic[:2] == b"\x1f\x8b":
         raw = gzip.open(file)  # noqa: SIM115
-    return _Bounded(raw, path, limit)
+    return _Bounded(raw, path, most)
 
 
 def _member_reader(path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo) -> Callable[[], bytes]:
@@ -304,6 +309,7 @@ class Gathered:
         self.arrays: dict[str, np.ndarray] = {}
         self.first = ""
         self.bytes = 0
+        self.left: np.ndarray = np.empty(0, dtype=np.uint8)
 
     def add(self, name: str, array: np.ndarray, what: str) -> None:
         if not self.arrays:
@@ -314,23 +320,32 @@ class Gathered:
                 f"{self.source}: images differ in size: {self.first} is {width} x {height}, {what} is {array.shape[1]} x "
                 f"{array.shape[0]} pixels; set 'size', e.g. size = {32 if min(height, width) < 64 else 64}, to resize all of them"
             )
-        self.arrays[name] = array
         self.bytes += 3 * height * width
+        self.arrays[name] = array if self.bytes <= limit() else self._mapped(array)
         if self.bytes > MAX_SET_BYTES:
-            limit = f"{MAX_SET_BYTES / 2**30:.3g} GiB of pixels"
-            raise BadInput(f"{self.source}: more than {limit}; set a smaller 'size', or use fewer images")
+            most = f"{MAX_SET_BYTES / 2**30:.3g} GiB of pixels"
+            raise BadInput(f"{self.source}: more than {most}; set a smaller 'size', or use fewer images")
         if len(self.arrays) % REPORT_EVERY == 0:
             self.progress(f"{self.source}: {len(self.arrays):,} images decoded")
+
+    def _mapped(self, array: np.ndarray) -> np.ndarray:
+        """A copy in a file: what is decoded beyond the limit need not fit into memory."""
+        if self.left.size < array.nbytes:
+            self.left = room((max(CHUNK, array.nbytes),), mapped=True).numpy()
+        spot, self.left = self.left[: array.nbytes].reshape(array.shape), self.left[array.nbytes :]
+        spot[...] = array
+        return spot
 
     def stack(self, names: list[str]) -> Tensor:
         """uint8 (N, C, H, W), C = 3 when any image of the whole set is in colour."""
         height, width = next(iter(self.arrays.values())).shape[:2]
         channels = 3 if any(array.ndim == 3 for array in self.arrays.values()) else 1
-        stacked = np.empty((len(names), channels, height, width), dtype=np.uint8)
+        found = room((len(names), channels, height, width))
+        stacked = found.numpy()
         for row, name in enumerate(names):
             array = self.arrays[name]
             stacked[row] = array.transpose(2, 0, 1) if array.ndim == 3 else array
-        return torch.from_numpy(stacked)
+        return found
 
 
 def _arrange(gathered: Gathered, folders: list[str], root: Path, wrapped: bool) -> Found:

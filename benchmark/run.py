@@ -27,7 +27,7 @@ from benchmark import rows as files
 from benchmark.cell import CellResult, cell_key, cell_rows, extractor_key, victim_key
 from benchmark.datasets import Dataset, load
 from benchmark.executors import Failure, Stage, extractors_of, places, run_stages, victims_of
-from benchmark.files import held, write_text
+from benchmark.files import held, write_bytes, write_text
 from benchmark.matrix import Cell, Matrix, Scenario, settings_hash
 from benchmark.progress import RunProgress
 from benchmark.rows import Curve, Row, Timing
@@ -340,7 +340,7 @@ def _write_held(
     files.write(folder / "timings.csv", Timing, timings)
     write_text(folder / "matrix.toml", matrix.settings)
     for name, _ in matrix.plugins:  # without them the settings beside them could not be read by anybody else
-        write_text(folder / "plugins" / name, (matrix.path.parent / name).read_text(encoding="utf-8"))
+        write_bytes(folder / "plugins" / name, (matrix.path.parent / name).read_bytes())
     write_text(folder / "manifest.json", json.dumps(manifest(matrix, datasets), indent=2, sort_keys=True) + "\n")
     return changed
 

@@ -88,8 +88,8 @@ def verify(
     processes: int | None = None,
     tolerance: float = TOLERANCE,
 ) -> list[Checked]:
-    """Checks the files of ``folder`` against each other, computes the cells of ``sample`` random rows again and compares all rows of
-    these cells.
+    """Checks the files of ``folder`` against each other, computes the cells of ``sample`` random rows again and compares all
+    rows of these cells.
 
     Args:
         folder: ``results/<matrix>``: rows.csv, timings.csv, manifest.json, matrix.toml, and the plug-ins that it names.
@@ -126,10 +126,10 @@ def verify(
         )  # fmt: skip
     found = {(row.cell, row.selection): {f.name: getattr(row, f.name) for f in fields(Row)} for row in again}
     old = table[table["cell"].isin(cells)].to_dict("records")
-    checked = [
-        compare({str(k): v for k, v in record.items()}, found[record["cell"], record["selection"]], exact=exact, tolerance=tolerance)
-        for record in old
-    ]
+    checked = []
+    for record in old:
+        row = {str(name): value for name, value in record.items()}
+        checked.append(compare(row, found[row["cell"], row["selection"]], exact=exact, tolerance=tolerance))
     _show(checked, exact, tolerance, console)
     return checked
 
@@ -192,7 +192,9 @@ def _keys(matrix: Matrix, made: Mapping[str, Any], folder: Path, rows: set[str])
     named = {cell_key(cell, fingerprint)[:12]: cell for fingerprint in prints for cell in matrix.cells}
     odd = sorted(rows - set(named))
     if odd:
-        raise BadInput(f"{folder / 'rows.csv'}: cell {odd[0]!r} ({len(odd)} in all) does not follow from matrix.toml and manifest.json")
+        raise BadInput(
+            f"{folder / 'rows.csv'}: cell {odd[0]!r} ({len(odd)} in all) does not follow from matrix.toml and manifest.json"
+        )
     return named
 
 
@@ -233,7 +235,8 @@ def _show(checked: Sequence[Checked], exact: bool, tolerance: float, console: Co
         )  # fmt: skip
     console.print(table)
     count = {verdict: sum(one.verdict == verdict for one in checked) for verdict in ("identical", "within", "differs")}
-    allowed = "must be identical (same machine type)" if exact else f"may differ by {100 * tolerance:g} points (another machine type)"
+    apart = f"may differ by {100 * tolerance:g} points (another machine type)"
+    allowed = "must be identical (same machine type)" if exact else apart
     console.print(
         f"{len(checked)} rows {allowed}: {count['identical']} identical, {count['within']} within the tolerance, "
         f"{count['differs']} differ",

@@ -1,14 +1,16 @@
-"""Labelled images in memory, and the only augmentation there is: per sample, batched, on tensors."""
+"""Labelled images, and the only augmentation there is: per sample, batched, on tensors."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from models.room import limit, room, steps, taken
 from models.spec import derive_seed
 
 __all__ = ["Batches", "BeforeAugment", "ImageSet", "quantise", "to_float"]
@@ -58,7 +60,7 @@ class ImageSet:
 
     def subset(self, index: Tensor) -> ImageSet:
         """The samples at ``index`` (int64 positions or a boolean mask), in that order."""
-        return ImageSet(self.images[index], self.labels[index], self.num_classes)
+        return ImageSet(taken(self.images, index), self.labels[index], self.num_classes)
 
     def to(self, device: torch.device | str) -> ImageSet:
         return ImageSet(self.images.to(device), self.labels.to(device), self.num_classes)
@@ -66,8 +68,8 @@ class ImageSet:
     def fingerprint(self) -> str:
         """sha256 (hex) over shape, labels and pixels: two sets with the same fingerprint are the same data."""
         content = hashlib.sha256(repr((tuple(self.images.shape), self.num_classes)).encode())
-        content.update(self.labels.cpu().contiguous().numpy().tobytes())
-        content.update(self.images.cpu().contiguous().numpy().tobytes())
+        content.update(self.labels.cpu().contiguous().view(-1).numpy().data)
+        content.update(self.images.cpu().contiguous().view(-1).numpy().data)  # no copy: it may be larger than memory
         return content.hexdigest()
 
 
@@ -116,8 +118,21 @@ class Batches:
 
     def _flat(self, images: Tensor) -> Tensor:
         """Zero-padded images as rows of pixels: (N * Hp * Wp, C) uint8."""
+        size, channels, height, width = images.shape
+        shape = (size, height + 2 * self.crop, width + 2 * self.crop, channels)
+        if images.device.type == "cpu" and math.prod(shape) > limit():
+            rows = room(shape)
+            step = steps(images)
+            for start in range(0, size, step):
+                part = slice(start, start + step)
+                rows[part] = self._padded(images[part])
+            return rows.view(-1, channels)
+        return self._padded(images).contiguous().view(-1, channels)
+
+    def _padded(self, images: Tensor) -> Tensor:
+        """(N, Hp, Wp, C)"""
         padded = torch.nn.functional.pad(images, [self.crop] * 4) if self.crop else images
-        return padded.permute(0, 2, 3, 1).contiguous().view(-1, images.shape[1])
+        return padded.permute(0, 2, 3, 1)
 
     def _gather(self, pixels: Tensor, row: Tensor, move: Tensor) -> Tensor:
         """Crops and flips: ``row`` (B,) picks the image in ``pixels``, ``move`` (B, 3) holds [top, left, flip]."""

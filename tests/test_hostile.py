@@ -257,7 +257,7 @@ ARCHIVES = [
     ("a hard link", archive(packed(("train/a/x.png", tarfile.LNKTYPE, b""), link="../../x")), "link or a device"),
     ("a device", archive(packed(("train/a/x.png", tarfile.CHRTYPE, b""))), "link or a device"),
     ("a pipe", archive(packed(("train/a/x.png", tarfile.FIFOTYPE, b""))), "link or a device"),
-    ("a decompression bomb", archive(BOMB, MAX_SET_BYTES=2**23, MAX_RATIO=2), "unpacks to more than"),
+    ("a decompression bomb", archive(BOMB, MAX_UNPACKED=2**23, MAX_RATIO=2), "unpacks to more than"),
     ("a member that claims 2^60 bytes", archive(sized(PLAIN, 2**60)), "larger than"),
     ("a member that claims fewer than no bytes", archive(sized(PLAIN, -1024)), "-1024 bytes"),
     ("a long name that claims 2^40 bytes", archive(sized(tarfile.GNUTYPE_LONGNAME, 2**40)), "claims a size out of range"),

@@ -1,0 +1,103 @@
+"""Room for images: in memory, or, where they are many, in a file that is mapped into it.
+
+Every array of a whole data set is made here (as decoded, the attacker's part, poisoned, padded for cropping). One above
+:func:`limit` lies in a temporary file without a name (below ``TMPDIR``, which should not be kept in memory itself), so the system
+writes out what it needs memory for, and data larger than memory works; it goes when nobody uses it any more, however the process
+ends. What is computed does not depend on where the images lie.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.spec import BadInput
+
+__all__ = ["VARIABLE", "copied", "limit", "room", "steps", "taken"]
+
+VARIABLE = "LEVELFIELD_IN_MEMORY"
+SHARE = 16
+"""Without a setting, an array may take that part of the machine's memory: a few processes hold a few of them each."""
+STEP = 8 * 2**20
+"""Bytes copied at a time between arrays."""
+
+
+def limit() -> int:
+    """Bytes above which an array lies in a file: ``LEVELFIELD_IN_MEMORY`` (MiB), or a sixteenth of the machine's memory.
+
+    Raises:
+        BadInput: the variable is not a whole number of MiB.
+    """
+    said = os.environ.get(VARIABLE, "").strip()
+    if said:
+        if not (said.isascii() and said.isdigit()) or len(said) > 9:
+            raise BadInput(f"{VARIABLE} = {said!r}: must be a whole number of MiB, e.g. 1024")
+        return int(said) * 2**20
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // SHARE
+    except (AttributeError, OSError, ValueError):  # not told on this system
+        return 2**30
+
+
+def room(shape: Sequence[int], *, mapped: bool | None = None) -> Tensor:
+    """A uint8 array of that shape, its content undefined.
+
+    Args:
+        mapped: whether it lies in a file; None = by its size.
+
+    Raises:
+        BadInput: the disk below ``TMPDIR`` has no room for it.
+    """
+    size = math.prod(shape)
+    if not size or not (size > limit() if mapped is None else mapped):
+        return torch.empty(tuple(shape), dtype=torch.uint8)
+    folder = tempfile.gettempdir()
+    try:
+        handle, name = tempfile.mkstemp(prefix="levelfield-images-", dir=folder)
+        try:
+            # Writing to a mapped file on a full disk kills the process: its blocks are taken now.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(handle, 0, size)
+            else:
+                os.truncate(handle, size)
+            return torch.from_file(name, shared=True, size=size, dtype=torch.uint8).view(tuple(shape))
+        finally:
+            os.close(handle)
+            Path(name).unlink()
+    except OSError as error:
+        why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        raise BadInput(
+            f"{folder}: no room for {size / 2**30:.2g} GiB of images: {why}; set TMPDIR to a folder that has it, or {VARIABLE} "
+            "(MiB) to keep larger arrays in memory"
+        ) from error
+
+
+def steps(images: Tensor) -> int:
+    """Images copied at a time."""
+    return max(1, STEP // max(1, math.prod(images.shape[1:])))
+
+
+def taken(images: Tensor, index: Tensor) -> Tensor:
+    """``images[index]`` for uint8 images (N, ...) and int64 positions or a boolean mask; beyond the limit, in a file."""
+    positions = index.nonzero().flatten() if index.dtype == torch.bool else index
+    size = len(positions) * math.prod(images.shape[1:])
+    if images.device.type != "cpu" or images.dtype != torch.uint8 or size <= limit():
+        return images[index]
+    found, step = room((len(positions), *images.shape[1:])), steps(images)
+    for start in range(0, len(positions), step):
+        torch.index_select(images, 0, positions[start : start + step], out=found[start : start + step])
+    return found
+
+
+def copied(images: Tensor) -> Tensor:
+    """A copy of uint8 images; beyond the limit, in a file."""
+    if images.device.type != "cpu" or images.dtype != torch.uint8 or images.numel() <= limit():
+        return images.clone()
+    return room(images.shape).copy_(images)
