@@ -258,6 +258,7 @@ def run_victim(scenario: Scenario, store: Store, cache: Path) -> None:
 
 def _make_victim(scenario: Scenario, w: World, key: str, store: Store, cache: Path) -> None:
     start = time.perf_counter()
+    reset_peak()
     # The initial weights depend on the backbone and the seed alone: benign twin and victim start from the same network.
     net = _fresh(scenario, w, derive_seed(scenario.backbone.spec(), scenario.seed, "init"))
     seed = derive_seed(scenario.seed, "train")
@@ -298,7 +299,7 @@ def _make_victim(scenario: Scenario, w: World, key: str, store: Store, cache: Pa
         tensors |= {f"net.{name}": value for name, value in own if not scenario.frozen or name.startswith("head.")}
     except Diverged as error:
         outcome, tensors = {"status": "failed", "reason": str(error), "train_size": len(w.train)}, {}
-    outcome["seconds"] = time.perf_counter() - start
+    outcome |= {"seconds": time.perf_counter() - start, "peak_mib": peak_mib(), "gpu_mib": gpu_mib()}
     store.write("victim", key, scenario.spec(), outcome, tensors)
 
 
@@ -418,7 +419,7 @@ def _make_cell(cell: Cell, w: World, key: str, store: Store, cache: Path) -> Non
             outcome = _stopped("refused", f"does not apply: {error}")
     else:
         outcome = _stopped("failed", f"no victim: {victim.outcome['reason']}")
-    outcome |= {"peak_mib": peak_mib(), "victim_seconds": victim.outcome["seconds"]}
+    outcome |= {"peak_mib": peak_mib(), "gpu_mib": gpu_mib(), "victim_seconds": victim.outcome["seconds"]}
     store.write("defended", key, cell.spec(), outcome)
 
 
@@ -736,7 +737,9 @@ def cell_rows(matrix: str, dataset: str, cell: Cell, fingerprint: str, outcome: 
         )
         for m in measured
     ]
-    timing = Timing(**axes, seconds=out["seconds"], peak_mib=out["peak_mib"], victim_seconds=out["victim_seconds"])
+    costs = {name: _nan(out.get(name)) for name in ("seconds", "peak_mib", "gpu_mib", "victim_seconds")}
+    spent_before = {f"victim_{name}": _nan(vic.get(name)) for name in ("peak_mib", "gpu_mib")}
+    timing = Timing(**axes, **costs, **spent_before)
     return CellResult(key, rows, curves, timing)
 
 
@@ -768,13 +771,20 @@ def _cost(how: Selection, measured: list[Measured], chosen: int) -> tuple[int, i
 
 
 def reset_peak() -> None:
-    """Starts a new high-water mark of this process's memory, where the system can (Linux)."""
+    """Starts a new high-water mark of this process's memory, where the system can (Linux), and of its GPU memory."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     marker = Path("/proc/self/clear_refs")
     if marker.exists():
         try:
             marker.write_text("5")
         except OSError:
             return
+
+
+def gpu_mib() -> float | None:
+    """The high-water mark of GPU memory allocated since :func:`reset_peak`, in MiB; None without a GPU."""
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
 
 
 def peak_mib() -> float:

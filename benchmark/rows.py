@@ -127,12 +127,19 @@ class Curve(Key):
 
 @dataclass(frozen=True, kw_only=True)
 class Timing(Key):
-    """Wall seconds of a cell's defense (its scoring by the benchmark not counted), peak resident memory of the stage (MiB), and the
-    seconds its victim took to train."""
+    """Seconds and memory of a cell's defense and of its victim. NaN (empty in the file) = not measured."""
 
     seconds: float
+    """Wall seconds of the defense, its scoring by the benchmark not counted."""
     peak_mib: float
+    """Peak resident memory of the stage, MiB."""
     victim_seconds: float
+    """Wall seconds the victim took to craft, train and score."""
+    gpu_mib: float = math.nan
+    """Peak memory the stage allocated on the GPU, MiB; empty where there was none."""
+    victim_peak_mib: float = math.nan
+    """``peak_mib`` and ``gpu_mib`` of the victim's stage."""
+    victim_gpu_mib: float = math.nan
 
 
 T = TypeVar("T", Row, Curve, Timing)
