@@ -737,9 +737,9 @@ def cell_rows(matrix: str, dataset: str, cell: Cell, fingerprint: str, outcome: 
         )
         for m in measured
     ]
-    costs = {name: _nan(out.get(name)) for name in ("seconds", "peak_mib", "gpu_mib", "victim_seconds")}
-    spent_before = {f"victim_{name}": _nan(vic.get(name)) for name in ("peak_mib", "gpu_mib")}
-    timing = Timing(**axes, **costs, **spent_before)
+    costs: dict[str, Any] = {name: _nan(out.get(name)) for name in ("seconds", "peak_mib", "gpu_mib", "victim_seconds")}
+    before_it: dict[str, Any] = {f"victim_{name}": _nan(vic.get(name)) for name in ("peak_mib", "gpu_mib")}
+    timing = Timing(**axes, **costs, **before_it)
     return CellResult(key, rows, curves, timing)
 
 

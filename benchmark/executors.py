@@ -3,27 +3,31 @@
 A stage is a victim, an extractor or a cell, named by its place in the matrix; the store is the hand-over between them, so who ran
 what, in which order and how often it was interrupted cannot change a row. Every process finds the GPU by itself (it is not told
 which device to use), and what it stores is on the CPU. A stage that another run of the same store is computing is put back and
-asked for again after the others.
+asked for again after the others. What a stage does and which may start next stands here once; :mod:`benchmark.ray_executor` asks
+the same two for the machines of a Ray cluster.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
 import traceback
-from collections import deque
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from models.spec import BadInput
 
-__all__ = ["Failure", "Stage", "Watcher", "cores", "places", "run_stages", "single_thread"]
+__all__ = ["Failure", "Schedule", "Stage", "StageError", "Watcher", "cores", "places", "run_stages", "single_thread"]
 
 ATTEMPTS = 3
 """How often a stage is tried when the process that runs it dies (out of memory, say)."""
@@ -85,9 +89,85 @@ def single_thread() -> None:
     torch.set_num_threads(1)
 
 
+# -- what may start next -------------------------------------------------------------------------------------------------------
+
+
+class Schedule:
+    """Which stage may start next, and what became of the others. It runs nothing: executors ask it and tell it."""
+
+    def __init__(self, stages: Sequence[Stage], watcher: Watcher) -> None:
+        self.stages, self.watcher = stages, watcher
+        self.failures: dict[int, Failure] = {}
+        self._waiting = list(range(len(stages)))
+        self._done: set[int] = set()
+        self._deaths: Counter[int] = Counter()
+        self._again: dict[int, float] = {}
+        self._shared = False
+
+    @property
+    def waiting(self) -> bool:
+        """Whether stages are left that have not been started (or were, and came back)."""
+        return bool(self._waiting)
+
+    def next(self) -> int | None:
+        """Position of the first stage that may start now, which counts as started; None while none may.
+
+        A stage that waits for a failed one fails with its reason, unrun.
+        """
+        now = time.monotonic()
+        for position in tuple(self._waiting):
+            after = self.stages[position].after
+            blocked = [self.failures[i] for i in after if i in self.failures]
+            if blocked:
+                self._waiting.remove(position)
+                self.failures[position] = Failure(position, blocked[0].reason)
+            elif self._again.get(position, 0.0) <= now and all(i in self._done for i in after):
+                self._waiting.remove(position)
+                return position
+        return None
+
+    def done(self, position: int) -> None:
+        self._done.add(position)
+
+    def failed(self, position: int, reason: str) -> None:
+        """It raised: its row says why."""
+        self.failures[position] = Failure(position, reason)
+        self.watcher.note(f"{self.stages[position].label}: failed: {reason}")
+
+    def put_back(self, position: int) -> None:
+        """Another run is computing it, or what it stands on: it comes after the others, a little later."""
+        if not self._shared:
+            self._shared = True
+            self.watcher.note("another run is computing stages of this one in the same store: they are read once they stand")
+        self._again[position] = time.monotonic() + AGAIN
+        self._waiting.append(position)
+
+    def back(self, position: int) -> None:
+        """It did not come to an end, through no fault of its own: it comes first."""
+        self._waiting.insert(0, position)
+
+    def died(self, position: int) -> None:
+        """The process that ran it died: it is tried again, :data:`ATTEMPTS` times in all."""
+        self._deaths[position] += 1
+        if self._deaths[position] >= ATTEMPTS:
+            self.failed(position, f"its process died {ATTEMPTS} times (out of memory?)")
+        else:
+            self.back(position)
+
+
 # -- inside a worker -----------------------------------------------------------------------------------------------------------
 
 _state: dict[str, Any] = {}
+
+
+class _News(NamedTuple):
+    """What a worker tells its parent: its process id, what happened, about what."""
+
+    worker: int
+    what: str
+    text: str
+    kind: str = ""
+    number: int = -1
 
 
 def _start(path: str, store: str, cache: str, news: Any, parent: int) -> None:
@@ -96,7 +176,7 @@ def _start(path: str, store: str, cache: str, news: Any, parent: int) -> None:
     from benchmark.store import Store
 
     def report(line: str) -> None:
-        news.put((os.getpid(), "note", line, ""))
+        news.put(_News(os.getpid(), "note", line))
 
     _state.update(matrix=load_matrix(Path(path)), store=Store(Path(store), report, patient=False), cache=Path(cache), news=news)
     _state.update(pooled=parent > 0, lost=False)
@@ -118,7 +198,7 @@ def _work(kind: str, number: int, label: str) -> bool:
     if _state.get("lost"):
         os._exit(1)  # the pool starts another process and tries this stage there
     news = _state["news"]
-    news.put((os.getpid(), "started", label, kind))
+    news.put(_News(os.getpid(), "started", label, kind, number))
     ended = "finished"
     try:
         _run(kind, number)
@@ -132,7 +212,7 @@ def _work(kind: str, number: int, label: str) -> bool:
         # Told here, where the traceback is whole, so that the reason reads the same in this process and across processes.
         raise StageError(_why(error)) from error
     finally:
-        news.put((os.getpid(), ended, label, kind))
+        news.put(_News(os.getpid(), ended, label, kind, number))
     return False
 
 
@@ -202,20 +282,19 @@ class _Inline:
     def __init__(self, watcher: Watcher) -> None:
         self.watcher = watcher
 
-    def put(self, item: tuple[int, str, str, str]) -> None:
+    def put(self, item: _News) -> None:
         _tell(self.watcher, item)
 
 
-def _tell(watcher: Watcher, item: tuple[int, str, str, str]) -> None:
-    worker, what, text, kind = item
-    if what == "started":
-        watcher.started(worker, text)
-    elif what == "finished":
-        watcher.finished(worker, text, kind)
-    elif what == "put back":
-        watcher.put_back(worker)
+def _tell(watcher: Watcher, item: _News) -> None:
+    if item.what == "started":
+        watcher.started(item.worker, item.text)
+    elif item.what == "finished":
+        watcher.finished(item.worker, item.text, item.kind)
+    elif item.what == "put back":
+        watcher.put_back(item.worker)
     else:
-        watcher.note(text)
+        watcher.note(item.text)
 
 
 def _why(error: BaseException) -> str:
@@ -234,127 +313,118 @@ def run_stages(
         BadInput: something a person must mend (a full disk, a missing data set); what is stored stays.
     """
     arguments = (str(matrix_path), str(store), str(cache))
+    schedule = Schedule(stages, watcher)
     if processes == 1:
-        return _run_inline(stages, arguments, watcher)
-    return _run_pool(stages, arguments, watcher, processes)
+        _run_inline(schedule, arguments)
+    else:
+        _run_pool(schedule, arguments, processes)
+    return list(schedule.failures.values())
 
 
-def _run_inline(stages: Sequence[Stage], arguments: tuple[str, str, str], watcher: Watcher) -> list[Failure]:
-    _start(*arguments, _Inline(watcher), 0)
-    failures: dict[int, Failure] = {}
-    done: set[int] = set()
-    waiting = deque(range(len(stages)))
-    shared = _Shared(watcher)
-    passed = 0  # over how many stages, since the last one that could be run
-    while waiting:
-        if passed == len(waiting):
-            time.sleep(AGAIN)
-            passed = 0
-        position = waiting.popleft()
-        stage = stages[position]
-        blocked = [failures[i] for i in stage.after if i in failures]
-        put_back = not blocked and not all(i in done for i in stage.after)
-        if blocked:
-            failures[position] = Failure(position, blocked[0].reason)
-        elif not put_back:
-            try:
-                put_back = _work(stage.kind, stage.number, stage.label)
-            except StageError as error:
-                failures[position] = Failure(position, str(error))
-            else:
-                if put_back:
-                    shared.told()
-                else:
-                    done.add(position)
-        if put_back:
-            waiting.append(position)
-            passed += 1
+def _run_inline(schedule: Schedule, arguments: tuple[str, str, str]) -> None:
+    _start(*arguments, _Inline(schedule.watcher), 0)
+    while schedule.waiting:
+        position = schedule.next()
+        if position is None:
+            if schedule.waiting:
+                time.sleep(AGAIN)
+            continue
+        stage = schedule.stages[position]
+        try:
+            put_back = _work(stage.kind, stage.number, stage.label)
+        except StageError as error:
+            schedule.failed(position, str(error))
         else:
-            passed = 0
-    return list(failures.values())
+            (schedule.put_back if put_back else schedule.done)(position)
 
 
-class _Shared:
-    """Tells, once, that another run is at work on the same store."""
-
-    def __init__(self, watcher: Watcher) -> None:
-        self.watcher, self.silent = watcher, False
-
-    def told(self) -> None:
-        if not self.silent:
-            self.watcher.note("another run is computing stages of this one in the same store: they are read once they stand")
-        self.silent = True
+def _run_pool(schedule: Schedule, arguments: tuple[str, str, str], processes: int) -> None:
+    while not _run_one_pool(schedule, arguments, processes):
+        schedule.watcher.note("a worker process died; its stages are tried again")
 
 
-def _run_pool(stages: Sequence[Stage], arguments: tuple[str, str, str], watcher: Watcher, processes: int) -> list[Failure]:
+def _run_one_pool(schedule: Schedule, arguments: tuple[str, str, str], processes: int) -> bool:
+    """Runs stages in a fresh pool until all have ended (True) or one of its processes dies, which ends the pool (False)."""
     context = multiprocessing.get_context("spawn")
+    # A process may die while it holds the queue's lock, so the next pool has a queue of its own.
     news: Any = context.SimpleQueue()
-    done: set[int] = set()
-    failures: dict[int, Failure] = {}
-    tries = dict.fromkeys(range(len(stages)), 0)
-    waiting = deque(range(len(stages)))
-    again: dict[int, float] = {}
-    shared = _Shared(watcher)
-    pool = None
+    pool = ProcessPoolExecutor(processes, context, initializer=_start, initargs=(*arguments, news, os.getpid()))
+    places: dict[tuple[str, int], int] = {(stage.kind, stage.number): position for position, stage in enumerate(schedule.stages)}
     running: dict[Future[bool], int] = {}
+    at: dict[int, int] = {}
 
     def drain() -> None:
         while not news.empty():
-            _tell(watcher, news.get())
+            item: _News = news.get()
+            if item.what == "started":
+                at[item.worker] = places[item.kind, item.number]
+            elif item.what != "note":
+                at.pop(item.worker, None)
+            _tell(schedule.watcher, item)
+
+    def ended(future: Future[bool]) -> None:
+        error = future.exception()
+        if isinstance(error, BrokenProcessPool):
+            raise error
+        position = running.pop(future)
+        if isinstance(error, StageError):
+            schedule.failed(position, str(error))
+        elif error is not None:
+            raise error
+        else:
+            (schedule.put_back if future.result() else schedule.done)(position)
 
     try:
-        while waiting or running:
-            if pool is None:
-                pool = ProcessPoolExecutor(processes, context, initializer=_start, initargs=(*arguments, news, os.getpid()))
-            try:
-                for _ in range(len(waiting)):
-                    if len(running) >= processes:
-                        break
-                    position = waiting.popleft()
-                    stage = stages[position]
-                    blocked = [failures[i] for i in stage.after if i in failures]
-                    if blocked:
-                        failures[position] = Failure(position, blocked[0].reason)
-                    elif all(i in done for i in stage.after) and again.get(position, 0.0) <= time.monotonic():
-                        running[pool.submit(_work, stage.kind, stage.number, stage.label)] = position
-                    else:
-                        waiting.append(position)
-                if not running and waiting:  # nothing to wait for but another run
-                    time.sleep(0.2)
-                finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-                drain()
-                for future in finished:
-                    position = running.pop(future)
-                    error = future.exception()
-                    if error is None and future.result():
-                        shared.told()
-                        again[position] = time.monotonic() + AGAIN
-                        waiting.append(position)
-                    elif error is None:
-                        done.add(position)
-                    elif isinstance(error, BrokenProcessPool):
-                        running[future] = position
-                        raise error
-                    elif isinstance(error, StageError):
-                        failures[position] = Failure(position, str(error))
-                    else:
-                        raise error
-            except BrokenProcessPool:
-                pool.shutdown(wait=True, cancel_futures=True)
-                pool = None
-                for position in running.values():
-                    tries[position] += 1
-                    if tries[position] >= ATTEMPTS:
-                        failures[position] = Failure(position, f"its process died {ATTEMPTS} times (out of memory?)")
-                    else:
-                        waiting.appendleft(position)
-                running.clear()
-                watcher.note("a worker process died; its stages are tried again")
+        while schedule.waiting or running:
+            while len(running) < processes and (position := schedule.next()) is not None:
+                stage = schedule.stages[position]
+                try:
+                    running[pool.submit(_work, stage.kind, stage.number, stage.label)] = position
+                except BrokenProcessPool:
+                    schedule.back(position)
+                    raise
+            if not running:  # nothing to wait for but another run
+                time.sleep(0.2)
+            finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+            drain()
+            for future in finished:
+                ended(future)
+    except BrokenProcessPool:
+        dead = _dead(pool)
+        drain()
+        for future in tuple(running):
+            with suppress(BrokenProcessPool):
+                ended(future)
+        left = set(running.values())
+        # What ran beside the one that died has not died. Where nobody can tell which one it was, it counts for all.
+        own = {at[worker] for worker in dead if worker in at} & left or left
+        for position in sorted(left, reverse=True):  # who comes back last comes first
+            (schedule.died if position in own else schedule.back)(position)
+        for worker in at:
+            schedule.watcher.put_back(worker)
+        return False
     finally:
         drain()
-        if pool is not None:
-            workers = list((pool._processes or {}).values())  # a pool that is shut down has forgotten them
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in workers:
-                process.terminate()
-    return list(failures.values())
+        workers = list((pool._processes or {}).values())  # a pool that is shut down has forgotten them
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in workers:
+            process.kill()  # Lightning takes SIGTERM for a wish, and goes on to the end of its batch
+    return True
+
+
+def _dead(pool: ProcessPoolExecutor) -> set[int | None]:
+    """Ends what is left of a broken pool; the ids of those of its processes that had died by themselves.
+
+    The pool asks the others to end (SIGTERM). One that is in a training does not follow, and the pool would wait for it for ever.
+    """
+    processes = list((pool._processes or {}).values())
+    alive = {process.sentinel: process for process in processes}
+    deadline = time.monotonic() + 1
+    while alive and time.monotonic() < deadline:
+        for sentinel in connection.wait(list(alive), timeout=0.1):
+            del alive[sentinel]  # type: ignore[arg-type]
+    for process in alive.values():
+        process.kill()
+    pool.shutdown(wait=True, cancel_futures=True)
+    asked = {process.pid for process in alive.values()}
+    return {process.pid for process in processes if process.pid not in asked and process.exitcode != -signal.SIGTERM}

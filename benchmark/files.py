@@ -9,17 +9,17 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from models.files import replaced, write_bytes, write_text
+from models.files import abandoned, replaced, write_bytes, write_text
 from models.spec import BadInput
 
-__all__ = ["held", "replaced", "write_bytes", "write_text"]
+__all__ = ["abandoned", "held", "replaced", "write_bytes", "write_text"]
 
 _NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})
 """What a file system says that knows no locks."""
 
 
 @contextmanager
-def held(path: Path, *, wait: bool = True) -> Iterator[bool]:
+def held(path: Path, *, wait: bool = True, surely: bool = False) -> Iterator[bool]:
     """Holds the lock ``path`` against every other process while the block runs; yields whether it is held.
 
     It is the kernel that keeps it, so it is free as soon as its owner is gone, however that one ended. The file is empty and is
@@ -28,6 +28,7 @@ def held(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
     Args:
         wait: until the lock is free; otherwise the block runs at once, with False where another process has it.
+        surely: whether the block gets False, too, on a file system without locks.
 
     Raises:
         BadInput: the folder cannot be made or written.
@@ -42,6 +43,7 @@ def held(path: Path, *, wait: bool = True) -> Iterator[bool]:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise BadInput(f"{path}: cannot be locked: {error.strerror or error}") from error
+        free = not surely
     try:
         yield free
     finally:

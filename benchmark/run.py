@@ -11,13 +11,12 @@ import functools
 import json
 import math
 import os
-import platform
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -28,6 +27,7 @@ from benchmark.cell import CellResult, cell_key, cell_rows, extractor_key, victi
 from benchmark.datasets import Dataset, load
 from benchmark.executors import Failure, Stage, extractors_of, places, run_stages, victims_of
 from benchmark.files import held, write_bytes, write_text
+from benchmark.machine import arithmetic, versions
 from benchmark.matrix import Cell, Matrix, Scenario, settings_hash
 from benchmark.progress import RunProgress
 from benchmark.rows import Curve, Row, Timing
@@ -36,7 +36,6 @@ from models.spec import BadInput, canonical, digest, nearest
 
 __all__ = ["Filter", "Outcome", "collect", "parse_only", "recompute", "run_matrix"]
 
-VERSIONED = ("torch", "torchvision", "pytorch-lightning", "numpy", "scipy", "scikit-learn", "pandas", "safetensors")
 Filter = Mapping[str, Sequence[str]]
 AXES: dict[str, Callable[[Cell], str]] = {
     "backbone": lambda cell: cell.scenario.backbone_label,
@@ -99,6 +98,8 @@ def run_matrix(
     only: str | None = None,
     processes: int | None = None,
     order: Callable[[list[Stage]], list[Stage]] | None = None,
+    executor: Literal["local", "ray"] = "local",
+    gpus: float | None = None,
 ) -> Outcome:
     """Runs what is missing and writes rows.csv, curves.csv, timings.csv, manifest.json and a copy of the matrix.
 
@@ -108,27 +109,33 @@ def run_matrix(
         only: see :func:`parse_only`; rows of other cells that stand in rows.csv are kept.
         processes: how many stages run at once (default: one per core, or a few on a GPU); never changes a row.
         order: permutes the cells' order of execution (for tests); never changes a row.
+        executor: where stages run: in processes of this machine, or on a Ray cluster; never changes a row.
+        gpus: share of a GPU that a stage on the Ray cluster takes, in [0, 1] (default: see :func:`ray_executor.connected`).
 
     Raises:
         BadInput: see the message; everything already computed stays in the store.
         KeyboardInterrupt: somebody stopped it; the rows of the cells that stand are written first, as those of a slice are.
     """
     chosen = parse_only(matrix, only)
+    if executor == "local" and gpus is not None:
+        raise BadInput("--gpus is a stage's share of a GPU of a Ray cluster: it goes with --executor ray")
     folder = results / matrix.name
     _writable(folder)
     _writable(cache)
     store = Store(cache / "store", lambda line: console.print(f"[yellow]note:[/] {escape(line)}", highlight=False))
     cells = [cell for cell in matrix.cells if all(AXES[axis](cell) in values for axis, values in chosen.items())]
     datasets = _datasets(matrix, cache, console)
+    used: dict[str, str] = {}
     try:
-        failures = _execute(matrix, cells, store, cache, datasets, console, processes, order)
+        failures = _execute(matrix, cells, store, cache, datasets, console, processes, order, executor, gpus, used)
     except KeyboardInterrupt:
         stored = [cell for cell in cells if _stands(cell, store, datasets)]
         if stored:
-            _write(matrix, folder, collect(matrix, stored, store, datasets, {}), datasets, store, whole=False)
+            collected = collect(matrix, stored, store, datasets, {})
+            _write(matrix, folder, collected, datasets, store, whole=False, used=_used(executor, used, folder))
         raise
     collected = collect(matrix, cells, store, datasets, failures)
-    changed = _write(matrix, folder, collected, datasets, store, whole=not chosen)
+    changed = _write(matrix, folder, collected, datasets, store, whole=not chosen, used=_used(executor, used, folder))
     return Outcome(folder, [result for result, _ in collected], sum(new for _, new in collected), changed)
 
 
@@ -206,8 +213,12 @@ def _execute(
     console: Console,
     processes: int | None,
     order: Callable[[list[Stage]], list[Stage]] | None,
+    executor: Literal["local", "ray"] = "local",
+    gpus: float | None = None,
+    used: dict[str, str] | None = None,
 ) -> dict[str, str]:
-    """Runs the stages that are not stored; returns the reasons of those that failed, by key."""
+    """Runs the stages that are not stored; returns the reasons of those that failed, by key. What the nodes of a cluster computed
+    with is written into ``used``."""
 
     def print_of(scenario: Scenario) -> str:
         return datasets[canonical(scenario.dataset)].fingerprint
@@ -253,16 +264,26 @@ def _execute(
     stages += order(todo) if order else todo
     if not stages:
         return {}
-    count = min(processes or places(), len(stages))
-    console.print(
-        f"{matrix.name}: {totals['victim']} models and {totals['extractor']} extractors to train, {len(todo)} defense cells to run "
-        f"({len(cells) - len(todo)} already stand); "
-        f"{count} process{'es' if count > 1 else ''}, one thread each{' and one GPU for all' if torch.cuda.is_available() else ''}",
-        highlight=False,
-        markup=False,
-    )
-    with RunProgress(console, totals) as progress:
-        failed = run_stages(stages, matrix.path, store.root, cache, progress, count)
+
+    def told(where: str) -> RunProgress:
+        console.print(
+            f"{matrix.name}: {totals['victim']} models and {totals['extractor']} extractors to train, {len(todo)} defense cells "
+            f"to run ({len(cells) - len(todo)} already stand); {where}",
+            highlight=False,
+            markup=False,
+        )
+        return RunProgress(console, totals)
+
+    if executor == "ray":
+        from benchmark.ray_executor import connected
+
+        with connected(processes, gpus) as cluster, told(cluster.words) as progress:
+            failed = cluster.run(stages, matrix, store.root, cache, progress, {} if used is None else used)
+    else:
+        count = min(processes or places(), len(stages))
+        gpu = " and one GPU for all" if torch.cuda.is_available() else ""
+        with told(f"{count} process{'es' if count > 1 else ''}, one thread each{gpu}") as progress:
+            failed = run_stages(stages, matrix.path, store.root, cache, progress, count)
 
     def key_of(failure: Failure) -> str:
         stage = stages[failure.position]
@@ -315,14 +336,21 @@ def _write(
     store: Store,
     *,
     whole: bool,
+    used: Mapping[str, str],
 ) -> bool:
     """Writes the files; slices that end at the same time do it one after the other, or one would merge into what is out of date."""
     with held(store.root / "locks" / f"results-{digest(str(folder.resolve()))}"):
-        return _write_held(matrix, folder, collected, datasets, whole=whole)
+        return _write_held(matrix, folder, collected, datasets, whole=whole, used=used)
 
 
 def _write_held(
-    matrix: Matrix, folder: Path, collected: Sequence[tuple[CellResult, bool]], datasets: Mapping[str, Dataset], *, whole: bool
+    matrix: Matrix,
+    folder: Path,
+    collected: Sequence[tuple[CellResult, bool]],
+    datasets: Mapping[str, Dataset],
+    *,
+    whole: bool,
+    used: Mapping[str, str],
 ) -> bool:
     results = [result for result, _ in collected]
     rows: list[Row] = [row for result in results for row in result.rows]
@@ -341,7 +369,7 @@ def _write_held(
     write_text(folder / "matrix.toml", matrix.settings)
     for name, _ in matrix.plugins:  # without them the settings beside them could not be read by anybody else
         write_bytes(folder / "plugins" / name, (matrix.path.parent / name).read_bytes())
-    write_text(folder / "manifest.json", json.dumps(manifest(matrix, datasets), indent=2, sort_keys=True) + "\n")
+    write_text(folder / "manifest.json", json.dumps(manifest(matrix, datasets, used), indent=2, sort_keys=True) + "\n")
     return changed
 
 
@@ -357,8 +385,21 @@ def _merge(path: Path, kind: type[Any], new: list[Any], known: Sequence[str]) ->
     return sorted([*new, *old], key=lambda row: place[row.cell])
 
 
-def manifest(matrix: Matrix, datasets: Mapping[str, Dataset]) -> dict[str, Any]:
-    """What somebody needs to get the same rows: settings, versions, data, arithmetic. No dates, no host."""
+def _used(executor: Literal["local", "ray"], used: dict[str, str], folder: Path) -> dict[str, str]:
+    """What the stages were computed with: this process's arithmetic, or that of the nodes; where they computed nothing, what the
+    manifest says already."""
+    if executor == "local" or used:
+        return used or arithmetic()
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        written = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["arithmetic"]
+        return {name: str(written[name]) for name in arithmetic()}
+    return arithmetic()
+
+
+def manifest(matrix: Matrix, datasets: Mapping[str, Dataset], used: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What somebody needs to get the same rows: settings, versions, data, and the arithmetic ``used`` (by default this process's).
+    No dates, no host."""
+    used = used or arithmetic()
     return {
         "matrix": matrix.name,
         "settings": settings_hash(matrix),
@@ -368,21 +409,14 @@ def manifest(matrix: Matrix, datasets: Mapping[str, Dataset]) -> dict[str, Any]:
             for dataset in datasets.values()
         },
         "plugins": [{"file": name, "sha256": hashed} for name, hashed in matrix.plugins],
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}},
-        "arithmetic": {
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "machine": platform.machine(),
-            "instructions": torch.backends.cpu.get_cpu_capability(),
-            "threads": 1,
-            "precision": _precision(matrix),
-            "memory_format": "channels_last",
-        },
+        "versions": versions(),
+        "arithmetic": {**used, "threads": 1, "precision": _precision(matrix, used["device"]), "memory_format": "channels_last"},
     }
 
 
-def _precision(matrix: Matrix) -> str:
-    """What the recipes' precisions come to on this machine, in words."""
+def _precision(matrix: Matrix, device: str) -> str:
+    """What the recipes' precisions come to on ``device``, in words."""
     named = dict.fromkeys(scenario.recipe.precision for scenario in matrix.scenarios)
-    if not torch.cuda.is_available():
+    if device == "cpu":
         return "float32"
     return ", ".join("float32" if precision == "reference" else precision for precision in named)

@@ -4,17 +4,21 @@ An entry is a folder ``<stage>/<key[:2]>/<key>`` with ``entry.json`` (what it is
 itself) and, where the stage has tensors, ``tensors.safetensors``. It is written into a temporary folder and renamed, so a killed
 run leaves no half entry; of two runs that finish the same stage at once, the first to rename wins and both read the same. Runs
 that share a store share its work: who computes a stage holds its lock (under ``locks``), and the others wait and then read it.
+What a killed writer leaves (its temporary folder ``<stage>/<key[:2]>/.<key>-*``, its lock) goes when a store is opened, once
+nobody can own it.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +27,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from benchmark.files import held
+from benchmark.files import abandoned, held
 from models.spec import BadInput, canonical
 
-__all__ = ["Busy", "Entry", "Store"]
+__all__ = ["Busy", "Entry", "Store", "sweep_store"]
+
+ATTEMPTS = 3
+"""How often an entry is written when somebody takes the temporary folder for abandoned: where locks do not reach, that may be."""
+_ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 @dataclass(frozen=True)
@@ -41,8 +49,41 @@ class Busy(Exception):
     """Another process is computing this stage; once that one is done, or dead, it can be asked for again."""
 
 
+@contextmanager
+def _told(root: Path) -> Iterator[None]:
+    """Says in one line what the store's disk will not do."""
+    try:
+        yield
+    except OSError as error:
+        why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+        raise BadInput(f"{root}: the store cannot be written: {why}; mend it and issue the same command again") from error
+
+
+def sweep_store(root: Path) -> None:
+    """Removes what killed writers left: temporary folders, locks that nobody holds, empty places for damaged entries.
+
+    All of it has to be old (:func:`benchmark.files.abandoned`), and a folder or lock goes only while this process holds that very
+    lock: whoever writes a stage holds it too. What cannot be removed stays.
+    """
+    with suppress(OSError, BadInput):
+        for path in [path for path in root.glob("*/??/.*-*") if abandoned(path)]:
+            key = path.name[1:].rpartition("-")[0]
+            with held(root / "locks" / f"{path.parent.parent.name}-{key}", wait=False, surely=True) as mine:
+                if mine:
+                    shutil.rmtree(path, ignore_errors=True)
+        for path in [path for path in root.glob("locks/*") if abandoned(path)]:
+            with held(path, wait=False, surely=True):
+                pass  # it is removed on the way out
+        for path in [path for path in root.glob("damaged/*") if abandoned(path)]:
+            with suppress(OSError):
+                path.rmdir()  # those that hold an entry are kept for people
+
+
+_swept_once = functools.cache(sweep_store)
+
+
 class Store:
-    """Stages by key under ``root``.
+    """Stages by key under ``root``; opening one sweeps it, the first time in a process.
 
     Args:
         report: is told, in one line each, of damaged entries that were set aside.
@@ -54,6 +95,7 @@ class Store:
 
     def __init__(self, root: Path, report: Callable[[str], None] = lambda line: None, *, patient: bool = True) -> None:
         self.root, self.report, self.patient = root, report, patient
+        _swept_once(root)
 
     def folder(self, stage: str, key: str) -> Path:
         return self.root / stage / key[:2] / key
@@ -80,13 +122,25 @@ class Store:
                 compute()
 
     def read(self, stage: str, key: str, *, tensors: bool = True) -> Entry | None:
-        """The entry, or None when it is absent or was damaged (then it has been set aside and is to be recomputed)."""
+        """The entry, or None when it is absent or was damaged (then it has been set aside and is to be recomputed).
+
+        Raises:
+            BadInput: it is there and this process may not read it, or not set it aside.
+        """
         folder = self.folder(stage, key)
         try:
             seen = folder.stat().st_ino
-            raw = (folder / "entry.json").read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            raise BadInput(f"{folder}: cannot be read: {error.strerror or error}") from error
+        try:
+            raw = (folder / "entry.json").read_bytes()
+        except _ABSENT as error:  # left where it is, a folder without it would stand in the way of every new entry
+            self._set_aside(folder, seen, f"entry.json: {error.strerror}")
+            return None
+        except OSError as error:
+            raise BadInput(f"{folder / 'entry.json'}: cannot be read: {error.strerror or error}") from error
         try:
             written = json.loads(raw)
             content = written["content"]
@@ -109,55 +163,61 @@ class Store:
                 self._set_aside(folder, seen, "tensors.safetensors does not match its checksum")
                 return None
             return Entry(content["outcome"], load(raw))
-        except (FileNotFoundError, SafetensorError) as error:
-            self._set_aside(folder, seen, f"tensors.safetensors: {error}")
+        except (*_ABSENT, SafetensorError) as error:
+            self._set_aside(folder, seen, f"tensors.safetensors: {getattr(error, 'strerror', None) or error}")
             return None
+        except OSError as error:
+            raise BadInput(f"{folder / 'tensors.safetensors'}: cannot be read: {error.strerror or error}") from error
 
     def write(
         self, stage: str, key: str, spec: Any, outcome: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
     ) -> None:
         """Stores a finished stage; ``spec`` is kept for people who look inside. Does nothing when the entry already stands."""
-        folder = self.folder(stage, key)
-        temporary: Path | None = None
+        raw = None
+        if tensors is not None:
+            raw = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        checksum = None if raw is None else hashlib.sha256(raw).hexdigest()
+        content = {"stage": stage, "key": key, "spec": spec, "outcome": dict(outcome), "tensors": checksum}
+        text = json.dumps({"sha256": hashlib.sha256(canonical(content).encode()).hexdigest(), "content": content}, indent=1)
+        files = {"entry.json": f"{text}\n".encode()} | ({} if raw is None else {"tensors.safetensors": raw})
+        with _told(self.root):
+            for _ in range(ATTEMPTS - 1):
+                with suppress(FileNotFoundError):
+                    self._place(self.folder(stage, key), files)
+                    return
+            self._place(self.folder(stage, key), files)
+
+    def _place(self, folder: Path, files: Mapping[str, bytes]) -> None:
+        """Writes the files beside ``folder`` and renames them into it, unless it stands by then."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{key[:12]}-"))
-            checksum = None
-            if tensors is not None:
-                raw = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-                checksum = hashlib.sha256(raw).hexdigest()
-                (temporary / "tensors.safetensors").write_bytes(raw)
-            content = {"stage": stage, "key": key, "spec": spec, "outcome": dict(outcome), "tensors": checksum}
-            text = json.dumps({"sha256": hashlib.sha256(canonical(content).encode()).hexdigest(), "content": content}, indent=1)
-            (temporary / "entry.json").write_text(text + "\n")
+            for name, content in files.items():
+                with (temporary / name).open("wb") as out:
+                    out.write(content)
+                    out.flush()
+                    os.fsync(out.fileno())
             temporary.chmod(0o755)
-            for written in temporary.iterdir():
-                with written.open("rb") as handle:
-                    os.fsync(handle.fileno())
             try:
                 temporary.rename(folder)
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
-        except OSError as error:
-            why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-            raise BadInput(f"{self.root}: the store cannot be written: {why}; mend it and issue the same command again") from error
         finally:
-            if temporary is not None and temporary.exists():
-                shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def _set_aside(self, folder: Path, seen: int, why: str) -> None:
         """Moves a damaged entry out of the way, if it is still the folder that was ``seen`` (its inode): another process may have
         set it aside before, and put a good one in its place."""
         aside = self.root / "damaged"
-        aside.mkdir(parents=True, exist_ok=True)
-        with held(self.root / "locks" / "damaged"):
+        with _told(self.root), held(self.root / "locks" / "damaged"):
+            aside.mkdir(parents=True, exist_ok=True)
             try:
                 if folder.stat().st_ino != seen:
                     return
-                spot = Path(tempfile.mkdtemp(dir=aside, prefix=f"{folder.name[:12]}-"))
-                folder.rename(spot / folder.name)
             except FileNotFoundError:
                 return
+            spot = Path(tempfile.mkdtemp(dir=aside, prefix=f"{folder.name[:12]}-"))
+            folder.rename(spot / folder.name)
         stage = folder.parent.parent.name
         self.report(f"damaged store entry {stage}/{folder.name[:12]} ({why}): set aside in {spot}, will be recomputed")

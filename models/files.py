@@ -5,13 +5,28 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from models.spec import BadInput
 
-__all__ = ["replaced", "write_bytes", "write_text"]
+__all__ = ["abandoned", "replaced", "write_bytes", "write_text"]
+
+LONG = 3600.0
+"""Seconds after which a temporary file has no living writer: one is written within seconds. Clocks of machines that share a folder
+differ by less."""
+ATTEMPTS = 3
+"""How often a file is written when somebody takes it for abandoned meanwhile, because its writer was asleep, say."""
+
+
+def abandoned(path: Path) -> bool:
+    """Whether a temporary file or folder is so old that its writer must be gone; False where it is gone itself."""
+    try:
+        return time.time() - path.lstat().st_mtime > LONG
+    except OSError:
+        return False
 
 
 @contextmanager
@@ -20,43 +35,68 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
         raise BadInput(f"{path}: cannot be written: {why}; free it and issue the same command again") from error
 
 
 @contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _sweep(folder: Path) -> None:
+    """Removes temporary files that killed writers left."""
+    for old in folder.glob(".*.tmp"):
+        if abandoned(old):
+            with suppress(OSError):
+                old.unlink()
+
+
+@contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` to write to, which takes its place in one step when the block ends, and is gone when it raises.
+    """A file to write to, which becomes ``path`` in one step when the block ends, and is gone when the block raises.
 
     Raises:
         BadInput: as :func:`write_bytes`.
     """
     with _named(path):
+        _sweep(path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        temporary = Path(name)
-        os.close(handle)
-        try:
+        with _beside(path) as temporary:
             yield temporary
-            with temporary.open("rb") as written:
-                os.fsync(written.fileno())
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
 
 
 def write_bytes(path: Path, content: bytes) -> bool:
-    """Replaces ``path`` by ``content`` in one step; True when anything changed.
+    """Replaces ``path`` by ``content`` in one step; True when anything changed. Temporary files that killed writers left in its
+    folder are removed.
 
     Raises:
         BadInput: the folder cannot be written, or the disk is full (named); the old file, if any, is left as it was.
     """
     with _named(path):
+        _sweep(path.parent)
         if path.is_file() and path.read_bytes() == content:
             return False
-    with replaced(path) as temporary:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for _ in range(ATTEMPTS - 1):
+            with suppress(FileNotFoundError):
+                return _replace(path, content)
+        return _replace(path, content)
+
+
+def _replace(path: Path, content: bytes) -> bool:
+    with _beside(path) as temporary:
         temporary.write_bytes(content)
     return True
 

@@ -24,7 +24,7 @@ HOMES = {
     "matplotlib": {"benchmark/plots.py", "benchmark/style.py"},
     "seaborn": {"benchmark/plots.py", "benchmark/style.py"},
     "pytorch_lightning": {"models/classifier.py"},
-    "ray": set(),
+    "ray": {"benchmark/ray_executor.py"},
     "filelock": {"benchmark/files.py"},
 }
 

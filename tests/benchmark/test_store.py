@@ -5,17 +5,19 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmark.files import held
-from benchmark.store import Busy, Store
+from benchmark.files import held, write_bytes
+from benchmark.store import ATTEMPTS, Busy, Store, sweep_store
 from models.spec import BadInput
 
 KEY = "ab" + "0" * 62
@@ -94,11 +96,41 @@ def test_missing_tensors_are_noticed(store: Store, said: list[str]) -> None:
     assert len(said) == 1
 
 
+def test_a_folder_without_its_entry_does_not_stand_in_the_way_of_a_new_one(store: Store, said: list[str]) -> None:
+    fill(store)
+    (store.folder("victim", KEY) / "entry.json").unlink()
+    assert store.read("victim", KEY) is None
+    assert len(said) == 1
+    fill(store)
+    assert store.read("victim", KEY) is not None
+
+
+def test_an_entry_that_cannot_be_read_is_one_clear_error_and_stays(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(store)
+
+    def bad(self: Path) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", bad)
+        with pytest.raises(BadInput, match=r"entry\.json: cannot be read: Input/output error"):
+            store.read("victim", KEY)
+    assert store.read("victim", KEY) is not None
+
+
+def test_a_damaged_entry_that_cannot_be_set_aside_is_one_clear_error(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(store)
+    (store.folder("victim", KEY) / "entry.json").write_text("{")
+    (store.root / "damaged").write_text("a file where a folder should be")
+    with pytest.raises(BadInput, match="the store cannot be written"):
+        store.read("victim", KEY)
+
+
 def test_full_disk_is_one_clear_error_and_leaves_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Path, content: object, *rest: object) -> int:
+    def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(BadInput, match="the disk is full"):
         fill(store)
     monkeypatch.undo()
@@ -179,10 +211,12 @@ with held(Path({str(path)!r})):
     assert not path.exists()
 
 
-def test_without_locks_the_work_is_done_all_the_same(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unknown(descriptor: int, operation: int) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
+def unknown(descriptor: int, operation: int) -> None:
+    """What ``flock`` says on a file system that knows no locks."""
+    raise OSError(errno.ENOSYS, "Function not implemented")
 
+
+def test_without_locks_the_work_is_done_all_the_same(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fcntl.flock", unknown)
     store.once("victim", KEY, lambda: fill(store))
     assert store.has("victim", KEY)
@@ -205,3 +239,118 @@ def test_a_damaged_entry_is_set_aside_by_one_of_two_readers(store: Store, said: 
     store._set_aside(folder, seen, "the second, late: a good one stands there by now")
     assert store.read("victim", KEY) is not None
     assert len(said) == 1
+
+
+# -- what killed writers leave -------------------------------------------------------------------------------------------------
+
+
+def left_behind(store: Store, hours: float) -> list[Path]:
+    """What a writer leaves that is killed while it writes, so many hours ago."""
+    half = store.root / "victim" / KEY[:2] / f".{KEY}-abcdefgh"
+    half.mkdir(parents=True)
+    (half / "tensors.safetensors").write_bytes(b"half of")
+    lock = store.root / "locks" / LOCK
+    lock.parent.mkdir(exist_ok=True)
+    lock.touch()
+    place = store.root / "damaged" / f"{KEY[:12]}-abcdefgh"
+    place.mkdir(parents=True)
+    then = time.time() - hours * 3600
+    for path in (half, lock, place):
+        os.utime(path, (then, then))
+    return [half, lock, place]
+
+
+def test_what_a_killed_writer_left_goes_when_the_store_is_opened(store: Store) -> None:
+    fill(store)
+    left = left_behind(store, 2)
+    Store(store.root)  # this process has opened it before
+    assert all(path.exists() for path in left)
+    program = f"from pathlib import Path; from benchmark.store import Store; Store(Path({str(store.root)!r}))"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
+    assert not any(path.exists() for path in left)
+    assert store.read("victim", KEY) is not None
+
+
+def test_what_may_have_a_living_owner_stays(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    young = left_behind(store, 0.5)
+    sweep_store(store.root)
+    assert all(path.exists() for path in young)
+    shutil.rmtree(store.root)
+    half, lock, place = left_behind(store, 2)
+    (place / KEY).mkdir()
+    with held(lock):  # filelock leaves the age of a lock alone
+        sweep_store(store.root)
+        assert half.exists()
+        assert lock.exists()
+    monkeypatch.setattr("fcntl.flock", unknown)
+    sweep_store(store.root)
+    assert half.exists(), "without locks, nobody knows"
+    monkeypatch.undo()
+    sweep_store(store.root)
+    assert not half.exists()
+    assert (place / KEY).exists(), "a damaged entry is kept for people"
+
+
+def test_a_store_that_cannot_be_written_is_not_swept_and_can_be_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(store)
+    left_behind(store, 2)
+
+    def refused(*arguments: object, **options: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("os.open", refused)
+    sweep_store(store.root)
+    monkeypatch.undo()
+    assert store.read("victim", KEY) is not None
+
+
+def test_a_writer_whose_folder_is_swept_writes_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    swept: list[str] = []
+    rename = Path.rename
+
+    def raced(self: Path, target: Path) -> Path:
+        if len(swept) < times:
+            swept.append(self.name)
+            shutil.rmtree(self)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", raced)
+    times = ATTEMPTS - 1
+    fill(store)
+    assert len(swept) == times
+    assert store.read("victim", KEY) is not None
+    times, other = 99, "cd" + KEY[2:]
+    with pytest.raises(BadInput, match="cannot be written"):
+        store.write("victim", other, {}, {})
+    assert list(store.folder("victim", other).parent.iterdir()) == []
+
+
+def test_temporary_files_of_killed_writers_go_when_their_folder_is_written(tmp_path: Path) -> None:
+    old, young, other = (tmp_path / name for name in (".rows.csv.abc.tmp", ".rows.csv.def.tmp", ".notes"))
+    for path in (old, young, other):
+        path.write_text("half of")
+    for path in (old, other):
+        os.utime(path, (time.time() - 7200, time.time() - 7200))
+    assert write_bytes(tmp_path / "rows.csv", b"whole")
+    assert not write_bytes(tmp_path / "rows.csv", b"whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([young.name, other.name, "rows.csv"])
+
+
+def test_a_file_that_is_swept_before_it_has_its_name_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    swept: list[str] = []
+    replace = Path.replace
+
+    def raced(self: Path, target: Path) -> Path:
+        if len(swept) < times:
+            swept.append(self.name)
+            self.unlink()
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", raced)
+    times = ATTEMPTS - 1
+    assert write_bytes(tmp_path / "a", b"whole")
+    assert (tmp_path / "a").read_bytes() == b"whole"
+    times = 99
+    with pytest.raises(BadInput, match="cannot be written"):
+        write_bytes(tmp_path / "a", b"more")
+    assert (tmp_path / "a").read_bytes() == b"whole"

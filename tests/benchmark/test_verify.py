@@ -18,7 +18,7 @@ import benchmark.__main__ as cli
 from benchmark.matrix import load_matrix
 from benchmark.rows import Row, read
 from benchmark.run import run_matrix
-from benchmark.verify import SHARES, TOLERANCE, compare, verify
+from benchmark.verify import BEYOND, SHARES, TOLERANCE, Checked, compare, stands, verify
 from models.spec import BadInput
 
 TINY = """
@@ -119,7 +119,7 @@ def test_a_changed_figure_is_found_and_named(folder: Path, tmp_path: Path) -> No
     assert "1 differ" in told.output
 
 
-def test_on_another_machine_type_shares_are_held_to_the_tolerance(folder: Path, tmp_path: Path) -> None:
+def test_another_machine_type_is_named(folder: Path, tmp_path: Path) -> None:
     edit(folder / "manifest.json", lambda text: text.replace('"torch": "', '"torch": "0.'))
     out = quiet()
     checked = verify(folder, sample=1, draw=1, cache=tmp_path / "c", console=out, processes=1)
@@ -149,11 +149,11 @@ ROW = Row(
         ({}, "identical", "identical"),
         ({"asr": 0.5 + 2e-7}, "identical", "identical"),  # a row has six decimals
         ({"asr": 0.5 + TOLERANCE - 1e-3}, "differs", "within"),
-        ({"asr": 0.5 + TOLERANCE + 1e-3}, "differs", "differs"),
-        ({"acc_undefended": 0.9 - TOLERANCE - 1e-3}, "differs", "differs"),
+        ({"asr": 0.5 + TOLERANCE + 1e-3}, "differs", "beyond"),
+        ({"acc_undefended": 0.9 - TOLERANCE - 1e-3}, "differs", "beyond"),
         ({"dial": 2.5, "pruned": 7}, "differs", "within"),
-        ({"asr": math.nan}, "differs", "differs"),
-        ({"status": "failed", "reason": "diverged"}, "differs", "differs"),
+        ({"asr": math.nan}, "differs", "beyond"),
+        ({"status": "failed", "reason": "diverged", "acc": math.nan}, "differs", "beyond"),
         ({"clean_images": 3, "used": "model + clean"}, "differs", "differs"),
         ({"defense": "anp"}, "differs", "differs"),
     ],
@@ -162,6 +162,36 @@ def test_verdicts(change: dict[str, object], exact: str, elsewhere: str) -> None
     one, other = dataclasses.asdict(ROW), dataclasses.asdict(dataclasses.replace(ROW, **change))  # type: ignore[arg-type]
     assert [compare(one, other, exact=same).verdict for same in (True, False)] == [exact, elsewhere]
     assert [compare(other, one, exact=same).verdict for same in (True, False)] == [exact, elsewhere]
+
+
+@pytest.mark.parametrize(
+    ("value", "verdict"),
+    [(0.2 - TOLERANCE + 1e-3, "within"), (0.2 - TOLERANCE - 1e-3, "beyond"), (0.8 + TOLERANCE - 1e-3, "within"),
+     (0.8 + TOLERANCE + 1e-3, "beyond"), (0.3, "within")],
+)  # fmt: skip
+def test_elsewhere_a_figure_may_be_what_the_seeds_span(value: float, verdict: str) -> None:
+    kin = [dataclasses.asdict(dataclasses.replace(ROW, seed=seed, asr=asr)) for seed, asr in ((1, 0.2), (2, 0.8), (3, math.nan))]
+    one, other = dataclasses.asdict(ROW), dataclasses.asdict(dataclasses.replace(ROW, asr=value))
+    assert compare(one, other, exact=False, seeds=kin).verdict == verdict
+    assert compare(one, other, exact=True, seeds=kin).verdict == "differs"
+
+
+def test_how_many_cells_may_lie_beyond() -> None:
+    def of(cells: int, beyond: int, last: str = "within") -> list[Checked]:
+        verdicts = ["beyond"] * beyond + ["within"] * (cells - beyond - 1) + [last] * (cells > beyond)
+        return [
+            Checked(dataclasses.asdict(dataclasses.replace(ROW, cell=str(i), selection=how)), {}, verdict, (), 0.0)  # type: ignore[arg-type]
+            for i, verdict in enumerate(verdicts) for how in ("default", "oracle")
+        ]  # fmt: skip
+
+    def tail(cells: int, beyond: int) -> float:
+        return sum(math.comb(cells, k) * BEYOND**k * (1 - BEYOND) ** (cells - k) for k in range(beyond, cells + 1))
+
+    for cells in range(1, 12):
+        for beyond in range(cells + 1):
+            assert stands(of(cells, beyond)) == (tail(cells, beyond) >= 0.05), (cells, beyond)
+    assert not stands(of(5, 0, "differs"))
+    assert stands([])
 
 
 def test_every_judged_column_is_one() -> None:
