@@ -30,6 +30,7 @@ from benchmark.evidence import (
     implanted_words,
     in_brackets,
     interval_of,
+    interval_words,
     listed,
     mean,
     means_of,
@@ -91,9 +92,12 @@ def size(source: Source) -> Shown:
         f"{entry_markdown((line['defense'], line['scope']))} to {percent_words(line['asr'])} at ACC {percent_words(line['acc'])}"
         for _, line in below.iterrows()
     ]
+    every = before_defense(source.rows)
     said = [
+        f"{listed([markdown(attack) for attack in dict.fromkeys(every['attack'])])}: {implanted_words(every)} attacked models pass "
+        f"the gate, at an ACC of {interval_words(mean(every, 'acc'))} and an ASR of {interval_words(mean(every, 'asr'))}.",
         f"{out_of(len(below), len(ranked)).capitalize()} entries take the mean ASR below {100 * IMPLANTED_ASR:g} %"
-        f"{after_colon(reached)}."
+        f"{after_colon(reached)}.",
     ]
     if scratch:
         parts = [paired(of_entry(table, entry), of_entry(table, scratch[0]), "ra")[0] for entry in competitors(table)]
