@@ -1,10 +1,11 @@
 """What answers are made of: the shape of an exhibit, means and paired differences of stored rows, figures in words. Pure functions.
 
-The answers are in :mod:`benchmark.answers_axes` (matrices that turn one setting) and :mod:`benchmark.answers_boards` (any matrix);
-:mod:`benchmark.exhibits` lists them and writes them down. An answer is computed, both ways: where the rows are against what is
-claimed of pruning defenses, the sentence says so, and where they are for it, it says that. "Told apart" means that a 95 % bootstrap
-interval over seeds (:func:`benchmark.stats.interval`), of paired differences where two things are compared, leaves out 0. Means are
-taken over implanted attacked models, unless they are said to be of all.
+The answers are in :mod:`benchmark.answers_axes` (matrices that turn one setting), :mod:`benchmark.answers_training` (that train in
+several ways) and :mod:`benchmark.answers_boards` (any matrix); :mod:`benchmark.exhibits` lists them and writes them down. An answer
+is computed, both ways: where the rows are against what is claimed of pruning defenses, the sentence says so, and where they are for
+it, it says that. "Told apart" means that a 95 % bootstrap interval over seeds (:func:`benchmark.stats.interval`), of paired
+differences where two things are compared, leaves out 0. Means are taken over implanted attacked models, unless they are said to be
+of all.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmark import answers_axes, answers_boards
+from benchmark import answers_axes, answers_boards, answers_training
 from benchmark.evidence import Column, Missing, Shown, Source
 from benchmark.exhibit_plots import draw
 from benchmark.files import write_text
@@ -95,6 +95,10 @@ EXHIBITS: tuple[Exhibit, ...] = (
     Exhibit("natural", "Natural backdoors", "What do defenses do to a clean model, which has backdoors by nature?", "natural",
             answers_axes.natural),
     Exhibit("size", "Larger images", "What about larger images and more classes?", "size", answers_boards.size),
+    Exhibit("recipe", "Recipe", "Is a short recipe a fair stand-in for the literature's hundred epochs?", "recipe",
+            answers_training.training),
+    Exhibit("precision", "Precision", "Does the arithmetic that makes training fast change what comes out?", "precision",
+            answers_training.training),
     Exhibit("significance", "Significance", "Are differences significant?", "quick", answers_boards.significance),
 )  # fmt: skip
 """Every exhibit, in the order of the page."""

@@ -1,0 +1,136 @@
+"""Answers from matrices that train the same networks in several ways: by precision, by recipe."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats as scipy_stats
+
+from benchmark import stats
+from benchmark.evidence import (
+    UNMEASURED,
+    Column,
+    DotPanel,
+    Dots,
+    Missing,
+    Shown,
+    Source,
+    before_defense,
+    bounded,
+    competitors,
+    implanted_words,
+    judged,
+    mean,
+    means_of,
+    of_entry,
+    out_of,
+    paired,
+    points_words,
+)
+from benchmark.stats import Interval
+from benchmark.tables import markdown, number_text
+
+__all__ = ["training"]
+
+
+def _ways(source: Source) -> list[str]:
+    """Labels of one network that is trained in several ways, in the order of the matrix.
+
+    Raises:
+        Missing: there is no such network.
+    """
+    recipes: dict[str, dict[str, str]] = {}
+    for cell in source.matrix.cells:
+        scenario = cell.scenario
+        if scenario.frozen is None:
+            recipes.setdefault(str(scenario.backbone.spec()), {})[scenario.backbone_label] = str(scenario.recipe.spec())
+    known = set(source.rows["backbone"])
+    for labels in recipes.values():
+        run = [label for label in labels if label in known]
+        if len(run) > 1 and len({labels[label] for label in run}) > 1:
+            return run
+    raise Missing("it takes one network under several labels, each with a recipe of its own")
+
+
+def _spread(table: pd.DataFrame, column: str) -> float:
+    """What the seeds of one scenario span."""
+    return float(table[column].max() - table[column].min())
+
+
+def _order(first: pd.DataFrame, other: pd.DataFrame) -> tuple[float, int, bool]:
+    """Kendall's correlation of the defenses' mean RA over attacked models that implanted in both; of how many; the same best."""
+    shared = first[stats.WORLD].merge(other[stats.WORLD], on=stats.WORLD).drop_duplicates()
+    sides = [table.merge(shared, on=stats.WORLD) for table in (first, other)]
+    entries = [entry for entry in competitors(sides[0]) if entry in competitors(sides[1])]
+    means = [[mean(of_entry(table, entry), "ra").mean for entry in entries] for table in sides]
+    kept = [pair for pair in zip(*means, strict=True) if not any(math.isnan(value) for value in pair)]
+    if len(kept) < 2:
+        return math.nan, len(kept), False
+    left, right = (np.array(side) for side in zip(*kept, strict=True))
+    varies = len(set(left.tolist())) > 1 and len(set(right.tolist())) > 1
+    tau = float(scipy_stats.kendalltau(left, right).statistic) if varies else math.nan
+    return tau, len(kept), int(left.argmax()) == int(right.argmax())
+
+
+def training(source: Source) -> Shown:
+    """The first way of training against every other: do undefended figures and the order of the defenses stay?"""
+    first, *others = _ways(source)
+    every = before_defense(source.rows)
+    # Pairs are made by scenario and seed: under one name for the network, for that is the same.
+    by = {label: every[every["backbone"] == label].assign(backbone=first) for label in (first, *others)}
+    table = stats.implanted_worlds(judged(source.rows))
+    table = table[table["status"] == "ok"]
+    live = {label: table[table["backbone"] == label].assign(backbone=first) for label in by}
+    lines: list[dict[str, Any]] = []
+    said: list[str] = []
+    moved: dict[str, dict[str, list[Interval]]] = {label: {"acc": [], "asr": []} for label in others}
+    attacks = list(dict.fromkeys(every["attack"]))
+    for attack in attacks:
+        base = by[first][by[first]["attack"] == attack]
+        for label, worlds in by.items():
+            here = worlds[worlds["attack"] == attack]
+            line: dict[str, Any] = {"attack": attack, "trained": label, "implanted": implanted_words(here),
+                                    **means_of(here, ("acc", "asr"))}  # fmt: skip
+            for name in ("acc", "asr"):
+                part = paired(here, base, name)[0] if label != first else UNMEASURED
+                line |= {**bounded(f"d_{name}", part), f"span_{name}": _spread(base, name) if label == first else math.nan}
+                if label != first:
+                    line[f"inside_{name}"] = bool(abs(part.mean) <= _spread(base, name))
+                    moved[label][name].append(part)
+            lines.append(line)
+    for label in others:
+        mine = [line for line in lines if line["trained"] == label]
+        whole = {name: paired(by[label], by[first], name)[0] for name in ("acc", "asr")}
+        inside = {name: sum(line[f"inside_{name}"] for line in mine) for name in ("acc", "asr")}
+        tau, count, same = _order(live[first], live[label])
+        said.append(
+            f"{markdown(label)} against {markdown(first)}, the same seeds: ACC {points_words(whole['acc'])}, ASR "
+            f"{points_words(whole['asr'])}; the mean stays within what the seeds of {markdown(first)} span for "
+            f"{out_of(inside['acc'], len(mine))} attacks in ACC and {out_of(inside['asr'], len(mine))} in ASR."
+        )
+        if count < 2:
+            said.append("Too few defenses met models that implanted both ways for an order to be compared.")
+        else:
+            words = "not defined" if math.isnan(tau) else number_text(tau)
+            said.append(
+                f"The order of {count} defenses by RA agrees with a Kendall correlation of {words}, and the best is "
+                f"{'the same' if same else 'another'}."
+            )
+    columns = (
+        Column("Attack", "text", "attack"), Column("Trained", "text", "trained"), Column("Implanted", "text", "implanted"),
+        Column("ACC", "interval", "acc"), Column("ACC, difference", "difference", "d_acc"),
+        Column("ACC, span of seeds", "share", "span_acc"),
+        Column("ASR", "interval", "asr"), Column("ASR, difference", "difference", "d_asr"),
+        Column("ASR, span of seeds", "share", "span_asr"),
+    )  # fmt: skip
+    panels = tuple(
+        DotPanel(f"{name.upper()}, difference to {first}", "points", tuple(attacks),
+                 tuple((label, tuple(moved[label][name])) for label in others), signed=True)
+        for name in ("acc", "asr")
+    )  # fmt: skip
+    about = f"undefended figures over all seeds; differences to {first}, paired by seed; 95 % intervals over seeds"
+    frame = pd.DataFrame(lines).drop(columns=["inside_acc", "inside_asr"])
+    return Shown(" ".join(said), frame, columns, about, Dots(panels, "Bars: 95 % intervals over seeds."))

@@ -1,0 +1,89 @@
+"""One network trained in several ways: made-up rows, and the same figures by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from itertools import combinations
+
+import pytest
+
+from benchmark.answers_training import training
+from benchmark.evidence import Missing
+from benchmark.matrix import Cell, find_matrix, load_matrix
+from tests.benchmark.test_exhibits import made_up
+
+Triple = tuple[float, float, float]
+RANKED = {"fine-tuning": 0.3, "fine-pruning": 0.5, "clp": 0.2, "holder-pruning": 0.1, "pruning": 0.4}
+
+
+def before(moves: dict[str, float]) -> Callable[[Cell], Triple]:
+    """Undefended figures: seed 0 at ACC 0.94, seed 1 at 0.92, moved by the way of training."""
+    return lambda cell: (0.94 - 0.02 * cell.scenario.seed + moves[cell.scenario.backbone_label], 0.99, 0.0)
+
+
+def after(swapped: str) -> Callable[[Cell, float], Triple]:
+    """Defended figures; under the label ``swapped`` the order of the defenses is reversed."""
+
+    def figures(cell: Cell, place: float) -> Triple:
+        ra = RANKED.get(cell.defense.name, 0.0)
+        return 0.9, 0.1, 0.6 - ra if cell.scenario.backbone_label == swapped else ra
+
+    return figures
+
+
+def test_precisions_are_compared_pair_by_pair_and_by_the_order_of_the_defenses() -> None:
+    moves = {"float32": 0.0, "tf32": 0.01, "bf16": -0.03}
+    shown = training(made_up("precision", after("bf16"), before(moves), twin=lambda cell: 0.9))
+    table = shown.frame.set_index(["attack", "trained"])
+    for attack in ("badnets", "blended", "wanet"):
+        for label, moved in moves.items():
+            line = table.loc[(attack, label)]
+            assert line["acc"] == pytest.approx(0.93 + moved)
+            if label == "float32":
+                assert line["span_acc"] == pytest.approx(0.02)
+                assert line["span_asr"] == pytest.approx(0.0)
+            else:
+                assert line["d_acc"] == pytest.approx(moved)
+    # 1 point lies within the 2 that the seeds span, 3 do not.
+    tf32, bf16 = shown.answer.split("bf16 against")
+    assert "all 3 attacks in ACC" in tf32
+    assert "none of 3 attacks in ACC" in bf16
+    assert "all 3 in ASR" in tf32
+    # The order, by hand: of the pairs of defenses, those that agree minus those that do not.
+    agree = sum((a - b) * (a - b) > 0 for a, b in combinations(RANKED.values(), 2))
+    assert agree == 10
+    assert "6 defenses by RA agrees with a Kendall correlation of 1, and the best is the same" in tf32
+    assert "6 defenses by RA agrees with a Kendall correlation of -1, and the best is another" in bf16
+    assert [panel.title for panel in shown.figure.panels] == ["ACC, difference to float32", "ASR, difference to float32"]  # type: ignore[union-attr]
+
+
+def test_models_that_implant_one_way_only_are_in_no_order() -> None:
+    def weak(cell: Cell) -> Triple:
+        return (0.97, 0.99, 0.0) if cell.scenario.backbone_label == "100 epochs" else (0.97, 0.2, 0.7)
+
+    shown = training(made_up("recipe", after("none"), weak))
+    assert "Too few defenses met models that implanted both ways" in shown.answer
+    assert set(shown.frame[shown.frame["trained"] == "fast"]["implanted"]) == {"0 of 2"}
+
+
+def test_it_takes_one_network_trained_in_several_ways() -> None:
+    with pytest.raises(Missing, match="several labels"):
+        training(made_up("quick"))
+
+
+@pytest.mark.parametrize("name", ["precision", "recipe"])
+def test_the_matrices_change_the_training_alone(name: str) -> None:
+    matrix, fast = load_matrix(find_matrix(name)), load_matrix(find_matrix("cifar10-fast"))
+    nets = {str(scenario.backbone.spec()) for scenario in matrix.scenarios}
+    assert nets == {str(scenario.backbone.spec()) for scenario in fast.scenarios}
+    assert {scenario.seed for scenario in matrix.scenarios} == {0, 1, 2}
+    # What is trained fast is what cifar10-fast trains: the store holds it once.
+    shared = {str(scenario.spec()) for scenario in fast.scenarios}
+    own = [scenario for scenario in matrix.scenarios if scenario.backbone_label in ("bf16", "fast")]
+    assert len(own) == 9
+    assert all(str(scenario.spec()) in shared for scenario in own)
+    known = {(cell.defense_label, str(cell.defense.spec())) for cell in fast.cells}
+    assert {(cell.defense_label, str(cell.defense.spec())) for cell in matrix.cells} <= known
+    precisions = {dataclasses.asdict(scenario.recipe)["precision"] for scenario in matrix.scenarios}
+    assert precisions == ({"reference", "tf32", "bf16"} if name == "precision" else {"reference", "bf16"})
