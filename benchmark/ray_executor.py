@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ __all__ = ["Cluster", "connected"]
 
 OBJECT_STORE = 80 * 2**20
 """Bytes: hardly more than the least that Ray takes. Nothing goes through it."""
+SESSION, ABANDONED = "levelfield-ray-", 3600.0
+"""How the folders of our own Rays are called, and after how many seconds one without an owner is taken for a killed run's."""
 LOOK = 5.0
 """Seconds between two looks at how large the cluster is."""
 QUIET = {
@@ -302,23 +304,37 @@ def connected(processes: int | None, gpus: float | None) -> Iterator[Cluster]:
     if ray.is_initialized():
         yield Cluster(ray, processes, gpus)
         return
-    address = os.environ.get("RAY_ADDRESS", "")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    folder = None
-    if not address or address == "local":
-        folder = tempfile.mkdtemp(prefix="levelfield-ray-", dir=os.environ.get("RAY_TMPDIR") or "/tmp")  # sockets want short paths
-        options |= {"num_cpus": processes or executors.places(), "include_dashboard": False, "object_store_memory": OBJECT_STORE}
-        options |= {"_temp_dir": folder}
-        address = "local"
-    try:
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    with _session() if address == "local" else nullcontext() as folder:
+        if folder:
+            options |= {"num_cpus": processes or executors.cores(), "include_dashboard": False}
+            options |= {"object_store_memory": OBJECT_STORE, "_temp_dir": str(folder)}
         try:
-            ray.init(address=address, **options)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            what = "Ray does not start here" if folder else f"no cluster at RAY_ADDRESS={address}"
-            raise BadInput(f"--executor ray: {what}: {first}") from error
-        yield Cluster(ray, processes, gpus)
+            try:
+                ray.init(address=address, **options)
+            except Exception as error:  # Ray raises plain ones too
+                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                what = "Ray does not start here" if folder else f"no cluster at RAY_ADDRESS={address}"
+                raise BadInput(f"--executor ray: {what}: {first}") from error
+            yield Cluster(ray, processes, gpus)
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _session() -> Iterator[Path]:
+    """A folder for the sockets and logs of a Ray of our own, removed afterwards; a killed run leaves one, removed after an hour."""
+    root = Path(os.environ.get("RAY_TMPDIR") or "/tmp")  # not $TMPDIR: sockets want short paths
+    for old in root.glob(f"{SESSION}*"):
+        with suppress(BadInput, OSError):
+            if time.time() - old.stat().st_mtime > ABANDONED:
+                with held(old / "lock", wait=False) as free:
+                    if free:
+                        shutil.rmtree(old, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=SESSION, dir=root))
+    try:
+        with held(folder / "lock"):
+            yield folder
     finally:
-        ray.shutdown()
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)

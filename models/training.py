@@ -181,7 +181,7 @@ def fit(module: Classifier, data: ImageSet, recipe: Recipe, seed: int) -> Fitted
             max_epochs=recipe.epochs,
             accelerator="gpu" if device.type == "cuda" else "cpu",
             devices=1,
-            # A Slurm job's tasks are no ranks of this training, which Lightning would take them for.
+            # In a Slurm job Lightning would take SIGUSR1 for a wish to be requeued, and the job's tasks for ranks of the training.
             plugins=[LightningEnvironment()],
             precision="bf16-mixed" if recipe.precision == "bf16" and device.type == "cuda" else "32-true",
             logger=False,

@@ -54,13 +54,20 @@ def test_the_same_arguments_give_the_same_weights_bit_for_bit() -> None:
     assert not first.net.training
 
 
-def test_the_tasks_of_a_slurm_job_are_no_ranks_of_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_in_a_slurm_job_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = []
+
+    class Listening(Classifier):
+        def after_step(self) -> None:
+            heard.append(signal.getsignal(signal.SIGUSR1))
+
     data = some_images()
-    expected = weights(fit(Classifier(tiny(), TINY), data, TINY, seed=3).net)
+    expected = weights(fit(Listening(tiny(), TINY), data, TINY, seed=3).net)
     job = {"NTASKS": "2", "NTASKS_PER_NODE": "2", "NNODES": "2", "PROCID": "1", "LOCALID": "1", "NODEID": "1", "JOB_ID": "1234567"}
     for name, value in (job | {"JOB_NAME": "levelfield", "NODELIST": "a,b"}).items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    assert same(weights(fit(Classifier(tiny(), TINY), data, TINY, seed=3).net), expected)
+    assert same(weights(fit(Listening(tiny(), TINY), data, TINY, seed=3).net), expected)
+    assert set(heard) == {signal.getsignal(signal.SIGUSR1)}
 
 
 def test_training_leaves_the_surrounding_random_state_alone() -> None:
