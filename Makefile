@@ -17,7 +17,7 @@ STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 LEVELFIELD := $(RUN) -m benchmark
 
-.PHONY: help install benchmark slices tables plots page report paper dashboard test check lint fix clean
+.PHONY: help install benchmark slices tables plots page report paper dashboard test check torture lint fix clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -68,6 +68,9 @@ dashboard: $(STAMP) ## look at the W&B runs of MATRIX in the terminal, grouped b
 
 test: $(STAMP) ## the tests (ARGS="-k badnets" picks some)
 	@$(RUN) -m pytest -q $(ARGS)
+
+torture: $(STAMP) ## kill, starve and damage a small run, over and over; counts lost rows (ARGS="--kills 100 --executor local")
+	@$(RUN) -m benchmark.torture $(ARGS)
 
 check: lint test ## lint, types, import contracts, then the tests
 

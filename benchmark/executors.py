@@ -142,8 +142,9 @@ class Schedule:
         self._again[position] = time.monotonic() + AGAIN
         self._waiting.append(position)
 
-    def back(self, position: int) -> None:
-        """It did not come to an end, through no fault of its own: it comes first."""
+    def back(self, position: int, *, later: bool = False) -> None:
+        """It did not come to an end, through no fault of its own: it comes first, at once or a little ``later``."""
+        self._again[position] = time.monotonic() + AGAIN if later else 0.0
         self._waiting.insert(0, position)
 
     def died(self, position: int) -> None:

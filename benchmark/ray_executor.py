@@ -14,8 +14,9 @@ import shutil
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,11 @@ __all__ = ["Cluster", "connected"]
 
 OBJECT_STORE = 80 * 2**20
 """Bytes: hardly more than the least that Ray takes. Nothing goes through it."""
+SESSION, ABANDONED = "levelfield-ray-", 3600.0
+"""How the folders of our own Rays are called, and after how many seconds one without an owner is taken for a killed run's."""
+UNHEARD = 10
+"""How often a stage may come back from a process that died before the stage began there, until that counts as a death too."""
+GPU = "CUDA_VISIBLE_DEVICES"
 LOOK = 5.0
 """Seconds between two looks at how large the cluster is."""
 QUIET = {
@@ -66,7 +72,9 @@ def attend(job: Mapping[str, Any], kind: str, number: int, label: str) -> Iterat
         yield "unfit", why
         return
     state = executors._state
-    if state["lost"]:  # its GPU; it is about to leave
+    # What was initialised on one GPU goes on there, whatever Ray says afterwards.
+    if state["lost"] or (job["gpus"] and _entered["gpu"] != os.environ.get(GPU)):
+        _leave()
         yield "left", ""
         return
     told: list[executors._News] = []
@@ -80,8 +88,13 @@ def attend(job: Mapping[str, Any], kind: str, number: int, label: str) -> Iterat
     except BadInput as error:
         ended, why = "bad input", str(error)
     if state["lost"]:
-        threading.Timer(1.0, os._exit, (1,)).start()  # once this is told; Ray starts another process
+        _leave()
     yield ended, why, [item.text for item in told if item.what == "note"], arithmetic()
+
+
+def _leave() -> None:
+    """Ends this process once what it says has been heard; Ray starts another one."""
+    threading.Timer(1.0, os._exit, (1,)).start()
 
 
 class _Told:
@@ -111,7 +124,8 @@ def _enter(job: Mapping[str, Any]) -> str:
     for name, value in job["environment"].items():
         os.environ.setdefault(name, value)
     if not job["gpus"]:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ[GPU] = ""
+    _entered.setdefault("gpu", os.environ.get(GPU))
     try:
         import benchmark.cell  # noqa: F401 - so that all that a stage runs is loaded
 
@@ -207,10 +221,13 @@ class Cluster:
 
     def _run(self, schedule: Schedule, job: dict[str, Any], used: dict[str, str]) -> None:
         ray = self._ray
-        task = ray.remote(num_returns="streaming", max_retries=0, num_cpus=1, num_gpus=self.gpus)(_carrier())
+        # max_calls: Ray would start a process for every stage that has a GPU, to give its memory back.
+        options = {"num_returns": "streaming", "max_retries": 0, "max_calls": 0, "num_cpus": 1, "num_gpus": self.gpus}
+        task = ray.remote(**options)(_carrier())
         running: dict[Any, int] = {}
         on: dict[Any, tuple[str, int]] = {}
         numbers: dict[tuple[str, int], int] = {}
+        unheard: Counter[int] = Counter()
         try:
             while schedule.waiting or running:
                 while len(running) < self._room() and (position := schedule.next()) is not None:
@@ -229,11 +246,15 @@ class Cluster:
                     except (ray.exceptions.RayError, StopIteration) as error:
                         if isinstance(error, ray.exceptions.RayTaskError):
                             raise
-                        host, worker = on.pop(generator, ("a node", 0))
+                        position = running.pop(generator)
+                        if generator not in on and unheard[position] < UNHEARD:
+                            unheard[position] += 1  # given to a process that another stage had just ended: no death of this one's
+                            schedule.back(position)
+                            continue
+                        host, worker = on.pop(generator, ("some node", 0))
                         schedule.watcher.note(f"a worker process on {host} died; its stage is tried again")
-                        if worker:
-                            schedule.watcher.put_back(worker)
-                        schedule.died(running.pop(generator))
+                        schedule.watcher.put_back(worker)
+                        schedule.died(position)
                         continue
                     if message[0] == "started":
                         _, host, pid = message
@@ -265,7 +286,7 @@ def _ended(schedule: Schedule, position: int, host: str, worker: int, message: t
     if ended == "bad input":
         raise BadInput(why)
     if ended == "left":
-        schedule.back(position)
+        schedule.back(position, later=True)
     elif ended == "failed":
         schedule.failed(position, why)
     else:
@@ -302,23 +323,37 @@ def connected(processes: int | None, gpus: float | None) -> Iterator[Cluster]:
     if ray.is_initialized():
         yield Cluster(ray, processes, gpus)
         return
-    address = os.environ.get("RAY_ADDRESS", "")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    folder = None
-    if not address or address == "local":
-        folder = tempfile.mkdtemp(prefix="levelfield-ray-", dir=os.environ.get("RAY_TMPDIR") or "/tmp")  # sockets want short paths
-        options |= {"num_cpus": processes or executors.places(), "include_dashboard": False, "object_store_memory": OBJECT_STORE}
-        options |= {"_temp_dir": folder}
-        address = "local"
-    try:
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    with _session() if address == "local" else nullcontext() as folder:
+        if folder:
+            options |= {"num_cpus": processes or executors.cores(), "include_dashboard": False}
+            options |= {"object_store_memory": OBJECT_STORE, "_temp_dir": str(folder)}
         try:
-            ray.init(address=address, **options)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            what = "Ray does not start here" if folder else f"no cluster at RAY_ADDRESS={address}"
-            raise BadInput(f"--executor ray: {what}: {first}") from error
-        yield Cluster(ray, processes, gpus)
+            try:
+                ray.init(address=address, **options)
+            except Exception as error:  # Ray raises plain ones too
+                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                what = "Ray does not start here" if folder else f"no cluster at RAY_ADDRESS={address}"
+                raise BadInput(f"--executor ray: {what}: {first}") from error
+            yield Cluster(ray, processes, gpus)
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _session() -> Iterator[Path]:
+    """A folder for the sockets and logs of a Ray of our own, removed afterwards; a killed run leaves one, removed after an hour."""
+    root = Path(os.environ.get("RAY_TMPDIR") or "/tmp")  # not $TMPDIR: sockets want short paths
+    for old in root.glob(f"{SESSION}*"):
+        with suppress(BadInput, OSError):
+            if time.time() - old.stat().st_mtime > ABANDONED:
+                with held(old / "lock", wait=False) as free:
+                    if free:
+                        shutil.rmtree(old, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=SESSION, dir=root))
+    try:
+        with held(folder / "lock"):
+            yield folder
     finally:
-        ray.shutdown()
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)

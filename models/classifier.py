@@ -17,11 +17,12 @@ with warnings.catch_warnings():
     # Lightning's own imports warn about other packages' deprecations; ours stay errors in the tests.
     warnings.simplefilter("ignore")
     import pytorch_lightning as pl
+    from pytorch_lightning.plugins.environments import LightningEnvironment
 
 if TYPE_CHECKING:
     from models.training import Recipe
 
-__all__ = ["Classifier", "Epochs", "pl"]
+__all__ = ["Classifier", "Epochs", "LightningEnvironment", "pl"]
 
 
 class Epochs(Protocol):

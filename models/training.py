@@ -15,7 +15,7 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from models.backbone import Network
-from models.classifier import Classifier, pl
+from models.classifier import Classifier, LightningEnvironment, pl
 from models.cost import metered
 from models.images import ImageSet, to_float
 from models.spec import Spec, check
@@ -35,6 +35,8 @@ __all__ = [
 ]  # fmt: skip
 
 Precision = Literal["reference", "tf32", "bf16"]
+FLOOR = 16
+"""Samples: for want of memory, a batch of an evaluation is halved down to this many."""
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts: without it cuBLAS may sum in another order
 
@@ -179,6 +181,8 @@ def fit(module: Classifier, data: ImageSet, recipe: Recipe, seed: int) -> Fitted
             max_epochs=recipe.epochs,
             accelerator="gpu" if device.type == "cuda" else "cpu",
             devices=1,
+            # In a Slurm job Lightning would take SIGUSR1 for a wish to be requeued, and the job's tasks for ranks of the training.
+            plugins=[LightningEnvironment()],
             precision="bf16-mixed" if recipe.precision == "bf16" and device.type == "cuda" else "32-true",
             logger=False,
             enable_checkpointing=False,
@@ -220,12 +224,36 @@ def _evaluated(net: Network) -> Iterator[torch.device]:
         net.to(home).train(was_training)
 
 
-def _batches(images: Tensor, batch: int | None, device: torch.device) -> Iterator[Tensor]:
-    """Float images on ``device`` in batches of fixed size: ``batch``, or what suits the device."""
+def _in_batches(step: Callable[[Tensor], Tensor], images: Tensor, batch: int | None, device: torch.device) -> list[Tensor]:
+    """``step`` of float images on ``device``, in batches of fixed size: ``batch``, or what suits the device.
+
+    Where memory does not suffice for a batch it is halved, and those after it are as small.
+
+    Raises:
+        RuntimeError: memory does not suffice for :data:`FLOOR` samples either.
+    """
+
+    def of(part: Tensor) -> Tensor:
+        return step(to_float(part.to(device)).contiguous(memory_format=torch.channels_last))
+
     size = batch or (500 if device.type == "cpu" else 2000)
-    for start in range(0, len(images), size):
-        part = to_float(images[start : start + size].to(device))
-        yield part.contiguous(memory_format=torch.channels_last)
+    done: list[Tensor] = []
+    start = 0
+    while start < len(images):
+        try:
+            done.append(of(images[start : start + size]))
+            start += size
+        except (RuntimeError, MemoryError) as error:
+            if size <= FLOOR or not _out_of_memory(error):
+                raise
+            size = max(size // 2, FLOOR)
+    return done
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory did not suffice: CUDA's has a class, a library's or the CPU's only words."""
+    words = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
 
 @torch.no_grad()
@@ -235,7 +263,7 @@ def predict(net: Network, images: Tensor, batch: int | None = None) -> Tensor:
     Computed on the default device; mode and place of the network are restored. The pass is tallied as forward samples.
     """
     with _evaluated(net) as device:
-        parts = [net(part).argmax(1).cpu() for part in _batches(images, batch, device)]
+        parts = _in_batches(lambda part: net(part).argmax(1).cpu(), images, batch, device)
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 
@@ -246,14 +274,14 @@ def embed(net: Network, images: Tensor, batch: int | None = None) -> list[Tensor
     They stay on the default device; mode and place of the network are restored.
     """
     with _evaluated(net) as device:
-        return [net.embed(part) for part in _batches(images, batch, device)]
+        return _in_batches(net.embed, images, batch, device)
 
 
 @torch.no_grad()
 def logits(net: Network, images: Tensor, batch: int | None = None) -> Tensor:
     """Logits float (N, num_classes) of uint8 images (N, C, H, W) in evaluation mode, on the CPU; otherwise as :func:`predict`."""
     with _evaluated(net) as device:
-        return torch.cat([net(part).cpu() for part in _batches(images, batch, device)])
+        return torch.cat(_in_batches(lambda part: net(part).cpu(), images, batch, device))
 
 
 @torch.no_grad()

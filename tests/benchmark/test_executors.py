@@ -94,6 +94,34 @@ def test_a_worker_that_dies_is_replaced_and_its_stage_tried_again(tmp_path: Path
     assert len(list((tmp_path / "store" / "defended").rglob("entry.json"))) == 2
 
 
+WAITS = """
+        deaths = Path(__file__).parent / "deaths"
+        while not deaths.exists() or len(deaths.read_text()) < 3:
+            time.sleep(0.05)
+"""
+DIES = """
+        with (Path(__file__).parent / "deaths").open("a") as deaths:
+            deaths.write("x")
+        os._exit(9)
+"""
+
+
+@pytest.mark.slow
+def test_a_death_counts_for_the_stage_whose_process_died_alone(tmp_path: Path) -> None:
+    body = ODD[ODD.index("        mark =") : ODD.index("        yield")]
+    named = ODD.replace("import os", "import os, time")
+    (tmp_path / "odd.py").write_text(named.replace(body, DIES[1:]).replace("DiesOnce", "Dies").replace("dies-once", "dies"))
+    (tmp_path / "other.py").write_text(named.replace(body, WAITS[1:]).replace("DiesOnce", "Waits").replace("dies-once", "waits"))
+    settings = MATRIX.replace('"odd.py"', '"odd.py", "other.py"').replace("dies-once", "dies")
+    (tmp_path / "m.toml").write_text(settings + '[[defense]]\nname = "waits"\ntracks = ["model"]\n')
+    stages = [Stage("victim", 1, "victim"), Stage("cell", 1, "dies", (0,)), Stage("cell", 2, "waits", (0,))]
+    ear = Ear()
+    failures = run_stages(stages, tmp_path / "m.toml", tmp_path / "store", tmp_path / "cache", ear, 2)
+    assert failures == [Failure(1, "its process died 3 times (out of memory?)")]
+    assert (tmp_path / "deaths").read_text() == "xxx"
+    assert "waits" in ear.finished_labels
+
+
 SLEEPS = ODD.replace("DiesOnce", "Sleeps").replace("dies-once", "sleeps").replace("import os", "import os, time")
 
 

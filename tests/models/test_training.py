@@ -15,6 +15,7 @@ from torch import Tensor
 from models import training
 from models.backbone import Network
 from models.classifier import Classifier
+from models.cost import metered
 from models.images import ImageSet
 from models.resnet import ResNet8
 from models.spec import BadInput, canonical, generator
@@ -51,6 +52,22 @@ def test_the_same_arguments_give_the_same_weights_bit_for_bit() -> None:
     assert same(weights(first.net), weights(second.net))
     assert not same(weights(first.net), weights(other.net))
     assert not first.net.training
+
+
+def test_a_training_in_a_slurm_job_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = []
+
+    class Listening(Classifier):
+        def after_step(self) -> None:
+            heard.append(signal.getsignal(signal.SIGUSR1))
+
+    data = some_images()
+    expected = weights(fit(Listening(tiny(), TINY), data, TINY, seed=3).net)
+    job = {"NTASKS": "2", "NTASKS_PER_NODE": "2", "NNODES": "2", "PROCID": "1", "LOCALID": "1", "NODEID": "1", "JOB_ID": "1234567"}
+    for name, value in (job | {"JOB_NAME": "levelfield", "NODELIST": "a,b"}).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert same(weights(fit(Listening(tiny(), TINY), data, TINY, seed=3).net), expected)
+    assert set(heard) == {signal.getsignal(signal.SIGUSR1)}
 
 
 def test_training_leaves_the_surrounding_random_state_alone() -> None:
@@ -231,6 +248,53 @@ def test_prediction_does_not_depend_on_the_batch_size_and_restores_the_mode() ->
             assert net.training is mode
     hits = [guess == label for guess, label in zip(expected, data.labels.tolist(), strict=True)]
     assert accuracy(net, data) == pytest.approx(sum(hits) / 50)
+
+
+class Cramped(torch.nn.Module):
+    """Features for which memory suffices up to a number of samples."""
+
+    def __init__(self, features: torch.nn.Module, most: int, error: Exception) -> None:
+        super().__init__()
+        self.features, self.most, self.error, self.sizes = features, most, error, list[int]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sizes.append(len(x))
+        if len(x) > self.most:
+            raise self.error
+        return self.features(x)
+
+
+CPU_SAYS = "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError(CPU_SAYS), MemoryError()])
+def test_an_evaluation_for_which_memory_does_not_suffice_goes_on_in_smaller_batches(error: Exception) -> None:
+    net, data = tiny(width=4), some_images(150)
+    expected = predict(net, data.images), logits(net, data.images), torch.cat(embed(net, data.images))
+    with metered() as plenty:
+        predict(net, data.images)
+    net.features = cramped = Cramped(net.features, 40, error)
+    with metered() as cost:
+        assert torch.equal(predict(net, data.images, batch=128), expected[0])
+    assert cramped.sizes == [128, 64, 32, 32, 32, 32, 22]
+    assert cost == plenty, "a batch that did not fit is not charged"
+    torch.testing.assert_close(logits(net, data.images), expected[1])
+    embedded = embed(net, data.images)
+    torch.testing.assert_close(torch.cat(embedded), expected[2])
+    assert torch.equal(predict_head(net, embedded), expected[0])
+    assert accuracy(net, data) == float((expected[0] == data.labels).double().mean())
+
+
+def test_an_evaluation_is_not_halved_without_end_nor_for_other_errors() -> None:
+    net, data = tiny(), some_images(50)
+    net.features = cramped = Cramped(net.features, 0, MemoryError("none left"))
+    with pytest.raises(MemoryError, match="none left"):
+        predict(net, data.images)
+    assert cramped.sizes[-1] == training.FLOOR
+    net.features = other = Cramped(cramped.features, 0, RuntimeError("shapes do not fit"))
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        predict(net, data.images)
+    assert other.sizes == [50]
 
 
 def test_the_ways_to_evaluate_say_the_same() -> None:
