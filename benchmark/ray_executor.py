@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 import threading
 import time
@@ -36,6 +37,8 @@ SESSION, ABANDONED = "levelfield-ray-", 3600.0
 UNHEARD = 10
 """How often a stage may come back from a process that died before the stage began there, until that counts as a death too."""
 GPU = "CUDA_VISIBLE_DEVICES"
+PATIENCE = 10.0
+"""Seconds in which the head of a cluster must answer."""
 LOOK = 5.0
 """Seconds between two looks at how large the cluster is."""
 QUIET = {
@@ -331,6 +334,9 @@ def connected(processes: int | None, gpus: float | None) -> Iterator[Cluster]:
             options |= {"object_store_memory": OBJECT_STORE, "_temp_dir": str(folder)}
         try:
             try:
+                if address not in ("local", "auto"):  # Ray itself would try for minutes
+                    host, _, port = address.rpartition(":")
+                    socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
                 ray.init(address=address, **options)
             except Exception as error:  # Ray raises plain ones too
                 first = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -554,13 +554,16 @@ def test_what_a_person_is_told_without_ray_or_a_cluster(matrix: Matrix, tmp_path
         go(matrix, tmp_path, gpus=0.5)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
-    monkeypatch.setenv("RAY_ADDRESS", "nowhere:1")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(BadInput, match=r"--executor ray: no cluster at RAY_ADDRESS=127.0.0.1:1: .*refused$"):
+        go(matrix, tmp_path, executor="ray")
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
 
     def refuse(**options: Any) -> None:
         raise ConnectionError("nobody there\nand more")
 
     monkeypatch.setattr(ray, "init", refuse)
-    with pytest.raises(BadInput, match=r"--executor ray: no cluster at RAY_ADDRESS=nowhere:1: nobody there$"):
+    with pytest.raises(BadInput, match=r"--executor ray: no cluster at RAY_ADDRESS=auto: nobody there$"):
         go(matrix, tmp_path, executor="ray")
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(BadInput, match="ray is not installed here: pip install"):
