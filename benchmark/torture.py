@@ -52,6 +52,8 @@ LIMIT = 1200.0
 """Seconds until a command counts as hung, and its processes are killed."""
 GRACE = 300.0
 """Seconds that processes may outlive the one that was killed: a worker looks for its parent once it has imported everything."""
+ISSUES = 3
+"""How often an undisturbed command is issued that does not finish."""
 OLD = 7200.0
 """Seconds by which what a killed writer left is aged, so that the next run may take it for abandoned."""
 
@@ -335,9 +337,12 @@ class Torture:
             time.sleep(0.02)
 
     def finish(self, arguments: Sequence[str] | None = None) -> int:
-        """Issues the command and lets it finish; the exit status. One process will do: workers would import everything first."""
-        status = self.end(self.issue(arguments or self.arguments(1)))
-        if status:
+        """Issues the command until it has finished, undisturbed; the exit status. One process will do: workers would import
+        everything first. On a machine that is very busy a Ray of its own may not come up in time, and says so."""
+        for _ in range(ISSUES):
+            status = self.end(self.issue(arguments or self.arguments(1)))
+            if not status:
+                break
             self.notes.append(f"undisturbed, it ended with status {status}: {self.said()}")
         return status
 

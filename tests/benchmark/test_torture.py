@@ -235,8 +235,19 @@ def test_a_command_that_loses_doubles_or_changes_rows_is_found_out(
 
 
 @pytest.mark.parametrize("wrong", ["rows"], indirect=True)
+def test_a_command_that_does_not_finish_is_issued_again(wrong: Torture, monkeypatch: pytest.MonkeyPatch) -> None:
+    statuses = [2, 2, 0]
+    monkeypatch.setattr(wrong, "issue", lambda arguments: None)
+    monkeypatch.setattr(wrong, "end", lambda command: statuses.pop(0))
+    assert wrong.finish() == 0
+    assert statuses == []
+    assert [note.startswith("undisturbed, it ended with status 2") for note in wrong.notes] == [True, True]
+
+
+@pytest.mark.parametrize("wrong", ["rows"], indirect=True)
 def test_a_command_that_hangs_is_killed_and_told_of(wrong: Torture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "LIMIT", 1.0)
+    monkeypatch.setattr(harness, "ISSUES", 1)
     wrong.here.mkdir()
     assert wrong.finish() == -signal.SIGKILL
     assert "hung" in wrong.notes[0]
