@@ -29,6 +29,9 @@ from benchmark.store import Store
 from models.spec import BadInput
 
 ray = pytest.importorskip("ray")
+AT_LENGTH = pytest.mark.skipif(
+    "LEVELFIELD_CLUSTER" not in os.environ, reason="minutes, and a machine with nothing else to do: LEVELFIELD_CLUSTER=1 has it"
+)
 # Ray's own: sockets and files of the daemons that it starts are closed when they are collected.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
@@ -257,6 +260,7 @@ def test_a_node_with_other_code_ends_the_run_by_name(
 
 
 @pytest.mark.slow
+@AT_LENGTH
 def test_a_dead_node_a_stage_that_kills_its_process_and_one_that_raises(reference: Path, nodes: Nodes, tmp_path: Path) -> None:
     worse = matrix_in(tmp_path, MATRIX + OTHERS)  # last: the node is not replaced
     (tmp_path / "stay").touch()
@@ -298,7 +302,7 @@ HEARS = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); o
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=AT_LENGTH)])
 def test_a_run_that_ends_leaves_no_stage_running(tmp_path: Path, sent: signal.Signals) -> None:
     """Interrupted as from a terminal, which tells every process of the run; or killed, which tells nobody."""
     matrix = matrix_in(tmp_path)

@@ -261,7 +261,8 @@ seeds = [0, 1]
 dataset = { source = "digits", clean_fraction = 0.2, train_limit = 100, test_limit = 40 }
 recipe = { epochs = 1 }
 backbone = [{ name = "vgg11-bn", width = 2, hidden = 8 }]
-attack = [{ name = "badnets" }]
+[[attack]]
+name = "badnets"
 [[extractor]]
 name = "supervised"
 label = "clean, with labels"
