@@ -602,6 +602,7 @@ def overhead(folder: Path, run: Callable[[Sequence[Stage]], object], counts: tup
 
 
 @pytest.mark.slow
+@AT_LENGTH
 def test_a_stage_that_stands_costs_milliseconds(matrix: Matrix, nodes: Nodes, tmp_path: Path) -> None:
     store, cache, used = tmp_path / "store", tmp_path / "cache", dict[str, str]()
     run_victim(executors.victims_of(matrix)[0], Store(store), cache)
