@@ -53,9 +53,11 @@ def run(
 ) -> None:
     """Run a matrix: implant, defend, score; then tables, plots, page, report and the leaderboard."""
     from benchmark.matrix import find_matrix, load_matrix
+    from benchmark.present import present
+    from benchmark.progress import notes
     from benchmark.run import run_matrix
 
-    loaded = load_matrix(find_matrix(matrix))
+    loaded = load_matrix(find_matrix(matrix), notes(console))
     try:
         outcome = run_matrix(
             loaded,
@@ -67,12 +69,10 @@ def run(
             executor=executor.value,
             gpus=gpus,
         )
+        present(outcome.folder, loaded, cache=cache, console=console, track=wandb)
     except KeyboardInterrupt:
         console.print("\ninterrupted; finished stages are stored, finished cells have rows: issue the same command again to go on")
         raise typer.Exit(130) from None
-    from benchmark.present import present
-
-    present(outcome.folder, loaded, cache=cache, console=console, track=wandb)
 
 
 def _stored(matrix: str | None, results: Path) -> list[Path]:

@@ -195,11 +195,11 @@ def _extractor(extractor: Extractor, scenario: Scenario, w: World, data: ImageSe
 
 
 @functools.lru_cache(maxsize=2)
-def _read_extractor(extractor: Extractor, scenario: Scenario, root: Path, cache: Path) -> Fitted | None:
+def _read_extractor(extractor: Extractor, scenario: Scenario, store: Store, cache: Path) -> Fitted | None:
     w = world(scenario, cache)
     if extractor.reads == "nothing":
         return _extractor(extractor, scenario, w, w.train)
-    entry = Store(root).read("extractor", extractor_key(extractor, scenario, w.data.fingerprint))
+    entry = store.read("extractor", extractor_key(extractor, scenario, w.data.fingerprint))
     if entry is None:
         return None
     if entry.outcome["status"] != "ok":
@@ -216,11 +216,11 @@ def read_extractor(extractor: Extractor, scenario: Scenario, store: Store, cache
     Raises:
         Diverged: its training did.
     """
-    fitted = _read_extractor(extractor, scenario, store.root, cache)
+    fitted = _read_extractor(extractor, scenario, store, cache)
     if fitted is None:
         _read_extractor.cache_clear()
         run_extractor(extractor, scenario, store, cache, poisoned)
-        fitted = _read_extractor(extractor, scenario, store.root, cache)
+        fitted = _read_extractor(extractor, scenario, store, cache)
     assert fitted is not None
     return fitted
 
@@ -348,8 +348,7 @@ def _attack(
 
 
 @functools.lru_cache(maxsize=2)
-def _read_victim(scenario: Scenario, root: Path, cache: Path) -> Victim | None:
-    store = Store(root)
+def _read_victim(scenario: Scenario, store: Store, cache: Path) -> Victim | None:
     w = world(scenario, cache)
     entry = store.read("victim", victim_key(scenario, w.data.fingerprint))
     if entry is None:
@@ -381,11 +380,11 @@ def _read_victim(scenario: Scenario, root: Path, cache: Path) -> Victim | None:
 
 def read_victim(scenario: Scenario, store: Store, cache: Path) -> Victim:
     """A stored victim; trained first when it is absent or damaged."""
-    victim = _read_victim(scenario, store.root, cache)
+    victim = _read_victim(scenario, store, cache)
     if victim is None:
         _read_victim.cache_clear()
         run_victim(scenario, store, cache)
-        victim = _read_victim(scenario, store.root, cache)
+        victim = _read_victim(scenario, store, cache)
     assert victim is not None
     return victim
 

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmark.files import held, replaced
+from benchmark.files import held, replaced, sweep
 from benchmark.image_files import DECODER_REVISION, Gathered, archive_key, listing_key, pixels, read
 from models.images import ImageSet, quantise
 from models.room import limit
@@ -367,6 +367,7 @@ def _locate(source: str, cache: Path) -> Path:
 def _kept(path: Path, source: str, progress: Callable[[str], None], decode: Callable[[], _Whole]) -> _Whole:
     """What ``decode`` gives, kept in ``path``; a damaged file is named and made again."""
     if path.is_file():
+        sweep(path.parent)
         try:
             return _read(path)
         except (safetensors.SafetensorError, OSError, KeyError, ValueError, TypeError) as error:

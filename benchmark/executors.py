@@ -27,7 +27,10 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from models.spec import BadInput
 
-__all__ = ["Failure", "Schedule", "Stage", "StageError", "Watcher", "cores", "places", "run_stages", "single_thread"]
+__all__ = [
+    "Failure", "News", "Schedule", "Stage", "StageError", "Watcher", "cores", "enter", "places", "run_stages", "single_thread",
+    "state", "work",
+]  # fmt: skip
 
 ATTEMPTS = 3
 """How often a stage is tried when the process that runs it dies (out of memory, say)."""
@@ -35,7 +38,7 @@ SHARING = 3
 """Processes that share a GPU unless somebody says otherwise: at the literature's batch of 128 a single one spends about as long on
 issuing kernels as the GPU on running them (an estimate; ``benchmark.throughput`` measures what sharing gives)."""
 AGAIN = 1.0
-"""Seconds until a stage that another run is computing is asked for again."""
+"""Seconds until a stage that another process is computing is asked for again."""
 
 
 @dataclass(frozen=True)
@@ -135,10 +138,10 @@ class Schedule:
         self.watcher.note(f"{self.stages[position].label}: failed: {reason}")
 
     def put_back(self, position: int) -> None:
-        """Another run is computing it, or what it stands on: it comes after the others, a little later."""
+        """Another process is computing it, or what it stands on: it comes after the others, a little later."""
         if not self._shared:
             self._shared = True
-            self.watcher.note("another run is computing stages of this one in the same store: they are read once they stand")
+            self.watcher.note("another process is computing stages of this run in the same store: they are read once they stand")
         self._again[position] = time.monotonic() + AGAIN
         self._waiting.append(position)
 
@@ -158,10 +161,11 @@ class Schedule:
 
 # -- inside a worker -----------------------------------------------------------------------------------------------------------
 
-_state: dict[str, Any] = {}
+state: dict[str, Any] = {}
+"""What this worker process works on; :func:`enter` fills it."""
 
 
-class _News(NamedTuple):
+class News(NamedTuple):
     """What a worker tells its parent: its process id, what happened, about what."""
 
     worker: int
@@ -171,16 +175,17 @@ class _News(NamedTuple):
     number: int = -1
 
 
-def _start(path: str, store: str, cache: str, news: Any, parent: int) -> None:
+def enter(path: str, store: str, cache: str, news: Any, parent: int) -> None:
+    """Makes this process a worker: it loads the matrix, opens the store, and ends with ``parent`` (0: it is its own)."""
     single_thread()
     from benchmark.matrix import load_matrix
     from benchmark.store import Store
 
     def report(line: str) -> None:
-        news.put(_News(os.getpid(), "note", line))
+        news.put(News(os.getpid(), "note", line))
 
-    _state.update(matrix=load_matrix(Path(path)), store=Store(Path(store), report, patient=False), cache=Path(cache), news=news)
-    _state.update(pooled=parent > 0, lost=False)
+    state.update(matrix=load_matrix(Path(path)), store=Store(Path(store), report, patient=False), cache=Path(cache), news=news)
+    state.update(pooled=parent > 0, lost=False)
     if parent:
         threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
 
@@ -192,14 +197,14 @@ def _die_with(parent: int) -> None:
     os._exit(1)
 
 
-def _work(kind: str, number: int, label: str) -> bool:
-    """Runs a stage; True when it was put back, because another run is computing it or what it stands on."""
+def work(kind: str, number: int, label: str) -> bool:
+    """Runs a stage; True when it was put back, because another process is computing it or what it stands on."""
     from benchmark.store import Busy
 
-    if _state.get("lost"):
+    if state.get("lost"):
         os._exit(1)  # the pool starts another process and tries this stage there
-    news = _state["news"]
-    news.put(_News(os.getpid(), "started", label, kind, number))
+    news = state["news"]
+    news.put(News(os.getpid(), "started", label, kind, number))
     ended = "finished"
     try:
         _run(kind, number)
@@ -209,11 +214,11 @@ def _work(kind: str, number: int, label: str) -> bool:
         ended = "put back"
         return True
     except Exception as error:
-        _state["lost"] = _state["pooled"] and _device_lost()
+        state["lost"] = state["pooled"] and _device_lost()
         # Told here, where the traceback is whole, so that the reason reads the same in this process and across processes.
         raise StageError(_why(error)) from error
     finally:
-        news.put(_News(os.getpid(), ended, label, kind, number))
+        news.put(News(os.getpid(), ended, label, kind, number))
     return False
 
 
@@ -221,7 +226,7 @@ def _run(kind: str, number: int) -> None:
     from benchmark.cell import run_cell, run_extractor, run_victim
     from models.training import arithmetic
 
-    matrix, store, cache = _state["matrix"], _state["store"], _state["cache"]
+    matrix, store, cache = state["matrix"], state["store"], state["cache"]
     # What a stage computes outside its trainings (scores, estimates, searches) is as precise as the victim's recipe says.
     if kind == "victim":
         scenario = victims_of(matrix)[number]
@@ -283,11 +288,11 @@ class _Inline:
     def __init__(self, watcher: Watcher) -> None:
         self.watcher = watcher
 
-    def put(self, item: _News) -> None:
+    def put(self, item: News) -> None:
         _tell(self.watcher, item)
 
 
-def _tell(watcher: Watcher, item: _News) -> None:
+def _tell(watcher: Watcher, item: News) -> None:
     if item.what == "started":
         watcher.started(item.worker, item.text)
     elif item.what == "finished":
@@ -323,7 +328,7 @@ def run_stages(
 
 
 def _run_inline(schedule: Schedule, arguments: tuple[str, str, str]) -> None:
-    _start(*arguments, _Inline(schedule.watcher), 0)
+    enter(*arguments, _Inline(schedule.watcher), 0)
     while schedule.waiting:
         position = schedule.next()
         if position is None:
@@ -332,7 +337,7 @@ def _run_inline(schedule: Schedule, arguments: tuple[str, str, str]) -> None:
             continue
         stage = schedule.stages[position]
         try:
-            put_back = _work(stage.kind, stage.number, stage.label)
+            put_back = work(stage.kind, stage.number, stage.label)
         except StageError as error:
             schedule.failed(position, str(error))
         else:
@@ -349,14 +354,14 @@ def _run_one_pool(schedule: Schedule, arguments: tuple[str, str, str], processes
     context = multiprocessing.get_context("spawn")
     # A process may die while it holds the queue's lock, so the next pool has a queue of its own.
     news: Any = context.SimpleQueue()
-    pool = ProcessPoolExecutor(processes, context, initializer=_start, initargs=(*arguments, news, os.getpid()))
+    pool = ProcessPoolExecutor(processes, context, initializer=enter, initargs=(*arguments, news, os.getpid()))
     places: dict[tuple[str, int], int] = {(stage.kind, stage.number): position for position, stage in enumerate(schedule.stages)}
     running: dict[Future[bool], int] = {}
     at: dict[int, int] = {}
 
     def drain() -> None:
         while not news.empty():
-            item: _News = news.get()
+            item: News = news.get()
             if item.what == "started":
                 at[item.worker] = places[item.kind, item.number]
             elif item.what != "note":
@@ -380,7 +385,7 @@ def _run_one_pool(schedule: Schedule, arguments: tuple[str, str, str], processes
             while len(running) < processes and (position := schedule.next()) is not None:
                 stage = schedule.stages[position]
                 try:
-                    running[pool.submit(_work, stage.kind, stage.number, stage.label)] = position
+                    running[pool.submit(work, stage.kind, stage.number, stage.label)] = position
                 except BrokenProcessPool:
                     schedule.back(position)
                     raise
@@ -390,6 +395,9 @@ def _run_one_pool(schedule: Schedule, arguments: tuple[str, str, str], processes
             drain()
             for future in finished:
                 ended(future)
+            if not finished and connection.wait([process.sentinel for process in _processes(pool)], timeout=0):
+                # The pool hears of no death of a process that it started just after its last look at which there are.
+                raise BrokenProcessPool("a process ended")
     except BrokenProcessPool:
         dead = _dead(pool)
         drain()
@@ -406,11 +414,15 @@ def _run_one_pool(schedule: Schedule, arguments: tuple[str, str, str], processes
         return False
     finally:
         drain()
-        workers = list((pool._processes or {}).values())  # a pool that is shut down has forgotten them
+        workers = _processes(pool)  # a pool that is shut down has forgotten them
         pool.shutdown(wait=False, cancel_futures=True)
         for process in workers:
             process.kill()  # Lightning takes SIGTERM for a wish, and goes on to the end of its batch
     return True
+
+
+def _processes(pool: ProcessPoolExecutor) -> list[Any]:
+    return list((pool._processes or {}).values())
 
 
 def _dead(pool: ProcessPoolExecutor) -> set[int | None]:
@@ -418,12 +430,12 @@ def _dead(pool: ProcessPoolExecutor) -> set[int | None]:
 
     The pool asks the others to end (SIGTERM). One that is in a training does not follow, and the pool would wait for it for ever.
     """
-    processes = list((pool._processes or {}).values())
+    processes = _processes(pool)
     alive = {process.sentinel: process for process in processes}
     deadline = time.monotonic() + 1
     while alive and time.monotonic() < deadline:
         for sentinel in connection.wait(list(alive), timeout=0.1):
-            del alive[sentinel]  # type: ignore[arg-type]
+            del alive[sentinel]
     for process in alive.values():
         process.kill()
     pool.shutdown(wait=True, cancel_futures=True)

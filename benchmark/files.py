@@ -9,10 +9,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from models.files import abandoned, replaced, write_bytes, write_text
+from models.files import abandoned, insisting, replaced, sweep, why, write_bytes, write_text
 from models.spec import BadInput
 
-__all__ = ["abandoned", "held", "replaced", "write_bytes", "write_text"]
+__all__ = ["abandoned", "held", "insisting", "replaced", "sweep", "why", "write_bytes", "write_text"]
 
 _NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})
 """What a file system says that knows no locks."""

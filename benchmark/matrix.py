@@ -17,7 +17,7 @@ import math
 import re
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar, get_type_hints
@@ -216,8 +216,11 @@ def find_matrix(name: str) -> Path:
     return FOLDER / f"{name}.toml"
 
 
-def load_matrix(path: Path) -> Matrix:
+def load_matrix(path: Path, note: Callable[[str], None] = lambda line: None) -> Matrix:
     """Reads and checks a matrix file.
+
+    Args:
+        note: is told, in one line each, which plug-ins the file names, before they run.
 
     Raises:
         BadInput: not readable, not TOML, an unknown key or name, a wrong type or a number out of range; one line that names the
@@ -245,7 +248,7 @@ def load_matrix(path: Path) -> Matrix:
         raise BadInput(f"{path}: {_short(_first(error, MatrixTable))}") from error
     if len(set(table.seeds)) != len(table.seeds):
         raise BadInput(f"{path}: seeds {table.seeds} name one seed twice")
-    plugins, found = _plugins(path, table.plugins)
+    plugins, found = _plugins(path, table.plugins, note)
     try:
         scenarios, cells = _expand(table, found)
     except BadInput as error:
@@ -295,8 +298,8 @@ def _first(error: ValidationError, model: type[BaseModel]) -> str:
 Found = dict[type, list[type]]
 
 
-def _plugins(path: Path, files: Sequence[str]) -> tuple[tuple[tuple[str, str], ...], Found]:
-    """Loads the files a matrix names (code, run as code) and collects the methods they define."""
+def _plugins(path: Path, files: Sequence[str], note: Callable[[str], None]) -> tuple[tuple[tuple[str, str], ...], Found]:
+    """Loads the files a matrix names (code, run as code: ``note`` is told before) and collects the methods they define."""
     found: Found = {Backbone: [], Attack: [], Defense: [], Extractor: []}
     loaded = []
     for name in files:
@@ -307,6 +310,7 @@ def _plugins(path: Path, files: Sequence[str]) -> tuple[tuple[tuple[str, str], .
             raise BadInput(f"{path}: plugins: {name}: no such file beside the matrix")
         hashed = hashlib.sha256(file.read_bytes()).hexdigest()
         loaded.append((name, hashed))
+        note(f"plug-in {name} (sha256 {hashed[:12]}) is code and runs with all your rights, because {path} names it")
         module_name = f"levelfield_plugin_{hashed[:12]}"
         module = sys.modules.get(module_name)
         if module is None:

@@ -26,6 +26,7 @@ from benchmark.cell import Victim, World, defend, measured_from, world
 from benchmark.files import write_text
 from benchmark.matrix import Cell, find_matrix, load_matrix
 from benchmark.metrics import Score, Scorer
+from benchmark.progress import notes
 from benchmark.selection import Selection, choose
 from defenses.base import Knowledge
 from models import BACKBONES
@@ -82,7 +83,7 @@ def defend_checkpoint(
     shape_of = _backbone(backbone, state, checkpoint)
     if attack is not None:
         lookup("attack", ATTACKS, attack)
-    cells = _cells(matrix, dataset, shape_of, attack)
+    cells = _cells(matrix, dataset, shape_of, attack, console)
     scenario = cells[0].scenario
     torch.set_num_threads(1)
     w = world(scenario, cache)
@@ -93,7 +94,7 @@ def defend_checkpoint(
     check_state(blank, state if own else state | _normalisation(blank), checkpoint)
     net = scenario.backbone.build(*arguments)
     if not own:
-        console.print("note: the checkpoint holds no normalisation; the data set's own is used", highlight=False)
+        notes(console)("the checkpoint holds no normalisation; the data set's own is used")
         state |= _normalisation(net)
     fit_state(net, state, checkpoint)
     net.eval()
@@ -143,9 +144,9 @@ class Result:
     reason: str
 
 
-def _cells(matrix: str, dataset: str, backbone: Backbone, attack: str | None) -> list[Cell]:
+def _cells(matrix: str, dataset: str, backbone: Backbone, attack: str | None, console: Console) -> list[Cell]:
     """One cell per post-training defense of the matrix, on the named data set, with the matrix's attack settings if it has any."""
-    loaded = load_matrix(find_matrix(matrix))
+    loaded = load_matrix(find_matrix(matrix), notes(console))
     known = [s for s in loaded.scenarios if s.attack is not None and s.attack.name == attack]
     model = known[0] if known else loaded.scenarios[0]
     instance = model.attack if known else lookup("attack", ATTACKS, attack)() if attack is not None else None

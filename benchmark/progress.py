@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import ClassVar
 
@@ -13,7 +13,16 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-__all__ = ["RunProgress"]
+__all__ = ["RunProgress", "notes"]
+
+
+def notes(console: Console) -> Callable[[str], None]:
+    """Prints what a person should know, a line each."""
+
+    def note(line: str) -> None:
+        console.print(f"[yellow]note:[/] {escape(line)}", highlight=False)
+
+    return note
 
 
 class RunProgress:
@@ -81,7 +90,7 @@ class RunProgress:
         self.now.pop(worker, None)
 
     def note(self, line: str) -> None:
-        self.console.print(f"[yellow]note:[/] {escape(line)}", highlight=False)
+        notes(self.console)(line)
 
     def _plain(self) -> None:
         if self.console.is_terminal or time.monotonic() - self.told < self.PLAIN_EVERY:

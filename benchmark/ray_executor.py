@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmark import executors
 from benchmark.executors import SHARING, Failure, Schedule, Stage, StageError, Watcher
-from benchmark.files import held
+from benchmark.files import abandoned, held
 from benchmark.machine import arithmetic, sources, versions
 from benchmark.matrix import Matrix
 from models.spec import BadInput, digest
@@ -32,8 +32,8 @@ __all__ = ["Cluster", "connected"]
 
 OBJECT_STORE = 80 * 2**20
 """Bytes: hardly more than the least that Ray takes. Nothing goes through it."""
-SESSION, ABANDONED = "levelfield-ray-", 3600.0
-"""How the folders of our own Rays are called, and after how many seconds one without an owner is taken for a killed run's."""
+SESSION = "levelfield-ray-"
+"""How the folders of our own Rays are called."""
 UNHEARD = 10
 """How often a stage may come back from a process that died before the stage began there, until that counts as a death too."""
 GPU = "CUDA_VISIBLE_DEVICES"
@@ -74,17 +74,17 @@ def attend(job: Mapping[str, Any], kind: str, number: int, label: str) -> Iterat
     if why:
         yield "unfit", why
         return
-    state = executors._state
+    state = executors.state
     # What was initialised on one GPU goes on there, whatever Ray says afterwards.
     if state["lost"] or (job["gpus"] and _entered["gpu"] != os.environ.get(GPU)):
         _leave()
         yield "left", ""
         return
-    told: list[executors._News] = []
+    told: list[executors.News] = []
     state["news"].told = told
     ended, why = "done", ""
     try:
-        if executors._work(kind, number, label):
+        if executors.work(kind, number, label):
             ended = "put back"
     except StageError as error:
         ended, why = "failed", str(error)
@@ -104,9 +104,9 @@ class _Told:
     """The queue's place in a worker: notes go out with the end of the stage."""
 
     def __init__(self) -> None:
-        self.told: list[executors._News] = []
+        self.told: list[executors.News] = []
 
-    def put(self, item: executors._News) -> None:
+    def put(self, item: executors.News) -> None:
         self.told.append(item)
 
 
@@ -132,13 +132,13 @@ def _enter(job: Mapping[str, Any]) -> str:
     try:
         import benchmark.cell  # noqa: F401 - so that all that a stage runs is loaded
 
-        executors._start(job["matrix"], job["store"], job["cache"], _Told(), os.getppid())
+        executors.enter(job["matrix"], job["store"], job["cache"], _Told(), os.getppid())
     except BadInput as error:
         return str(error)
     for name, here in sources(loaded=True).items():
         if here != job["sources"].get(name):
             return f"{name} is not the file that it is where the run was started"
-    if _settings(executors._state["matrix"]) != job["settings"]:
+    if _settings(executors.state["matrix"]) != job["settings"]:
         return f"{job['matrix']} says something else there, or has been changed since the run began"
     _entered["job"] = job["mark"]
     return ""
@@ -353,7 +353,7 @@ def _session() -> Iterator[Path]:
     root = Path(os.environ.get("RAY_TMPDIR") or "/tmp")  # not $TMPDIR: sockets want short paths
     for old in root.glob(f"{SESSION}*"):
         with suppress(BadInput, OSError):
-            if time.time() - old.stat().st_mtime > ABANDONED:
+            if abandoned(old):
                 with held(old / "lock", wait=False) as free:
                     if free:
                         shutil.rmtree(old, ignore_errors=True)

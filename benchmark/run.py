@@ -6,7 +6,6 @@ touched.
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import math
@@ -20,16 +19,15 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 
 from benchmark import rows as files
 from benchmark.cell import CellResult, cell_key, cell_rows, extractor_key, victim_key
 from benchmark.datasets import Dataset, load
 from benchmark.executors import Failure, Stage, extractors_of, places, run_stages, victims_of
-from benchmark.files import held, write_bytes, write_text
+from benchmark.files import held, why, write_bytes, write_text
 from benchmark.machine import arithmetic, versions
 from benchmark.matrix import Cell, Matrix, Scenario, settings_hash
-from benchmark.progress import RunProgress
+from benchmark.progress import RunProgress, notes
 from benchmark.rows import Curve, Row, Timing
 from benchmark.store import Entry, Store
 from models.spec import BadInput, canonical, digest, nearest
@@ -106,7 +104,7 @@ def run_matrix(
     Args:
         results: folder of results; the matrix gets a folder of its name in it.
         cache: the store, decoded images and tracking runs live here.
-        only: see :func:`parse_only`; rows of other cells that stand in rows.csv are kept.
+        only: see :func:`parse_only`; other cells that stand in rows.csv keep their rows.
         processes: how many stages run at once (default: one per core, or a few on a GPU); never changes a row.
         order: permutes the cells' order of execution (for tests); never changes a row.
         executor: where stages run: in processes of this machine, or on a Ray cluster; never changes a row.
@@ -122,7 +120,7 @@ def run_matrix(
     folder = results / matrix.name
     _writable(folder)
     _writable(cache)
-    store = Store(cache / "store", lambda line: console.print(f"[yellow]note:[/] {escape(line)}", highlight=False))
+    store = Store(cache / "store", notes(console))
     cells = [cell for cell in matrix.cells if all(AXES[axis](cell) in values for axis, values in chosen.items())]
     datasets = _datasets(matrix, cache, console)
     used: dict[str, str] = {}
@@ -171,10 +169,11 @@ def recompute(
 
 
 def _stands(cell: Cell, store: Store, datasets: Mapping[str, Dataset]) -> bool:
-    """Whether everything that the cell's rows are made of is stored."""
+    """Whether everything that the cell's rows are made of is stored, and sound."""
     fingerprint = datasets[canonical(cell.scenario.dataset)].fingerprint
     keys = [("victim", victim_key(scenario, fingerprint)) for scenario in (cell.scenario, cell.scenario.twin())]
-    return all(store.has(stage, key) for stage, key in [("defended", cell_key(cell, fingerprint)), *keys])
+    found = (store.read(stage, key, tensors=False) for stage, key in [("defended", cell_key(cell, fingerprint)), *keys])
+    return all(entry is not None for entry in found)
 
 
 def _writable(folder: Path) -> None:
@@ -189,8 +188,7 @@ def _writable(folder: Path) -> None:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".levelfield-probe-", suffix=".tmp") as probe:  # one of its own a run
             probe.write(b"x")
     except OSError as error:
-        why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise BadInput(f"{folder}: cannot be written: {why}") from error
+        raise BadInput(f"{folder}: cannot be written: {why(error)}") from error
 
 
 def _datasets(matrix: Matrix, cache: Path, console: Console) -> dict[str, Dataset]:
@@ -340,7 +338,24 @@ def _write(
 ) -> bool:
     """Writes the files; slices that end at the same time do it one after the other, or one would merge into what is out of date."""
     with held(store.root / "locks" / f"results-{digest(str(folder.resolve()))}"):
+        if not whole:
+            collected = [*collected, *_others(matrix, folder, collected, datasets, store)]
         return _write_held(matrix, folder, collected, datasets, whole=whole, used=used)
+
+
+def _others(
+    matrix: Matrix,
+    folder: Path,
+    collected: Sequence[tuple[CellResult, bool]],
+    datasets: Mapping[str, Dataset],
+    store: Store,
+) -> list[tuple[CellResult, bool]]:
+    """Cells outside a slice that have rows and are stored, as stored: a digit that was changed in the file would stay there."""
+    if not (folder / "rows.csv").is_file():
+        return []
+    written = set(files.read(folder / "rows.csv", Row)["cell"]) - {result.timing.cell for result, _ in collected}
+    named = ((cell, cell_key(cell, datasets[canonical(cell.scenario.dataset)].fingerprint)[:12]) for cell in matrix.cells)
+    return collect(matrix, [cell for cell, key in named if key in written and _stands(cell, store, datasets)], store, datasets, {})
 
 
 def _write_held(

@@ -27,13 +27,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from benchmark.files import abandoned, held
+from benchmark.files import abandoned, held, insisting, why
 from models.spec import BadInput, canonical
 
 __all__ = ["Busy", "Entry", "Store", "sweep_store"]
 
-ATTEMPTS = 3
-"""How often an entry is written when somebody takes the temporary folder for abandoned: where locks do not reach, that may be."""
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
@@ -55,8 +53,7 @@ def _told(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
-        raise BadInput(f"{root}: the store cannot be written: {why}; mend it and issue the same command again") from error
+        raise BadInput(f"{root}: the store cannot be written: {why(error)}; mend it and issue the same command again") from error
 
 
 def sweep_store(root: Path) -> None:
@@ -181,11 +178,7 @@ class Store:
         text = json.dumps({"sha256": hashlib.sha256(canonical(content).encode()).hexdigest(), "content": content}, indent=1)
         files = {"entry.json": f"{text}\n".encode()} | ({} if raw is None else {"tensors.safetensors": raw})
         with _told(self.root):
-            for _ in range(ATTEMPTS - 1):
-                with suppress(FileNotFoundError):
-                    self._place(self.folder(stage, key), files)
-                    return
-            self._place(self.folder(stage, key), files)
+            insisting(lambda: self._place(self.folder(stage, key), files))  # where locks do not reach, it may be swept
 
     def _place(self, folder: Path, files: Mapping[str, bytes]) -> None:
         """Writes the files beside ``folder`` and renames them into it, unless it stands by then."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -27,9 +28,11 @@ from scipy.stats import binomtest
 from benchmark import rows as files
 from benchmark.cell import cell_key
 from benchmark.matrix import Cell, Matrix, load_matrix, settings_hash
+from benchmark.progress import notes
 from benchmark.rows import Row, Timing, text_of
 from benchmark.run import manifest as manifest_of
 from benchmark.run import recompute
+from benchmark.stats import ENTRY, SCENARIO
 from models.spec import BadInput, generator
 
 __all__ = ["SHARES", "TOLERANCE", "Checked", "Verdict", "compare", "stands", "verify"]
@@ -46,7 +49,7 @@ SHARES = ("acc", "asr", "ra", "der", "asr_recraft", "ra_recraft", "acc_undefende
 NAMED = ("matrix", "dataset", "backbone", "attack", "rate", "seed", "track", "scope", "defense", "cell", "selection", "target",
          "label_mode", "control", "used", "preset", "extractor", "features")  # fmt: skip
 """Columns that no rounding can change."""
-ABOUT = ("dataset", "backbone", "attack", "track", "scope", "defense", "selection")
+ABOUT = (*SCENARIO, *ENTRY, "track", "selection")
 """What the rows of one entry's seeds agree in."""
 Verdict = Literal["identical", "within", "beyond", "differs"]
 
@@ -138,19 +141,18 @@ def verify(
     made = _manifest(folder / "manifest.json")
     table = files.read(folder / "rows.csv", Row)
     with tempfile.TemporaryDirectory(prefix="levelfield-verify-") as temporary:
-        matrix = _matrix(folder, Path(temporary), made)
+        matrix = _matrix(folder, Path(temporary), made, console)
         by_cell = _keys(matrix, made, folder, set(table["cell"]))
         console.print(
             f"{folder}: settings, plug-ins and the keys of all {len(table)} rows agree with the manifest", highlight=False
         )
         if not sample or table.empty:
             return []
-        order = generator("verify", draw)
-        picked = sorted(_picks(len(table), min(sample, len(table)), order))
+        picked = sorted(torch.randperm(len(table), generator=generator("verify", draw))[:sample].tolist())
         cells = list(dict.fromkeys(str(table["cell"].iloc[i]) for i in picked))
         exact = _same_machine(matrix, made, console)
         console.print(
-            f"{len(picked)} rows drawn (--draw {draw}) from {len(cells)} cells{_hours(folder, cells)}", highlight=False
+            f"{len(picked)} rows drawn (--draw {draw}) from {len(cells)} cells{_took(folder, cells)}", highlight=False
         )
         again = recompute(
             matrix, [by_cell[cell] for cell in cells], store=Path(temporary) / "store", cache=cache, console=console,
@@ -168,12 +170,6 @@ def verify(
     return checked
 
 
-def _picks(size: int, count: int, source: Any) -> list[int]:
-    import torch
-
-    return [int(i) for i in torch.randperm(size, generator=source)[:count]]
-
-
 def _manifest(path: Path) -> dict[str, Any]:
     try:
         made = json.loads(path.read_text(encoding="utf-8"))
@@ -189,7 +185,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     return dict(made)
 
 
-def _matrix(folder: Path, temporary: Path, made: Mapping[str, Any]) -> Matrix:
+def _matrix(folder: Path, temporary: Path, made: Mapping[str, Any], console: Console) -> Matrix:
     """The matrix as committed, under its own name (its file is called matrix.toml there), its plug-ins checked before they run."""
     settings = folder / "matrix.toml"
     if not settings.is_file():
@@ -207,7 +203,7 @@ def _matrix(folder: Path, temporary: Path, made: Mapping[str, Any]) -> Matrix:
         target = temporary / plugin["file"]
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
-    matrix = load_matrix(path)
+    matrix = load_matrix(path, notes(console))
     if settings_hash(matrix) != made["settings"]:
         raise BadInput(
             f"{settings}: its cells are not those of manifest.json: it was changed after the run, or another version of levelfield "
@@ -246,7 +242,7 @@ def _same_machine(matrix: Matrix, made: Mapping[str, Any], console: Console) -> 
     return not differs
 
 
-def _hours(folder: Path, cells: Sequence[str]) -> str:
+def _took(folder: Path, cells: Sequence[str]) -> str:
     """What computing them took where the rows were made, in words; nothing where no timings are kept."""
     try:
         timings = files.read(folder / "timings.csv", Timing)

@@ -6,19 +6,34 @@ import errno
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from models.spec import BadInput
 
-__all__ = ["abandoned", "replaced", "write_bytes", "write_text"]
+__all__ = ["abandoned", "insisting", "replaced", "sweep", "why", "write_bytes", "write_text"]
 
 LONG = 3600.0
 """Seconds after which a temporary file has no living writer: one is written within seconds. Clocks of machines that share a folder
 differ by less."""
 ATTEMPTS = 3
-"""How often a file is written when somebody takes it for abandoned meanwhile, because its writer was asleep, say."""
+"""How often something is written when somebody takes it for abandoned meanwhile, because its writer was asleep, say."""
+T = TypeVar("T")
+
+
+def why(error: OSError) -> str:
+    """What the system has against writing, in words."""
+    return "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+
+
+def insisting(write: Callable[[], T]) -> T:
+    """Writes again, :data:`ATTEMPTS` times in all, where the temporary file or folder was swept away meanwhile."""
+    for _ in range(ATTEMPTS - 1):
+        with suppress(FileNotFoundError):
+            return write()
+    return write()
 
 
 def abandoned(path: Path) -> bool:
@@ -35,8 +50,7 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
-        raise BadInput(f"{path}: cannot be written: {why}; free it and issue the same command again") from error
+        raise BadInput(f"{path}: cannot be written: {why(error)}; free it and issue the same command again") from error
 
 
 @contextmanager
@@ -55,7 +69,7 @@ def _beside(path: Path) -> Iterator[Path]:
         raise
 
 
-def _sweep(folder: Path) -> None:
+def sweep(folder: Path) -> None:
     """Removes temporary files that killed writers left."""
     for old in folder.glob(".*.tmp"):
         if abandoned(old):
@@ -71,7 +85,7 @@ def replaced(path: Path) -> Iterator[Path]:
         BadInput: as :func:`write_bytes`.
     """
     with _named(path):
-        _sweep(path.parent)
+        sweep(path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
         with _beside(path) as temporary:
             yield temporary
@@ -85,20 +99,17 @@ def write_bytes(path: Path, content: bytes) -> bool:
         BadInput: the folder cannot be written, or the disk is full (named); the old file, if any, is left as it was.
     """
     with _named(path):
-        _sweep(path.parent)
+        sweep(path.parent)
         if path.is_file() and path.read_bytes() == content:
             return False
         path.parent.mkdir(parents=True, exist_ok=True)
-        for _ in range(ATTEMPTS - 1):
-            with suppress(FileNotFoundError):
-                return _replace(path, content)
-        return _replace(path, content)
+        insisting(lambda: _replace(path, content))
+    return True
 
 
-def _replace(path: Path, content: bytes) -> bool:
+def _replace(path: Path, content: bytes) -> None:
     with _beside(path) as temporary:
         temporary.write_bytes(content)
-    return True
 
 
 def write_text(path: Path, content: str) -> bool:

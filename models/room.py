@@ -8,7 +8,6 @@ ends. What is computed does not depend on where the images lie.
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from models.files import why
 from models.spec import BadInput
 
 __all__ = ["VARIABLE", "copied", "limit", "room", "steps", "taken"]
@@ -72,11 +72,15 @@ def room(shape: Sequence[int], *, mapped: bool | None = None) -> Tensor:
             os.close(handle)
             Path(name).unlink()
     except OSError as error:
-        why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
         raise BadInput(
-            f"{folder}: no room for {size / 2**30:.2g} GiB of images: {why}; set TMPDIR to a folder that has it, or {VARIABLE} "
-            "(MiB) to keep larger arrays in memory"
+            f"{folder}: no room for {size / 2**30:.2g} GiB of images: {why(error)}; set TMPDIR to a folder that has it, or "
+            f"{VARIABLE} (MiB) to keep larger arrays in memory"
         ) from error
+
+
+def _fits(images: Tensor, size: int) -> bool:
+    """Whether an array of ``size`` bytes made of ``images`` lies in memory: the GPU's has no files, and other types are small."""
+    return images.device.type != "cpu" or images.dtype != torch.uint8 or size <= limit()
 
 
 def steps(images: Tensor) -> int:
@@ -88,7 +92,7 @@ def taken(images: Tensor, index: Tensor) -> Tensor:
     """``images[index]`` for uint8 images (N, ...) and int64 positions or a boolean mask; beyond the limit, in a file."""
     positions = index.nonzero().flatten() if index.dtype == torch.bool else index
     size = len(positions) * math.prod(images.shape[1:])
-    if images.device.type != "cpu" or images.dtype != torch.uint8 or size <= limit():
+    if _fits(images, size):
         return images[index]
     found, step = room((len(positions), *images.shape[1:])), steps(images)
     for start in range(0, len(positions), step):
@@ -98,6 +102,6 @@ def taken(images: Tensor, index: Tensor) -> Tensor:
 
 def copied(images: Tensor) -> Tensor:
     """A copy of uint8 images; beyond the limit, in a file."""
-    if images.device.type != "cpu" or images.dtype != torch.uint8 or images.numel() <= limit():
+    if _fits(images, images.numel()):
         return images.clone()
     return room(images.shape).copy_(images)

@@ -148,3 +148,17 @@ def test_show_my_model_names_what_is_wrong(matrix: Path, checkpoint: Path, tmp_p
     torch.save({"weights": [1, 2, 3]}, odd)
     assert "odd.pt" in ask(odd)
     assert not (tmp_path / "results").exists()
+
+
+def test_an_interrupt_while_pictures_are_drawn_says_how_to_go_on(
+    matrix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("benchmark.present.present", stopped)
+    where = ["--results", str(tmp_path / "results"), "--cache", str(tmp_path / "cache")]
+    done = runner.invoke(cli.app, ["run", "-m", str(matrix), "--processes", "1", "--no-wandb", *where])
+    assert done.exit_code == 130
+    assert "issue the same command again to go on" in done.stdout
+    assert (tmp_path / "results" / "two" / "rows.csv").is_file()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -38,6 +39,7 @@ ODD = '''
 """A defense whose process dies the first time."""
 import os
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -96,7 +98,9 @@ def test_a_worker_that_dies_is_replaced_and_its_stage_tried_again(tmp_path: Path
 
 WAITS = """
         deaths = Path(__file__).parent / "deaths"
+        begun = time.monotonic()
         while not deaths.exists() or len(deaths.read_text()) < 3:
+            assert time.monotonic() - begun < 120, "nobody died"
             time.sleep(0.05)
 """
 DIES = """
@@ -107,17 +111,29 @@ DIES = """
 
 
 @pytest.mark.slow
-def test_a_death_counts_for_the_stage_whose_process_died_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("unheard", [False, True])
+def test_a_death_counts_for_the_stage_whose_process_died_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unheard: bool
+) -> None:
+    """Also where the pool does not hear of it: it looks which processes there are, and then starts one more."""
+    if unheard:
+        start = ProcessPoolExecutor._adjust_process_count  # type: ignore[attr-defined]
+
+        def late(pool: ProcessPoolExecutor) -> None:
+            time.sleep(0.5)
+            start(pool)
+
+        monkeypatch.setattr(ProcessPoolExecutor, "_adjust_process_count", late)
     body = ODD[ODD.index("        mark =") : ODD.index("        yield")]
     named = ODD.replace("import os", "import os, time")
     (tmp_path / "odd.py").write_text(named.replace(body, DIES[1:]).replace("DiesOnce", "Dies").replace("dies-once", "dies"))
     (tmp_path / "other.py").write_text(named.replace(body, WAITS[1:]).replace("DiesOnce", "Waits").replace("dies-once", "waits"))
     settings = MATRIX.replace('"odd.py"', '"odd.py", "other.py"').replace("dies-once", "dies")
     (tmp_path / "m.toml").write_text(settings + '[[defense]]\nname = "waits"\ntracks = ["model"]\n')
-    stages = [Stage("victim", 1, "victim"), Stage("cell", 1, "dies", (0,)), Stage("cell", 2, "waits", (0,))]
+    stages = [Stage("victim", 1, "victim"), Stage("cell", 2, "waits", (0,)), Stage("cell", 1, "dies", (0,))]
     ear = Ear()
     failures = run_stages(stages, tmp_path / "m.toml", tmp_path / "store", tmp_path / "cache", ear, 2)
-    assert failures == [Failure(1, "its process died 3 times (out of memory?)")]
+    assert failures == [Failure(2, "its process died 3 times (out of memory?)")]
     assert (tmp_path / "deaths").read_text() == "xxx"
     assert "waits" in ear.finished_labels
 
@@ -148,8 +164,8 @@ def test_an_interrupt_ends_the_workers_too(tmp_path: Path) -> None:
 
 
 def inline(monkeypatch: pytest.MonkeyPatch, work: object) -> None:
-    monkeypatch.setattr(executors, "_start", lambda *arguments: None)
-    monkeypatch.setattr(executors, "_work", work)
+    monkeypatch.setattr(executors, "enter", lambda *arguments: None)
+    monkeypatch.setattr(executors, "work", work)
 
 
 def test_what_waits_for_a_failed_stage_is_not_run_and_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +201,7 @@ def test_what_another_run_computes_is_asked_for_again_after_the_others(monkeypat
     assert asked == ["a", "b", "on b", "a", "a", "on a"]
     assert slept == [executors.AGAIN] * 2
     assert len(ear.notes) == 1
-    assert "another run" in ear.notes[0]
+    assert "another process" in ear.notes[0]
 
 
 @pytest.mark.slow
@@ -243,15 +259,15 @@ def test_a_process_that_lost_its_gpu_fails_one_stage_and_takes_no_other(monkeypa
     monkeypatch.setattr(executors, "_run", broken)
     monkeypatch.setattr(executors, "_device_lost", lambda: True)
     monkeypatch.setattr(executors.os, "_exit", leave)
-    monkeypatch.setattr(executors, "_state", {"news": executors._Inline(Ear()), "pooled": True})
+    monkeypatch.setattr(executors, "state", {"news": executors._Inline(Ear()), "pooled": True})
     with pytest.raises(executors.StageError, match="illegal memory access"):
-        executors._work("cell", 0, "a")
+        executors.work("cell", 0, "a")
     with pytest.raises(Left):
-        executors._work("cell", 1, "b")
-    monkeypatch.setattr(executors, "_state", {"news": executors._Inline(Ear()), "pooled": False})
+        executors.work("cell", 1, "b")
+    monkeypatch.setattr(executors, "state", {"news": executors._Inline(Ear()), "pooled": False})
     for label in ("a", "b"):  # the only process there is goes on and reports
         with pytest.raises(executors.StageError):
-            executors._work("cell", 0, label)
+            executors.work("cell", 0, label)
 
 
 def test_a_machine_without_gpu_has_none_to_lose() -> None:
@@ -272,7 +288,7 @@ def test_a_stage_computes_as_precisely_as_its_victims_recipe(monkeypatch: pytest
     monkeypatch.setattr("models.training.arithmetic", noted)
     monkeypatch.setattr("benchmark.cell.run_victim", lambda *arguments: entered.append("victim"))
     monkeypatch.setattr("benchmark.cell.run_cell", lambda *arguments: entered.append("cell"))
-    monkeypatch.setattr(executors, "_state", {"matrix": matrix, "store": None, "cache": tmp_path})
+    monkeypatch.setattr(executors, "state", {"matrix": matrix, "store": None, "cache": tmp_path})
     executors._run("victim", 0)
     executors._run("cell", 1)
     assert entered == ["tf32", "victim", "tf32", "cell"]

@@ -275,7 +275,11 @@ class Identity(Defense):
 def test_plugins_are_loaded_and_their_hash_recorded(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(PLUGIN)
     text = 'plugins = ["mine.py"]\n' + GOOD + '[[defense]]\nname = "identity"\ntracks = ["model"]\n'
-    matrix = load_matrix(written(tmp_path, text))
+    told: list[str] = []
+    matrix = load_matrix(written(tmp_path, text), told.append)
+    assert len(told) == 1
+    assert "plug-in mine.py" in told[0]
+    assert "is code and runs" in told[0]
     assert matrix.cells[-1].defense.name == "identity"
     assert matrix.plugins[0][0] == "mine.py"
     assert len(matrix.plugins[0][1]) == 64

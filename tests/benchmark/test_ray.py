@@ -360,7 +360,7 @@ def job_of(matrix: Matrix, folder: Path) -> dict[str, Any]:
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process plays a worker, without the watch on its parent."""
-    monkeypatch.setattr(executors, "_state", {})
+    monkeypatch.setattr(executors, "state", {})
     monkeypatch.setattr(executors, "_die_with", lambda parent: None)
     monkeypatch.setattr(ray_executor, "_entered", {})
 
@@ -390,12 +390,12 @@ def test_a_worker_loads_a_run_once_and_says_how_each_stage_ended(
     matrix: Matrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads: list[str] = []
-    start = executors._start
-    monkeypatch.setattr(executors, "_start", lambda *arguments: (loads.append(arguments[0]), start(*arguments)))
+    start = executors.enter
+    monkeypatch.setattr(executors, "enter", lambda *arguments: (loads.append(arguments[0]), start(*arguments)))
     raised: list[Exception] = [RuntimeError("a\nb"), BadInput("the disk is full")]
 
     def run(kind: str, number: int) -> None:
-        executors._state["store"].report(f"note {number}")
+        executors.state["store"].report(f"note {number}")
         if number:
             raise raised[number - 1]
 
@@ -412,7 +412,7 @@ def test_a_worker_loads_a_run_once_and_says_how_each_stage_ended(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "a GPU that this process did not begin with")
     assert list(ray_executor.attend(job, "cell", 0, "a")) == [("left", "")]
     assert [message[0] for message in ray_executor.attend(job | {"gpus": 0.0}, "cell", 0, "a")] == ["done"]
-    executors._state["lost"] = True
+    executors.state["lost"] = True
     assert list(ray_executor.attend(job | {"gpus": 0.0}, "cell", 0, "a")) == [("left", "")]
     assert left == [1, 1]
 

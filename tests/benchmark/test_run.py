@@ -255,7 +255,7 @@ def test_two_runs_at_once_share_the_work(matrix: Matrix, once: Path, tmp_path: P
     said = [told(process) for process in [sharing(matrix, tmp_path), sharing(matrix, tmp_path)]]
     assert computed(tmp_path) == entries(tmp_path) == entries(once), "each stage once"
     assert content(tmp_path) == content(once)
-    assert any("another run is computing" in text for text in said), "they never met, so this shows nothing"
+    assert any("another process is computing" in text for text in said), "they never met, so this shows nothing"
 
 
 @pytest.mark.slow
@@ -303,6 +303,38 @@ def test_a_flipped_byte_in_the_store_is_named_and_recomputed(matrix: Matrix, onc
     run_matrix(matrix, results=once / "results", cache=once / "cache", console=console, processes=1)
     assert "damaged store entry defended/" in out.getvalue()
     assert content(once) == expected
+
+
+def test_a_flipped_byte_in_a_models_weights_is_named_and_it_is_trained_again(matrix: Matrix, once: Path, tmp_path: Path) -> None:
+    """Weights are read by those who defend, in a worker or not, and nobody else."""
+    shutil.copytree(once, tmp_path, dirs_exist_ok=True)
+    for weights in (tmp_path / "cache" / "store" / "victim").rglob("tensors.safetensors"):
+        raw = bytearray(weights.read_bytes())
+        raw[-1] ^= 1
+        weights.write_bytes(raw)
+    shutil.rmtree(tmp_path / "cache" / "store" / "defended")
+    out = io.StringIO()
+    console = Console(file=out, width=200)
+    run_matrix(matrix, results=tmp_path / "results", cache=tmp_path / "cache", console=console, processes=1)
+    assert out.getvalue().count("damaged store entry victim/") == 2, "nobody defends the benign one"
+    assert content(tmp_path) == content(once)
+
+
+def test_a_slice_restores_what_was_changed_in_other_cells_rows(matrix: Matrix, once: Path, tmp_path: Path) -> None:
+    shutil.copytree(once, tmp_path, dirs_exist_ok=True)
+    written = tmp_path / "results" / "tiny" / "rows.csv"
+    table = pd.read_csv(written, dtype=str, keep_default_na=False)
+    other = table.index[(table["attack"] == "badnets") & (table["status"] == "ok")][0]
+    table.loc[other, "acc"] = "0.5"
+    table.to_csv(written, index=False, lineterminator="\n")
+    assert content(tmp_path) != content(once)
+    go(matrix, tmp_path, processes=1, only="attack=sig")
+    assert content(tmp_path) == content(once)
+    # Nobody can tell where it is not stored: the row stays as it is.
+    table.to_csv(written, index=False, lineterminator="\n")
+    shutil.rmtree(tmp_path / "cache" / "store" / "defended")
+    go(matrix, tmp_path, processes=1, only="attack=sig")
+    assert rows_of(tmp_path)["acc"][other] == 0.5
 
 
 def test_slices_merge_into_one_file(matrix: Matrix, once: Path, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from benchmark.files import held, write_bytes
-from benchmark.store import ATTEMPTS, Busy, Store, sweep_store
+from benchmark.store import Busy, Store, sweep_store
+from models.files import ATTEMPTS
 from models.spec import BadInput
 
 KEY = "ab" + "0" * 62
