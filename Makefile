@@ -17,7 +17,7 @@ STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 LEVELFIELD := $(RUN) -m benchmark
 
-.PHONY: help install benchmark slices tables plots page report paper dashboard test check torture lint fix clean
+.PHONY: help install benchmark slices tables plots page report paper dashboard test check torture hostile lint fix clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -71,6 +71,10 @@ test: $(STAMP) ## the tests (ARGS="-k badnets" picks some)
 
 torture: $(STAMP) ## kill, starve and damage a small run, over and over; counts lost rows (ARGS="--kills 100 --executor local")
 	@$(RUN) -m benchmark.torture $(ARGS)
+
+SECONDS ?= 0
+hostile: $(STAMP) ## what strangers' files may try, as a table; SECONDS=900 feeds each reader nonsense for so long
+	@LEVELFIELD_HOSTILE=results LEVELFIELD_FUZZ=$(SECONDS) $(RUN) -m pytest -q tests/test_hostile.py tests/test_fuzz.py $(ARGS)
 
 check: lint test ## lint, types, import contracts, then the tests
 

@@ -1,6 +1,7 @@
 """What reads files that somebody else wrote, fed with nonsense: it reads them, or says in one line why not.
 
-A few seconds in the test run, the same examples every time. ``LEVELFIELD_FUZZ=5000`` tries that many fresh ones of each kind.
+A few seconds in the test run, the same examples every time. ``LEVELFIELD_FUZZ=900`` gives each reader that many seconds of fresh
+ones; with ``LEVELFIELD_HOSTILE=FOLDER`` as well, how many there were is written to ``FUZZ.md`` in it (``make hostile`` sets both).
 What was ever found stands as a test of its own in ``test_hostile.py``.
 """
 
@@ -12,8 +13,12 @@ import json
 import os
 import pickle
 import struct
+import time
 import tomllib
+import warnings
 import zipfile
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -33,19 +38,22 @@ from models.spec import BadInput
 from models.training import Recipe
 from models.weights import fit_state, read_state, save_weights
 
-EXAMPLES = int(os.environ.get("LEVELFIELD_FUZZ", "0"))
+SECONDS = float(os.environ.get("LEVELFIELD_FUZZ", "0"))
+TRIED: Counter[tuple[str, str]] = Counter()
+"""Files read, by reader and by what came of them."""
 fuzz = settings(
-    max_examples=EXAMPLES or 40,
-    derandomize=not EXAMPLES,
+    max_examples=250 if SECONDS else 40,
+    derandomize=not SECONDS,
     database=None,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
 
 
-def one_line(error: BadInput, path: Path) -> None:
+def refused(reader: str, error: BadInput, path: Path) -> None:
     assert str(path) in str(error)
     assert "\n" not in str(error)
+    TRIED[reader, "refused"] += 1
 
 
 @pytest.fixture(scope="module")
@@ -148,9 +156,10 @@ def check_settings(path: Path) -> bool:
     try:
         matrix = load_matrix(path)
     except BadInput as error:
-        one_line(error, path)
+        refused("settings", error, path)
         return False
     assert len(settings_hash(matrix)) == 64
+    TRIED["settings", "read"] += 1
     return True
 
 
@@ -215,7 +224,7 @@ def check_rows(path: Path, kind: type[Any]) -> None:
     try:
         table = read(path, kind)
     except BadInput as error:
-        one_line(error, path)
+        refused("rows", error, path)
         return
     for field in fields(kind):
         column = table[field.name]
@@ -224,6 +233,7 @@ def check_rows(path: Path, kind: type[Any]) -> None:
     records: list[dict[str, Any]] = table.to_dict("records")  # type: ignore[assignment]
     for record in records:
         kind(**{field.name: record[field.name] for field in fields(kind)})
+    TRIED["rows", "read"] += 1
 
 
 @fuzz
@@ -287,8 +297,9 @@ def check_weights(place: Path, content: bytes) -> None:
             assert value.device.type == "cpu"
             assert value.layout == torch.strided
         fit_state(ResNet8(width=1, hidden=2).build(2, (1, 4, 4), [0.5], [0.25], 1), state, path)
+        TRIED["checkpoints", "read"] += 1
     except BadInput as error:
-        one_line(error, path)
+        refused("checkpoints", error, path)
 
 
 @fuzz
@@ -366,3 +377,52 @@ def archived(stream: bytes) -> bytes:
 def test_pickles_of_any_operations(place: Path, parts: list[bytes], archive: bool) -> None:
     stream = b"\x80\x02" + b"".join(parts) + b"."
     check_weights(place, archived(stream) if archive else stream)
+
+
+# -- for as long as somebody asks ----------------------------------------------------------------------------------------------
+
+READERS: dict[str, list[Any]] = {
+    "settings": [test_settings_with_a_few_values_that_make_no_sense, test_settings_with_bytes_changed],
+    "rows": [test_rows_with_a_few_cells_that_make_no_sense, test_rows_with_bytes_changed],
+    "checkpoints": [
+        test_weights_with_bytes_changed, test_safetensors_whose_header_lies, test_checkpoints_of_anything_that_torch_can_save,
+        test_pickles_of_any_operations,
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lasted() -> Iterator[dict[str, float]]:
+    """How long each reader was fed without an unhandled exception; written as a page where somebody asks for it."""
+    found: dict[str, float] = {}
+    yield found
+    if found and "LEVELFIELD_HOSTILE" in os.environ:
+        lines = [
+            "# Fuzzing\n\n",
+            "What reads other people's files, fed with nonsense that [hypothesis](https://hypothesis.readthedocs.io) draws\n",
+            "(`tests/test_fuzz.py`): each file has to be read, or refused in one line that names it. Anything else ends the test.\n\n",
+            "| reader | kinds of nonsense | minutes | files | read | refused | unhandled exceptions |\n",
+            "| :-- | --: | --: | --: | --: | --: | --: |\n",
+        ]
+        for reader, seconds in found.items():
+            good, bad = TRIED[reader, "read"], TRIED[reader, "refused"]
+            lines.append(f"| {reader} | {len(READERS[reader])} | {seconds / 60:.1f} | {good + bad} | {good} | {bad} | 0 |\n")
+        lines.append(f"\nDrawn by `make hostile SECONDS={SECONDS:g}`; see [HOSTILE.md](HOSTILE.md) for what is tried by name.\n")
+        (Path(os.environ["LEVELFIELD_HOSTILE"]) / "FUZZ.md").write_text("".join(lines))
+
+
+@pytest.mark.skipif(not SECONDS, reason="LEVELFIELD_FUZZ says for how many seconds")
+@pytest.mark.parametrize("reader", READERS)
+def test_a_reader_for_as_long_as_somebody_asks(
+    reader: str, place: Path, whole: dict[str, bytes], lasted: dict[str, float]
+) -> None:
+    for what in ("read", "refused"):  # what the tests above tried is none of these seconds
+        del TRIED[reader, what]
+    begun = time.monotonic()
+    while time.monotonic() - begun < SECONDS:
+        for feed in READERS[reader]:
+            more = {"whole": whole} if feed is test_weights_with_bytes_changed else {}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's words about quantized tensors
+                feed(place=place, **more)
+    lasted[reader] = time.monotonic() - begun

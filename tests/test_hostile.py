@@ -1,6 +1,7 @@
 """Files made to do harm: each ends in one clear error or is read as what it is; nothing runs, nothing is written.
 
-``ATTEMPTS`` is the list of what is tried; with ``LEVELFIELD_HOSTILE=FILE`` it is written, with what happened, as a Markdown table.
+``ATTEMPTS`` is the list of what is tried; with ``LEVELFIELD_HOSTILE=FOLDER`` it is written, with what happened, to
+``HOSTILE.md`` in it (``make hostile``).
 """
 
 from __future__ import annotations
@@ -416,9 +417,19 @@ def outcomes() -> Iterator[dict[str, str]]:
     found: dict[str, str] = {}
     yield found
     if "LEVELFIELD_HOSTILE" in os.environ:
-        told = [(a.whom, tables.markdown(a.what), tables.markdown(found.get(a.what, "not tried"))) for a in ATTEMPTS]
-        lines = [f"| {' | '.join(cells)} |\n" for cells in [("read as", "what", "what happened"), (":--",) * 3, *told]]
-        Path(os.environ["LEVELFIELD_HOSTILE"]).write_text("".join(lines))
+        told = [(a.whom, tables.markdown(a.what), tables.markdown(found.get(a.what, "NOT as it should be"))) for a in ATTEMPTS]
+        lines = [
+            "# Hostile files\n\n",
+            "What a stranger's file may try, and what happens (`tests/test_hostile.py`): it is refused in one line, or harmless.\n",
+            "After each, nothing may have been written outside the folder it was given, where the trap of the code-executing\n",
+            "pickles would leave its mark, too; a test of its own shows that the trap works.\n\n",
+            f"**{len(ATTEMPTS)} attempts: {len(found)} as it should be, among them "
+            f"{sum(text.startswith('refused') for text in found.values())} refused; the rest did no harm. "
+            f"{len(ATTEMPTS) - len(found)} executed code, wrote elsewhere or failed otherwise.**\n\n",
+        ]
+        lines += [f"| {' | '.join(cells)} |\n" for cells in [("read as", "what", "what happened"), (":--",) * 3, *told]]
+        lines.append("\nDrawn by `make hostile`; see [FUZZ.md](FUZZ.md) for files drawn at random.\n")
+        (Path(os.environ["LEVELFIELD_HOSTILE"]) / "HOSTILE.md").write_text("".join(lines))
 
 
 @pytest.mark.parametrize("attempt", ATTEMPTS, ids=[f"{attempt.whom}: {attempt.what}" for attempt in ATTEMPTS])
@@ -437,8 +448,17 @@ def test_attempts(attempt: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert message.isprintable()
         assert len(message) < 2000
         outcomes[attempt.what] = f"refused: {message.replace(str(inside) + '/', '')[:200]}"
+    told = outcomes.pop(attempt.what)
     assert sorted(tmp_path.iterdir()) == [inside, outside]
     assert list(outside.iterdir()) == []
+    outcomes[attempt.what] = told
+
+
+def test_every_attempt_stands_in_the_committed_table() -> None:
+    page = (Path(__file__).resolve().parents[1] / "results" / "HOSTILE.md").read_text()
+    missing = [a.what for a in ATTEMPTS if f"| {a.whom} | {tables.markdown(a.what)} | " not in page]
+    assert not missing, "make hostile"
+    assert f"{len(ATTEMPTS)} attempts" in page
 
 
 def test_the_trap_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
