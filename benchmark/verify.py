@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.markup import escape
@@ -276,6 +277,21 @@ def _show(checked: Sequence[Checked], exact: bool, tolerance: float, console: Co
         f"{beyond} of {cells} cells beyond; {100 * BEYOND:g} % may be",
         highlight=False,
     )
+    _moved(checked, console)
+
+
+def _moved(checked: Sequence[Checked], console: Console) -> None:
+    """How far ACC and ASR of the drawn rows lie apart."""
+    for name in ("acc", "asr"):
+        pairs = [(float(one.committed[name]), float(one.again[name])) for one in checked]
+        apart = [abs(there - here) for there, here in pairs if not math.isnan(there - here)]
+        if apart:
+            half, most = 100 * np.quantile(apart, (0.5, 0.9))
+            console.print(
+                f"{name.upper()}: {half:.1f} points apart in the median row, at most {most:.1f} in nine of ten, "
+                f"at most {100 * max(apart):.1f} in any",
+                highlight=False,
+            )
 
 
 def _percent(share: float) -> str:

@@ -18,7 +18,7 @@ import benchmark.__main__ as cli
 from benchmark.matrix import load_matrix
 from benchmark.rows import Row, read
 from benchmark.run import run_matrix
-from benchmark.verify import BEYOND, SHARES, TOLERANCE, Checked, compare, stands, verify
+from benchmark.verify import BEYOND, SHARES, TOLERANCE, Checked, _show, compare, stands, verify
 from models.spec import BadInput
 
 TINY = """
@@ -192,6 +192,19 @@ def test_how_many_cells_may_lie_beyond() -> None:
             assert stands(of(cells, beyond)) == (tail(cells, beyond) >= 0.05), (cells, beyond)
     assert not stands(of(5, 0, "differs"))
     assert stands([])
+
+
+def test_how_far_rows_lie_apart_is_told() -> None:
+    """Eleven rows, 0 to 10 points of ACC apart, up or down; of one the ASR cannot be compared, of the others it is the same."""
+    checked = []
+    for points in range(11):
+        again = {"acc": 0.9 + (-1) ** points * points / 100, "asr": math.nan if points == 3 else 0.5}
+        checked.append(Checked(dataclasses.asdict(ROW), dataclasses.asdict(dataclasses.replace(ROW, **again)), "within", (), 0.0))
+    out = quiet()
+    _show(checked, False, TOLERANCE, out)
+    told = out.file.getvalue()  # type: ignore[attr-defined]
+    assert "ACC: 5.0 points apart in the median row, at most 9.0 in nine of ten, at most 10.0 in any" in told
+    assert "ASR: 0.0 points apart in the median row, at most 0.0 in nine of ten, at most 0.0 in any" in told
 
 
 def test_every_judged_column_is_one() -> None:
