@@ -40,10 +40,10 @@ def _look(series: Series, position: int, known: Looks) -> Look:
     return Look(_COLOURS[position % len(_COLOURS)], _MARKERS[position % len(_MARKERS)])
 
 
-def _columns(names: Sequence[str], width: float) -> int:
-    """Into how many columns a legend fits within ``width`` inches."""
+def _columns(names: Sequence[str], width: float, handle: float = 0.5) -> int:
+    """Into how many columns a legend fits within ``width`` inches, handles and gaps taking ``handle`` each."""
     widest = max((len(name) for name in names), default=1)
-    return max(1, int((width - 0.2) // (0.5 + 0.072 * widest)))
+    return max(1, int((width - 0.2) // (handle + 0.072 * widest)))
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
@@ -64,7 +64,11 @@ def _lines(plt: Any, figure: Lines, known: Looks, title: str) -> Any:
                 # Where entries and other things share a figure, the others are dashed and take colours from the far end.
                 other = mixed and series.about is None
                 look = _look(series, len(_COLOURS) - 1 - position if other else position, known)
-                names.setdefault(series.label, (look, _DASHES[2] if series.aside else _DASHES[1] if other else "-"))
+                worn = sum(one.colour == look.colour for one, _ in names.values())
+                # Lines of one colour, where there are more entries than colours, differ in more than their markers.
+                again = ("-", _DASHES[3] if mixed else _DASHES[1], _DASHES[2])[min(worn, 2)]
+                stroke = _DASHES[2] if series.aside else _DASHES[1] if other else again
+                names.setdefault(series.label, (look, stroke))
         for label, _ in panel.flat:
             flats.setdefault(label, len(flats))
     few = len(figure.panels[0].series[0].x) <= 30 if figure.panels and figure.panels[0].series else True
@@ -72,7 +76,7 @@ def _lines(plt: Any, figure: Lines, known: Looks, title: str) -> Any:
     panel_width = 2.9 if columns <= 3 else 2.45
     width = max(7.0, 0.9 + columns * panel_width + 0.65 * (columns - 1))
     in_legend = [wrapped(plain(name), 44, 1) for name in (*names, *flats)]
-    across = _columns(in_legend, width)
+    across = _columns(in_legend, width, 0.7)
     below = 0.95 + 0.21 * math.ceil(len(in_legend) / across)
     panels = Panels(plt, len(figure.panels), columns, (panel_width, 2.1), (0.65, 0.85), (0.65, 0.2, below, 0.75), title)
     for position, (axis, panel) in enumerate(zip(panels.axes, figure.panels, strict=True)):
@@ -88,7 +92,7 @@ def _lines(plt: Any, figure: Lines, known: Looks, title: str) -> Any:
     ]  # fmt: skip
     handles += [plt.Line2D([], [], color="#777777", linewidth=1.1, linestyle=_DASHES[1 + number % 3],
                            label=wrapped(plain(name), 44, 1)) for name, number in flats.items()]  # fmt: skip
-    panels.legend(handles, across)
+    panels.legend(handles, across, 3.4)
     panels.footnote(figure.note)
     return panels.figure
 

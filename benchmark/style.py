@@ -136,11 +136,11 @@ class Panels:
     def left_of_row(self, position: int) -> bool:
         return position % self.columns == 0
 
-    def legend(self, handles: Sequence[Any], columns: int) -> None:
-        """Below all panels, above the footnote."""
+    def legend(self, handles: Sequence[Any], columns: int, length: float = 1.8) -> None:
+        """Below all panels, above the footnote; ``length`` of a handle's line in letters: dashes need more of it."""
         self.figure.legend(
             handles=list(handles), loc="lower left", bbox_to_anchor=(0.05 / self.width, 0.3 / self.height), ncols=columns,
-            columnspacing=1.4, handlelength=1.8, handletextpad=0.5, labelspacing=0.35,
+            columnspacing=1.4, handlelength=length, handletextpad=0.5, labelspacing=0.35,
         )  # fmt: skip
 
     def footnote(self, text: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from attacks.adaptive import Adaptive
-from benchmark import answers_axes, answers_boards, evidence, exhibits, stats
+from benchmark import answers_axes, answers_boards, evidence, exhibit_plots, exhibits, stats, style
 from benchmark import rows as files
 from benchmark.__main__ import app
 from benchmark.cell import cell_rows
@@ -592,3 +592,17 @@ def test_figures_hold_what_the_table_holds() -> None:
     first = first[first["pairs"] > 0]
     for _, line in first.iterrows():
         assert drawn[line["defense"]].mean == line["ra_head"]
+
+
+def test_no_two_lines_of_a_figure_look_alike() -> None:
+    """More entries than there are colours: those that share one differ in their strokes, in the legend too."""
+    entries = [(f"d{number}", "whole") for number in range(20)]
+    known = {entry: style.Look(f"#{number % 8:06x}", "o") for number, entry in enumerate(entries)}
+    height = evidence.Interval(0.5, 0.4, 0.6)
+    lines = tuple(evidence.Series(" ".join(entry), (0.0, 1.0), (height, height), entry) for entry in entries)
+    with style.figures() as plt:
+        drawn = exhibit_plots.draw(plt, Lines((evidence.Panel("p", "x", "y", lines),), 1, ""), known, "t")
+        looks = {(line.get_color(), str(line._unscaled_dash_pattern)) for line in drawn.axes[0].lines}
+        named = {(line.get_color(), str(line._unscaled_dash_pattern)) for line in drawn.legends[0].get_lines()}
+    assert len(looks) == 20
+    assert named == looks
