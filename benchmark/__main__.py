@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Optional
@@ -25,6 +30,26 @@ OnlyOption = Annotated[
     typer.Option("--only", help="Run a slice, e.g. attack=badnets|sig,seed=0; axes: backbone attack seed track scope defense."),
 ]
 RESULTS, CACHE = Path("results"), Path(".cache")
+
+
+@contextmanager
+def _heard() -> Iterator[None]:
+    """Has a Ctrl-C that falls into a destructor, where Python prints it and goes on, raised again a moment later."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            again = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+            again.daemon = True
+            again.start()
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 class Executor(StrEnum):
@@ -59,17 +84,18 @@ def run(
 
     loaded = load_matrix(find_matrix(matrix), notes(console))
     try:
-        outcome = run_matrix(
-            loaded,
-            results=results,
-            cache=cache,
-            console=console,
-            only=only,
-            processes=processes or None,
-            executor=executor.value,
-            gpus=gpus,
-        )
-        present(outcome.folder, loaded, cache=cache, console=console, track=wandb)
+        with _heard():
+            outcome = run_matrix(
+                loaded,
+                results=results,
+                cache=cache,
+                console=console,
+                only=only,
+                processes=processes or None,
+                executor=executor.value,
+                gpus=gpus,
+            )
+            present(outcome.folder, loaded, cache=cache, console=console, track=wandb)
     except KeyboardInterrupt:
         console.print("\ninterrupted; finished stages are stored, finished cells have rows: issue the same command again to go on")
         raise typer.Exit(130) from None

@@ -54,6 +54,8 @@ GRACE = 300.0
 """Seconds that processes may outlive the one that was killed: a worker looks for its parent once it has imported everything."""
 ISSUES = 3
 """How often an undisturbed command is issued that does not finish."""
+PROMPT = 5.0
+"""Seconds within which a run that had finished when it was interrupted is gone."""
 OLD = 7200.0
 """Seconds by which what a killed writer left is aged, so that the next run may take it for abandoned."""
 
@@ -562,11 +564,13 @@ def _signalled(number: signal.Signals, expected: tuple[int, ...], words: str) ->
                 break
             everyone = _tree(command.pid)
             os.killpg(command.pid, number)
+            sent = time.monotonic()
             status = torture.end(command)
+            done = not status and time.monotonic() - sent < PROMPT and compare(torture.reference, torture.results) == Difference()
             torture.gone(everyone)
             said = torture.said()
             struck += 1
-            right = "" if status in expected and words in said else "not as it should: "
+            right = "it had just finished: " if done else "" if status in expected and words in said else "not as it should: "
             torture.notes.append(f"{right}status {status}{said and f': {said}'}")
             wrong += torture.so_far()
             torture.age()

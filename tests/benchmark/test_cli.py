@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -162,3 +163,41 @@ def test_an_interrupt_while_pictures_are_drawn_says_how_to_go_on(
     assert done.exit_code == 130
     assert "issue the same command again to go on" in done.stdout
     assert (tmp_path / "results" / "two" / "rows.csv").is_file()
+
+
+class Dying:
+    """Is interrupted while it is destroyed, where Python lets no exception out."""
+
+    def __del__(self) -> None:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_that_falls_into_a_destructor_is_heard(
+    matrix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    went_on: list[bool] = []
+
+    def run(*_: object, **__: object) -> None:
+        Dying()
+        time.sleep(30)
+        went_on.append(True)
+
+    monkeypatch.setattr("benchmark.run.run_matrix", run)
+    begun = time.monotonic()
+    done = runner.invoke(cli.app, ["run", "-m", str(matrix), "--no-wandb", "--results", str(tmp_path)])
+    assert done.exit_code == 130
+    assert not went_on
+    assert time.monotonic() - begun < 20
+
+
+def test_what_else_goes_wrong_in_a_destructor_is_told_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[type[BaseException]] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: told.append(unraisable.exc_type))
+
+    class Odd:
+        def __del__(self) -> None:
+            raise ValueError
+
+    with cli._heard():
+        Odd()
+    assert told == [ValueError]
