@@ -400,8 +400,8 @@ def lasted() -> Iterator[dict[str, float]]:
         lines = [
             "# Fuzzing\n\n",
             "What reads other people's files, fed with nonsense that [hypothesis](https://hypothesis.readthedocs.io) draws\n",
-            "(`tests/test_fuzz.py`): each file has to be read, or refused in one line that names it; anything else fails.\n",
-            "\n",
+            "(`tests/test_fuzz.py`): each file has to be read, or refused in one line that names it. Anything else ends the "
+            "test.\n\n",
             "| reader | kinds of nonsense | minutes | files | read | refused | unhandled exceptions |\n",
             "| :-- | --: | --: | --: | --: | --: | --: |\n",
         ]
