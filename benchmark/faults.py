@@ -145,12 +145,13 @@ def draw(outcomes: Sequence[Outcome]) -> str:
     """The page, from outcomes alone."""
     total = sum((Difference(one.lost, one.doubled, one.changed) for one in outcomes), Difference())
     times = sum(one.kills for one in outcomes)
+    kills = sum(one.kills for one in outcomes if one.fault.startswith("kill"))
     found = f"{total.lost} rows lost, {total.doubled} doubled, {total.changed} changed"
     lines = [
         "# Faults\n\n",
         "A small run of every kind of stage (`benchmark/matrices/torture.toml`), disturbed and issued again until it finishes;\n",
         "its `rows.csv` and `curves.csv` are then compared with those of an undisturbed run, line by line and byte by byte.\n\n",
-        f"**In {len(outcomes)} run-throughs, disturbed {times} times: {found}.**\n\n",
+        f"**In {len(outcomes)} run-throughs, disturbed {times} times ({kills} of them by kill -9): {found}.**\n\n",
     ]
     right = (":--", ":--", "--:", "--:", "--:", "--:", "--:", ":--")
     lines += [f"| {' | '.join(line)} |\n" for line in (HEADER, right)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -179,15 +180,19 @@ def test_an_interrupt_that_falls_into_a_destructor_is_heard(
 
     def run(*_: object, **__: object) -> None:
         Dying()
-        time.sleep(30)
+        time.sleep(200)
         went_on.append(True)
 
     monkeypatch.setattr("benchmark.run.run_matrix", run)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     begun = time.monotonic()
-    done = runner.invoke(cli.app, ["run", "-m", str(matrix), "--no-wandb", "--results", str(tmp_path)])
+    try:
+        done = runner.invoke(cli.app, ["run", "-m", str(matrix), "--no-wandb", "--results", str(tmp_path)])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert done.exit_code == 130
     assert not went_on
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 150
 
 
 def test_what_else_goes_wrong_in_a_destructor_is_told_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,13 +53,17 @@ def test_efficiency_is_against_the_same_executors_single_worker() -> None:
     assert "the command" in page
 
 
-def test_a_part_is_run_from_an_empty_store_and_its_stages_counted(tiny: str, tmp_path: Path) -> None:
+def test_a_part_is_run_from_an_empty_store_and_its_stages_counted(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = scaling._whole(tiny, "seed=0", "local", 1, tmp_path)
     assert found["stages"] == 2 + 2  # victim and twin, two cells
     assert found["seconds"] > 0
     assert (tmp_path / "results" / "tiny" / "rows.csv").is_file()
+    monkeypatch.setattr(scaling, "COUNTS", (2, 12))
     standing = scaling._standing(tiny, "local", 1, tmp_path / "standing")
-    assert 0 < standing["per_stage"] < 1
+    assert standing["per_stage"] < 1
+    assert standing["start"] < 60
 
 
 @pytest.mark.slow

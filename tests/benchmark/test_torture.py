@@ -117,7 +117,8 @@ def test_a_file_of_somebody_elses_is_named_with_its_line(tmp_path: Path, text: s
 def test_the_page_is_drawn_from_outcomes_alone() -> None:
     evil = "<script>|x\x1b[2J"
     page = draw([outcome(kills=3), outcome(number=1, lost=4, note=evil), outcome(executor="ray", changed=5, kills=7)])
-    assert "**In 3 run-throughs, disturbed 12 times: 4 rows lost, 0 doubled, 5 changed.**" in page
+    assert "**In 3 run-throughs, disturbed 12 times (0 of them by kill -9): 4 rows lost, 0 doubled, 5 changed.**" in page
+    assert "disturbed 11 times (9 of them by kill -9)" in draw([outcome("kill -9 of a worker", kills=9), outcome(kills=2)])
     assert re.search(r"^\| Ctrl-C \| local \| 2 \| 5 \| 4 \| 0 \| 0 \|", page, re.MULTILINE)
     assert re.search(r"^\| Ctrl-C \| ray \| 1 \| 7 \| 0 \| 0 \| 5 \|", page, re.MULTILINE)
     assert "<script>" not in page
