@@ -282,9 +282,10 @@ def test_a_dead_node_a_stage_that_kills_its_process_and_one_that_raises(referenc
     assert len(misbehaved) == 2 * 2 * 3
     assert all("its process died 3 times" in line for line in misbehaved if ",dies," in line)
     assert all("RuntimeError: no luck (odd.py:" in line for line in misbehaved if ",breaks," in line)
-    assert (tmp_path / "deaths").read_text() == "x" * 2 * executors.ATTEMPTS
+    # The node may take one of those along that were about to die by themselves.
+    assert len((tmp_path / "deaths").read_text()) in (2 * executors.ATTEMPTS - 1, 2 * executors.ATTEMPTS)
     assert not killer.is_alive()
-    assert said.count("died; its stage is tried again") == 2 * executors.ATTEMPTS + 1
+    assert said.count("died; its stage is tried again") in (2 * executors.ATTEMPTS, 2 * executors.ATTEMPTS + 1)
     assert said.count("note: breaks (whole) on vgg11-bn-w2 / badnets / seed 0: failed: RuntimeError: no luck") == 1
     assert said.count("note: dies (whole) on vgg11-bn-w2 / badnets / seed 1: failed: its process died 3 times") == 1
 
