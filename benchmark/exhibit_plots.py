@@ -64,10 +64,10 @@ def _lines(plt: Any, figure: Lines, known: Looks, title: str) -> Any:
                 # Where entries and other things share a figure, the others are dashed and take colours from the far end.
                 other = mixed and series.about is None
                 look = _look(series, len(_COLOURS) - 1 - position if other else position, known)
-                worn = sum(one.colour == look.colour for one, _ in names.values())
                 # Lines of one colour, where there are more entries than colours, differ in more than their markers.
-                again = ("-", _DASHES[3] if mixed else _DASHES[1], _DASHES[2])[min(worn, 2)]
-                stroke = _DASHES[2] if series.aside else _DASHES[1] if other else again
+                worn = sum(one.colour == look.colour for one, _ in names.values())
+                strokes = ("-", _DASHES[3] if mixed else _DASHES[1], _DASHES[2])
+                stroke = _DASHES[2] if series.aside else _DASHES[1] if other else strokes[min(worn, 2)]
                 names.setdefault(series.label, (look, stroke))
         for label, _ in panel.flat:
             flats.setdefault(label, len(flats))

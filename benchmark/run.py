@@ -338,54 +338,39 @@ def _write(
 ) -> bool:
     """Writes the files; slices that end at the same time do it one after the other, or one would merge into what is out of date."""
     with held(store.root / "locks" / f"results-{digest(str(folder.resolve()))}"):
+        results = [result for result, _ in collected]
         if not whole:
-            collected = [*collected, *_others(matrix, folder, collected, datasets, store)]
-        return _write_held(matrix, folder, collected, datasets, whole=whole, used=used)
+            results += _others(matrix, folder, {result.timing.cell for result in results}, datasets, store)
+        rows: list[Row] = [row for result in results for row in result.rows]
+        curves: list[Curve] = [curve for result in results for curve in result.curves]
+        timings: list[Timing] = [result.timing for result in results]
+        if not whole:
+            known = [cell_key(cell, datasets[canonical(cell.scenario.dataset)].fingerprint)[:12] for cell in matrix.cells]
+            rows, curves, timings = (
+                _merge(folder / "rows.csv", Row, rows, known),
+                _merge(folder / "curves.csv", Curve, curves, known),
+                _merge(folder / "timings.csv", Timing, timings, known),
+            )
+        changed = files.write(folder / "rows.csv", Row, rows)
+        changed |= files.write(folder / "curves.csv", Curve, curves)
+        files.write(folder / "timings.csv", Timing, timings)
+        write_text(folder / "matrix.toml", matrix.settings)
+        for name, _ in matrix.plugins:  # without them the settings beside them could not be read by anybody else
+            write_bytes(folder / "plugins" / name, (matrix.path.parent / name).read_bytes())
+        write_text(folder / "manifest.json", json.dumps(manifest(matrix, datasets, used), indent=2, sort_keys=True) + "\n")
+        return changed
 
 
 def _others(
-    matrix: Matrix,
-    folder: Path,
-    collected: Sequence[tuple[CellResult, bool]],
-    datasets: Mapping[str, Dataset],
-    store: Store,
-) -> list[tuple[CellResult, bool]]:
+    matrix: Matrix, folder: Path, mine: set[str], datasets: Mapping[str, Dataset], store: Store
+) -> list[CellResult]:
     """Cells outside a slice that have rows and are stored, as stored: a digit that was changed in the file would stay there."""
     if not (folder / "rows.csv").is_file():
         return []
-    written = set(files.read(folder / "rows.csv", Row)["cell"]) - {result.timing.cell for result, _ in collected}
+    written = set(files.read(folder / "rows.csv", Row)["cell"]) - mine
     named = ((cell, cell_key(cell, datasets[canonical(cell.scenario.dataset)].fingerprint)[:12]) for cell in matrix.cells)
-    return collect(matrix, [cell for cell, key in named if key in written and _stands(cell, store, datasets)], store, datasets, {})
-
-
-def _write_held(
-    matrix: Matrix,
-    folder: Path,
-    collected: Sequence[tuple[CellResult, bool]],
-    datasets: Mapping[str, Dataset],
-    *,
-    whole: bool,
-    used: Mapping[str, str],
-) -> bool:
-    results = [result for result, _ in collected]
-    rows: list[Row] = [row for result in results for row in result.rows]
-    curves: list[Curve] = [curve for result in results for curve in result.curves]
-    timings: list[Timing] = [result.timing for result in results]
-    if not whole:
-        known = [cell_key(cell, datasets[canonical(cell.scenario.dataset)].fingerprint)[:12] for cell in matrix.cells]
-        rows, curves, timings = (
-            _merge(folder / "rows.csv", Row, rows, known),
-            _merge(folder / "curves.csv", Curve, curves, known),
-            _merge(folder / "timings.csv", Timing, timings, known),
-        )
-    changed = files.write(folder / "rows.csv", Row, rows)
-    changed |= files.write(folder / "curves.csv", Curve, curves)
-    files.write(folder / "timings.csv", Timing, timings)
-    write_text(folder / "matrix.toml", matrix.settings)
-    for name, _ in matrix.plugins:  # without them the settings beside them could not be read by anybody else
-        write_bytes(folder / "plugins" / name, (matrix.path.parent / name).read_bytes())
-    write_text(folder / "manifest.json", json.dumps(manifest(matrix, datasets, used), indent=2, sort_keys=True) + "\n")
-    return changed
+    stored = [cell for cell, key in named if key in written and _stands(cell, store, datasets)]
+    return [result for result, _ in collect(matrix, stored, store, datasets, {})]
 
 
 def _merge(path: Path, kind: type[Any], new: list[Any], known: Sequence[str]) -> list[Any]:

@@ -41,6 +41,7 @@ from models.weights import fit_state, read_state, save_weights
 SECONDS = float(os.environ.get("LEVELFIELD_FUZZ", "0"))
 TRIED: Counter[tuple[str, str]] = Counter()
 """Files read, by reader and by what came of them."""
+ENDS = "read", "refused", "unhandled"
 fuzz = settings(
     max_examples=250 if SECONDS else 40,
     derandomize=not SECONDS,
@@ -393,7 +394,7 @@ READERS: dict[str, list[Any]] = {
 
 @pytest.fixture(scope="module")
 def lasted() -> Iterator[dict[str, float]]:
-    """How long each reader was fed without an unhandled exception; written as a page where somebody asks for it."""
+    """How long each reader was fed; written as a page where somebody asks for it."""
     found: dict[str, float] = {}
     yield found
     if found and "LEVELFIELD_HOSTILE" in os.environ:
@@ -406,8 +407,9 @@ def lasted() -> Iterator[dict[str, float]]:
             "| :-- | --: | --: | --: | --: | --: | --: |\n",
         ]
         for reader, seconds in found.items():
-            good, bad = TRIED[reader, "read"], TRIED[reader, "refused"]
-            lines.append(f"| {reader} | {len(READERS[reader])} | {seconds / 60:.1f} | {good + bad} | {good} | {bad} | 0 |\n")
+            good, bad, odd = (TRIED[reader, what] for what in ENDS)
+            cells = (reader, len(READERS[reader]), f"{seconds / 60:.1f}", good + bad + odd, good, bad, odd)
+            lines.append(f"| {' | '.join(map(str, cells))} |\n")
         lines.append(f"\nDrawn by `make hostile SECONDS={SECONDS:g}`; see [HOSTILE.md](HOSTILE.md) for what is tried by name.\n")
         (Path(os.environ["LEVELFIELD_HOSTILE"]) / "FUZZ.md").write_text("".join(lines))
 
@@ -417,13 +419,18 @@ def lasted() -> Iterator[dict[str, float]]:
 def test_a_reader_for_as_long_as_somebody_asks(
     reader: str, place: Path, whole: dict[str, bytes], lasted: dict[str, float]
 ) -> None:
-    for what in ("read", "refused"):  # what the tests above tried is none of these seconds
+    for what in ENDS:  # what the tests above tried is none of these seconds
         del TRIED[reader, what]
     begun = time.monotonic()
-    while time.monotonic() - begun < SECONDS:
-        for feed in READERS[reader]:
-            more = {"whole": whole} if feed is test_weights_with_bytes_changed else {}
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch's words about quantized tensors
-                feed(place=place, **more)
-    lasted[reader] = time.monotonic() - begun
+    try:
+        while time.monotonic() - begun < SECONDS:
+            for feed in READERS[reader]:
+                more = {"whole": whole} if feed is test_weights_with_bytes_changed else {}
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # torch's words about quantized tensors
+                    feed(place=place, **more)
+    except Exception:
+        TRIED[reader, "unhandled"] += 1
+        raise
+    finally:
+        lasted[reader] = time.monotonic() - begun

@@ -439,7 +439,7 @@ def test_attempts(attempt: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     outside.mkdir()
     monkeypatch.chdir(outside)  # what is written to a relative path, the trap among it, lands here
     if not attempt.words:
-        outcomes[attempt.what] = f"harmless: {str(attempt.act(inside))[:200]}"
+        told = f"harmless: {str(attempt.act(inside))[:200]}"
     else:
         with pytest.raises(BadInput) as caught:
             attempt.act(inside)
@@ -447,8 +447,7 @@ def test_attempts(attempt: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert attempt.words in message
         assert message.isprintable()
         assert len(message) < 2000
-        outcomes[attempt.what] = f"refused: {message.replace(str(inside) + '/', '')[:200]}"
-    told = outcomes.pop(attempt.what)
+        told = f"refused: {message.replace(str(inside) + '/', '')[:200]}"
     assert sorted(tmp_path.iterdir()) == [inside, outside]
     assert list(outside.iterdir()) == []
     outcomes[attempt.what] = told

@@ -39,7 +39,6 @@ ODD = '''
 """A defense whose process dies the first time."""
 import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
