@@ -97,7 +97,11 @@ EXHIBITS: tuple[Exhibit, ...] = (
     Exhibit("size", "Larger images", "What about larger images and more classes?", "size", answers_boards.size),
     Exhibit("recipe", "Recipe", "Is a short recipe a fair stand-in for the literature's hundred epochs?", "recipe",
             answers_training.training),
+    Exhibit("recipe-small", "Recipe, small", "And for a narrow network on few images, where a hundred epochs can be had on a CPU?",
+            "recipe-small", answers_training.training),
     Exhibit("precision", "Precision", "Does the arithmetic that makes training fast change what comes out?", "precision",
+            answers_training.training),
+    Exhibit("precision-small", "Precision, small", "And for a narrow network, on a CPU?", "precision-small",
             answers_training.training),
     Exhibit("significance", "Significance", "Are differences significant?", "quick", answers_boards.significance),
 )  # fmt: skip

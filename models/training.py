@@ -57,9 +57,9 @@ class Recipe(Spec):
         optimizer: ``sgd`` or ``adam``.
         schedule: ``cosine`` (per epoch, to zero), ``one-cycle`` (per step), ``multistep`` (x0.1 at 50 % and 75 %) or ``constant``.
         crop: zero padding of the random crop, in pixels. flip: mirror half of the samples.
-        precision: of arithmetic on CUDA; the CPU computes in float32 whatever this says. ``reference`` = float32 everywhere.
-            ``tf32`` = products of float32 matrices and convs in TF32, in evaluation too. ``bf16`` = that, and the forward passes of
-            training under autocast to bfloat16 (losses, norms and weights stay float32).
+        precision: of arithmetic. ``reference`` = float32 everywhere. ``tf32`` = products of float32 matrices and convs in TF32, in
+            evaluation too; float32 on the CPU, which has no such products. ``bf16`` = that, and the forward passes of training
+            under autocast to bfloat16 (losses, norms and weights stay float32), on the CPU too, where it is several times slower.
     """
 
     name: ClassVar[str] = "recipe"
@@ -183,7 +183,7 @@ def fit(module: Classifier, data: ImageSet, recipe: Recipe, seed: int) -> Fitted
             devices=1,
             # In a Slurm job Lightning would take SIGUSR1 for a wish to be requeued, and the job's tasks for ranks of the training.
             plugins=[LightningEnvironment()],
-            precision="bf16-mixed" if recipe.precision == "bf16" and device.type == "cuda" else "32-true",
+            precision="bf16-mixed" if recipe.precision == "bf16" else "32-true",
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from itertools import combinations
+from typing import Any
 
 import pytest
 
 from benchmark.answers_training import training
 from benchmark.evidence import Missing
 from benchmark.matrix import Cell, find_matrix, load_matrix
+from benchmark.matrix import recipes as recipe_presets
+from models.training import Recipe
 from tests.benchmark.test_exhibits import made_up
 
 Triple = tuple[float, float, float]
@@ -87,3 +90,24 @@ def test_the_matrices_change_the_training_alone(name: str) -> None:
     assert {(cell.defense_label, str(cell.defense.spec())) for cell in matrix.cells} <= known
     precisions = {dataclasses.asdict(scenario.recipe)["precision"] for scenario in matrix.scenarios}
     assert precisions == ({"reference", "tf32", "bf16"} if name == "precision" else {"reference", "bf16"})
+
+
+@pytest.mark.parametrize("name", ["precision-small", "recipe-small"])
+def test_the_small_matrices_change_the_training_alone(name: str) -> None:
+    matrix, large = load_matrix(find_matrix(name)), load_matrix(find_matrix(name.removesuffix("-small")))
+    assert len({str(scenario.backbone.spec()) for scenario in matrix.scenarios}) == 1
+    recipes: dict[str, list[Any]] = {}
+    for scenario in matrix.scenarios:
+        recipes.setdefault(f"{scenario.attack_label} {scenario.seed}", []).append(scenario.recipe)
+    assert len(recipes) == 9
+    assert all(len(set(ways)) == 2 for ways in recipes.values())
+    assert {cell.defense_label for cell in matrix.cells} == {cell.defense_label for cell in large.cells}
+    first, other = recipes["badnets 0"]
+    if name == "precision-small":
+        assert dataclasses.replace(first, precision="bf16") == other
+        quick = {str(scenario.spec()) for scenario in load_matrix(find_matrix("quick")).scenarios}
+        assert all(str(s.spec()) in quick for s in matrix.scenarios if s.backbone_label == "float32"), "the store holds them once"
+    else:
+        assert first == Recipe(), "the literature's"
+        fast = Recipe(**recipe_presets()["fast"])
+        assert other == dataclasses.replace(fast, batch=128, lr=fast.lr * 128 / fast.batch, precision="reference")

@@ -17,6 +17,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from rich.console import Console
 
 from benchmark.executors import Failure, Stage, run_stages
@@ -402,6 +403,27 @@ def test_manifest_names_data_settings_and_arithmetic(once: Path) -> None:
     assert manifest["plugins"][0]["file"] == "odd.py"
     assert manifest["versions"]["torch"]
 
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has such arithmetic")
+def test_bf16_on_a_cpu_is_announced_and_stands_in_the_manifest(matrix: Matrix, tmp_path: Path) -> None:
+    ways = "".join(
+        f'[[backbone]]\nname = "vgg11-bn"\nlabel = "{name}"\nwidth = 2\nhidden = 8\nrecipe = {{ precision = "{name}" }}\n'
+        for name in ("tf32", "bf16")
+    )
+    (tmp_path / "odd.py").write_text(ODD)
+    (tmp_path / "rounded.toml").write_text(TINY.replace("[[attack]]", ways + "[[attack]]", 1))
+    rounded = load_matrix(tmp_path / "rounded.toml")
+
+    def told(backbones: str) -> str:
+        console = Console(file=io.StringIO(), width=200)
+        only = f"attack=badnets,defense=none,backbone={backbones}"
+        run_matrix(rounded, only=only, results=tmp_path / "results", cache=tmp_path / "cache", console=console, processes=1)
+        return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+    assert "bf16" not in told("vgg11-bn-w2|tf32")
+    assert "bf16 without a GPU takes 5 to 10 times as long" in told("bf16")
+    manifest = json.loads((tmp_path / "results" / "rounded" / "manifest.json").read_text())
+    assert manifest["arithmetic"]["precision"] == "float32, bf16", "tf32 is float32 here"
 
 def test_results_folder_that_cannot_be_written(matrix: Matrix, tmp_path: Path) -> None:
     (tmp_path / "results").write_text("a file where a folder should be")

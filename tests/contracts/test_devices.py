@@ -157,8 +157,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @contextlib.contextmanager
 def bfloat16(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with trainers(monkeypatch, lambda: {"precision": "bf16-mixed"}):
-        yield
+    yield
 
 
 @contextlib.contextmanager
