@@ -66,8 +66,8 @@ paper: $(STAMP) ## tables, plots, page and report of everything under results/, 
 dashboard: $(STAMP) ## look at the W&B runs of MATRIX in the terminal, grouped by defense (no network, no account)
 	@$(LEVELFIELD) dashboard --matrix $(MATRIX) $(ARGS)
 
-test: $(STAMP) ## the tests (ARGS="-k badnets" picks some)
-	@$(RUN) -m pytest -q $(ARGS)
+test: $(STAMP) ## the tests, on up to four cores (ARGS="-k badnets" picks some, ARGS="-n 0 --pdb" debugs)
+	@$(RUN) -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 torture: $(STAMP) ## kill, starve and damage a small run, over and over; counts lost rows (ARGS="--kills 100 --executor local")
 	@$(RUN) -m benchmark.torture $(ARGS)

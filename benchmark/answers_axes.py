@@ -44,7 +44,7 @@ from benchmark.evidence import (
     means_of,
     of_entry,
     out_of,
-    paired,
+    paired_gap,
     percent_words,
     points_words,
     verdict,
@@ -123,7 +123,7 @@ def alpha(source: Source) -> Shown:
             continue
         paper = HolderPruning.alpha
         if paper in by and paper != last:
-            difference, pairs = paired(by[paper], by[last], "ra")
+            difference, pairs = paired_gap(by[paper], by[last], "ra")
             sides.append(verdict(difference))
             said.append(
                 f"With {mode} ({scope_}), {100 * (1 - same / points) if points else 0:.0f} % of the models differ from those at "
@@ -170,7 +170,7 @@ def scope(source: Source) -> Shown:
                 for metric, value in found.items():
                     line |= bounded(f"{metric}_{name}", value)
                 line[f"seconds_{name}"] = float(part["seconds"].median()) if len(part) else math.nan
-            difference, pairs = paired(at["head"], at["whole"], "ra") if len(at["whole"]) else (UNMEASURED, 0)
+            difference, pairs = paired_gap(at["head"], at["whole"], "ra") if len(at["whole"]) else (UNMEASURED, 0)
             lines.append({**line, **bounded("difference", difference), "pairs": pairs})
             if pairs and not control:
                 sides.append((defense, verdict(difference)))
@@ -344,7 +344,7 @@ def selection(source: Source) -> Shown:
             line |= bounded(f"asr_{name}", mean(part, "asr")) | {f"ra_{name}": mean(part, "ra").mean}
             shown[name].append(mean(part, "asr"))
         for name in ("default", "validation"):
-            line |= bounded(f"gap_{name}", paired(by[name], by["oracle"], "asr")[0])
+            line |= bounded(f"gap_{name}", paired_gap(by[name], by["oracle"], "asr")[0])
         lines.append({**line, "models": int(mine.drop_duplicates(WORLD).shape[0])})
         names.append(f"{entry_words((str(defense), str(scope_)))}{' (control)' if line['control'] else ''}")
     frame = pd.DataFrame(lines)
@@ -408,7 +408,7 @@ def budget(source: Source) -> Shown:
         done = mine[mine["status"] == "ok"]
         why = listed([str(reason) for reason in dict.fromkeys(mine.loc[mine["status"] != "ok", "reason"])], "")
         same = scratch[scratch["share"] == share]
-        versus = paired(done, same, "ra")[0] if len(done) and len(same) and not str(base).startswith(SCRATCH) else UNMEASURED
+        versus = paired_gap(done, same, "ra")[0] if len(done) and len(same) and not str(base).startswith(SCRATCH) else UNMEASURED
         lines.append({"defense": base, "scope": scope_, "control": "control" if mine["control"].any() else "", "share": share,
                       "images": images.get(share, math.nan), "cells": f"{len(done)} of {len(mine)}", **means_of(done),
                       **bounded("versus", versus), "reason": why})  # fmt: skip
@@ -571,13 +571,13 @@ def extractor(source: Source) -> Shown:
                 best = max(found, key=lambda entry: found[entry])
                 line |= {"best": entry_words(best), "best_ra": found[best]}
                 for entry in plainest[:2]:
-                    difference, _ = paired(of_entry(at, best), of_entry(at, entry), "ra")
+                    difference, _ = paired_gap(of_entry(at, best), of_entry(at, entry), "ra")
                     sides.append((best, entry, difference))
                 controls = {entry: mean(of_entry(at, entry), "ra").mean for entry in plainest}
                 if controls:
                     top = max(controls, key=lambda entry: controls[entry])
                     line |= {"plainest": top[0], "plainest_ra": controls[top],
-                             **bounded("difference", paired(of_entry(at, best), of_entry(at, top), "ra")[0])}  # fmt: skip
+                             **bounded("difference", paired_gap(of_entry(at, best), of_entry(at, top), "ra")[0])}  # fmt: skip
             lines.append(line)
         said.append(f"On victims {markdown(victims)}: {', '.join(counts)}.")
         here = live[live["backbone"] == backbone]
@@ -656,9 +656,9 @@ def adaptive(source: Source) -> Shown:
                 line |= bounded("base", mean(at[0.0], "ra"))
             if 0.0 in x and strongest > 0:
                 ends = [at[strength].assign(attack=kind) for strength in (strongest, 0.0)]
-                part = paired(ends[0], ends[1], "ra")[0]
+                part = paired_gap(ends[0], ends[1], "ra")[0]
                 line |= bounded("difference", part)
-                line |= bounded("asr_difference", paired(ends[0], ends[1], "asr")[0])
+                line |= bounded("asr_difference", paired_gap(ends[0], ends[1], "asr")[0])
                 if not own["control"].any():
                     falls += [f"{entry_markdown(entry)} {points_words(part)}"] * (verdict(part) < 0)
                     rises += [f"{entry_markdown(entry)} {points_words(part)}"] * (verdict(part) > 0)

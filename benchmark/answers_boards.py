@@ -36,7 +36,7 @@ from benchmark.evidence import (
     means_of,
     of_entry,
     out_of,
-    paired,
+    paired_gap,
     percent_words,
     points_words,
     verdict,
@@ -100,7 +100,7 @@ def size(source: Source) -> Shown:
         f"{after_colon(reached)}.",
     ]
     if scratch:
-        parts = [paired(of_entry(table, entry), of_entry(table, scratch[0]), "ra")[0] for entry in competitors(table)]
+        parts = [paired_gap(of_entry(table, entry), of_entry(table, scratch[0]), "ra")[0] for entry in competitors(table)]
         said.append(
             "RA is above that of training from scratch on the clean images for "
             f"{out_of(sum(verdict(part) > 0 for part in parts), len(parts))} "
@@ -212,7 +212,7 @@ def _against(source: Source, wanted: Callable[[str], bool], words: str) -> Shown
         for entry in entries:
             control = of_entry(table, entry)
             control = control[control["track"] == control["track"].iloc[0]]
-            difference, pairs = paired(own, control, "ra")
+            difference, pairs = paired_gap(own, control, "ra")
             here.append({"track": track, "leader": entry_words(leader), "ra": mean(own, "ra").mean, "control": entry_words(entry),
                          "control_ra": mean(control, "ra").mean, **bounded("difference", difference), "pairs": pairs})  # fmt: skip
         lines += here
@@ -352,7 +352,7 @@ def validity(source: Source) -> Shown:
         for victims, mine in frozen[frozen["attack"] == attack].groupby("victims", sort=False):
             for backbone, other in own[own["attack"] == attack].groupby("backbone", sort=False):
                 if str(mine["backbone"].iloc[0]).startswith(str(backbone)):
-                    gap, _ = paired(mine.assign(backbone=backbone), other, "asr")
+                    gap, _ = paired_gap(mine.assign(backbone=backbone), other, "asr")
                     words = f"ASR of {markdown(attack)}, victims {markdown(victims)} minus victims trained end to end"
                     said.append(f"{words}: {points_words(gap)}.")
     columns = (

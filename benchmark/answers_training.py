@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations, permutations
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,14 @@ from benchmark.evidence import (
     before_defense,
     bounded,
     competitors,
+    entry_words,
     implanted_words,
     judged,
     mean,
     means_of,
     of_entry,
     out_of,
-    paired,
+    paired_gap,
     points_words,
 )
 from benchmark.stats import Interval
@@ -60,12 +62,16 @@ def _spread(table: pd.DataFrame, column: str) -> float:
     return float(table[column].max() - table[column].min())
 
 
+def _shared(first: pd.DataFrame, other: pd.DataFrame, by: list[str]) -> list[pd.DataFrame]:
+    """Both tables without what implanted in one of them alone, by the columns ``by``."""
+    both = first[by].merge(other[by], on=by).drop_duplicates()
+    return [table.merge(both, on=by) for table in (first, other)]
+
+
 def _order(first: pd.DataFrame, other: pd.DataFrame) -> tuple[float, int, bool]:
-    """Kendall's correlation of the defenses' mean RA over attacked models that implanted in both; of how many; the same best."""
-    shared = first[stats.WORLD].merge(other[stats.WORLD], on=stats.WORLD).drop_duplicates()
-    sides = [table.merge(shared, on=stats.WORLD) for table in (first, other)]
-    entries = [entry for entry in competitors(sides[0]) if entry in competitors(sides[1])]
-    means = [[mean(of_entry(table, entry), "ra").mean for entry in entries] for table in sides]
+    """Kendall's correlation of the defenses' mean RA, one table against another; of how many; whether both have the same best."""
+    entries = [entry for entry in competitors(first) if entry in competitors(other)]
+    means = [[mean(of_entry(table, entry), "ra").mean for entry in entries] for table in (first, other)]
     kept = [pair for pair in zip(*means, strict=True) if not any(math.isnan(value) for value in pair)]
     if len(kept) < 2:
         return math.nan, len(kept), False
@@ -73,6 +79,22 @@ def _order(first: pd.DataFrame, other: pd.DataFrame) -> tuple[float, int, bool]:
     varies = len(set(left.tolist())) > 1 and len(set(right.tolist())) > 1
     tau = float(scipy_stats.kendalltau(left, right).statistic) if varies else math.nan
     return tau, len(kept), int(left.argmax()) == int(right.argmax())
+
+
+def _chance(first: pd.DataFrame, other: pd.DataFrame | None = None) -> float:
+    """How well the order at one seed agrees with that at another seed, over all pairs of seeds: Kendall's correlation, the mean.
+
+    Args:
+        other: whose seeds are the others; by default those of ``first`` itself, which says what seeds alone do to an order.
+    """
+    seeds = sorted(set(first["seed"]) | set((first if other is None else other)["seed"]))
+    pairs = combinations(seeds, 2) if other is None else permutations(seeds, 2)
+    other = first if other is None else other
+    found = [
+        _order(*_shared(first[first["seed"] == one], other[other["seed"] == two], stats.SCENARIO))[0] for one, two in pairs
+    ]
+    known = [tau for tau in found if not math.isnan(tau)]
+    return float(np.mean(known)) if known else math.nan
 
 
 def training(source: Source) -> Shown:
@@ -95,7 +117,7 @@ def training(source: Source) -> Shown:
             line: dict[str, Any] = {"attack": attack, "trained": label, "implanted": implanted_words(here),
                                     **means_of(here, ("acc", "asr"))}  # fmt: skip
             for name in ("acc", "asr"):
-                part = paired(here, base, name)[0] if label != first else UNMEASURED
+                part = paired_gap(here, base, name)[0] if label != first else UNMEASURED
                 line |= {**bounded(f"d_{name}", part), f"span_{name}": _spread(base, name) if label == first else math.nan}
                 if label != first:
                     line[f"inside_{name}"] = bool(abs(part.mean) <= _spread(base, name))
@@ -103,9 +125,9 @@ def training(source: Source) -> Shown:
             lines.append(line)
     for label in others:
         mine = [line for line in lines if line["trained"] == label]
-        whole = {name: paired(by[label], by[first], name)[0] for name in ("acc", "asr")}
+        whole = {name: paired_gap(by[label], by[first], name)[0] for name in ("acc", "asr")}
         inside = {name: sum(line[f"inside_{name}"] for line in mine) for name in ("acc", "asr")}
-        tau, count, same = _order(live[first], live[label])
+        tau, count, same = _order(*_shared(live[first], live[label], stats.WORLD))
         said.append(
             f"{markdown(label)} against {markdown(first)}, the same seeds: ACC {points_words(whole['acc'])}, ASR "
             f"{points_words(whole['asr'])}; the mean stays within what the seeds of {markdown(first)} span for "
@@ -119,18 +141,42 @@ def training(source: Source) -> Shown:
                 f"The order of {count} defenses by RA agrees with a Kendall correlation of {words}, and the best is "
                 f"{'the same' if same else 'another'}."
             )
+            chance = {True: _chance(live[first]), False: _chance(live[first], live[label])}
+            if not any(map(math.isnan, chance.values())):
+                said.append(
+                    f"Between two different seeds, orders agree by {number_text(chance[False])} on average across the two, and by "
+                    f"{number_text(chance[True])} within {markdown(first)} alone."
+                )
+    entries = [entry for entry in competitors(live[first]) if all(entry in competitors(live[label]) for label in others)]
+    for entry in entries:
+        base = of_entry(live[first], entry)
+        for label in live:
+            own = of_entry(live[label], entry)
+            part = paired_gap(own, base, "ra")[0] if label != first else UNMEASURED
+            lines.append({"attack": "all that implanted", "defense": entry_words(entry), "trained": label,
+                          **means_of(own), **bounded("d_ra", part)})  # fmt: skip
     columns = (
-        Column("Attack", "text", "attack"), Column("Trained", "text", "trained"), Column("Implanted", "text", "implanted"),
+        Column("Attack", "text", "attack"), Column("Defense", "text", "defense"), Column("Trained", "text", "trained"),
+        Column("Implanted", "text", "implanted"),
         Column("ACC", "interval", "acc"), Column("ACC, difference", "difference", "d_acc"),
         Column("ACC, span of seeds", "share", "span_acc"),
         Column("ASR", "interval", "asr"), Column("ASR, difference", "difference", "d_asr"),
         Column("ASR, span of seeds", "share", "span_asr"),
+        Column("RA", "interval", "ra"), Column("RA, difference", "difference", "d_ra"),
     )  # fmt: skip
-    panels = tuple(
-        DotPanel(f"{name.upper()}, difference to {first}", "points", tuple(attacks),
+    panels = [
+        DotPanel(f"{name.upper()} without a defense, difference to {first}", "points", tuple(attacks),
                  tuple((label, tuple(moved[label][name])) for label in others), signed=True)
         for name in ("acc", "asr")
-    )  # fmt: skip
-    about = f"undefended figures over all seeds; differences to {first}, paired by seed; 95 % intervals over seeds"
+    ]  # fmt: skip
+    if entries:
+        ra = {label: tuple(mean(of_entry(live[label], entry), "ra") for entry in entries) for label in live}
+        panels.append(DotPanel("RA after a defense", "%", tuple(map(entry_words, entries)), tuple(ra.items())))
+    about = (
+        f"without a defense: all seeds; with one: attacked models that implanted; differences to {first}, paired by seed; 95 % "
+        "intervals over seeds"
+    )
     frame = pd.DataFrame(lines).drop(columns=["inside_acc", "inside_asr"])
-    return Shown(" ".join(said), frame, columns, about, Dots(panels, "Bars: 95 % intervals over seeds."))
+    frame["defense"] = frame["defense"].fillna("none") if entries else "none"
+    frame["implanted"] = frame["implanted"].fillna("")
+    return Shown(" ".join(said), frame, columns, about, Dots(tuple(panels), "Bars: 95 % intervals over seeds."))

@@ -27,7 +27,7 @@ __all__ = [
     "END_TO_END", "FIGURES", "MEANS", "UNMEASURED", "Column", "DotPanel", "Dots", "Entry", "Lines", "Missing", "Panel", "Series",
     "Shown", "Source", "after_colon", "before_defense", "bounded", "brief", "competitors", "entry_markdown", "entry_words", "few",
     "figure_names", "finished", "implanted_words", "in_brackets", "interval_of", "interval_words", "judged", "largest", "listed",
-    "mean", "means_of", "of_entry", "out_of", "paired", "percent_words", "points_words", "verdict", "victims_words",
+    "mean", "means_of", "of_entry", "out_of", "paired_gap", "percent_words", "points_words", "verdict", "victims_words",
 ]  # fmt: skip
 
 
@@ -170,7 +170,7 @@ def mean(table: pd.DataFrame, column: str) -> Interval:
     return stats.interval([group[column].to_list() for _, group in kept.groupby(SCENARIO, sort=False)])
 
 
-def paired(left: pd.DataFrame, right: pd.DataFrame, column: str) -> tuple[Interval, int]:
+def paired_gap(left: pd.DataFrame, right: pd.DataFrame, column: str) -> tuple[Interval, int]:
     """``left`` minus ``right``, attacked model by attacked model: the mean with its interval, and the number of pairs.
 
     Each table holds at most one row per attacked model.

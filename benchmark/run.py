@@ -23,7 +23,7 @@ from rich.console import Console
 from benchmark import rows as files
 from benchmark.cell import CellResult, cell_key, cell_rows, extractor_key, victim_key
 from benchmark.datasets import Dataset, load
-from benchmark.executors import Failure, Stage, extractors_of, places, run_stages, victims_of
+from benchmark.executors import Stage, extractors_of, places, run_stages, victims_of
 from benchmark.files import held, why, write_bytes, write_text
 from benchmark.machine import arithmetic, versions
 from benchmark.matrix import Cell, Matrix, Scenario, settings_hash
@@ -125,7 +125,8 @@ def run_matrix(
     datasets = _datasets(matrix, cache, console)
     used: dict[str, str] = {}
     try:
-        failures = _execute(matrix, cells, store, cache, datasets, console, processes, order, executor, gpus, used)
+        work = _work(matrix, cells, store, datasets, order)
+        failures = _execute(matrix, work, store, cache, console, processes=processes, executor=executor, gpus=gpus, used=used)
     except KeyboardInterrupt:
         stored = [cell for cell in cells if _stands(cell, store, datasets)]
         if stored:
@@ -164,7 +165,7 @@ def recompute(
                 f"{dataset.fingerprint[:12]} here, {expected.get(dataset.name, 'none')[:12]} there)"
             )
     own = Store(store)
-    failures = _execute(matrix, cells, own, cache, datasets, console, processes, None)
+    failures = _execute(matrix, _work(matrix, cells, own, datasets), own, cache, console, processes=processes)
     return [row for result, _ in collect(matrix, cells, own, datasets, failures) for row in result.rows]
 
 
@@ -202,21 +203,34 @@ def _datasets(matrix: Matrix, cache: Path, console: Console) -> dict[str, Datase
     return found
 
 
-def _execute(
+@dataclass(frozen=True)
+class _Work:
+    """What is not stored.
+
+    Attributes:
+        stages: in an order in which one process can take them.
+        keys: what each of them would store, by its kind and number.
+        standing: how many cells are stored already.
+        rounded: whether a victim of the cells is trained in bfloat16.
+    """
+
+    stages: list[Stage]
+    keys: dict[tuple[str, int], str]
+    standing: int
+    rounded: bool
+
+    def count(self, kind: str) -> int:
+        return sum(stage.kind == kind for stage in self.stages)
+
+
+def _work(
     matrix: Matrix,
     cells: Sequence[Cell],
     store: Store,
-    cache: Path,
     datasets: Mapping[str, Dataset],
-    console: Console,
-    processes: int | None,
-    order: Callable[[list[Stage]], list[Stage]] | None,
-    executor: Literal["local", "ray"] = "local",
-    gpus: float | None = None,
-    used: dict[str, str] | None = None,
-) -> dict[str, str]:
-    """Runs the stages that are not stored; returns the reasons of those that failed, by key. What the nodes of a cluster computed
-    with is written into ``used``."""
+    order: Callable[[list[Stage]], list[Stage]] | None = None,
+) -> _Work:
+    """The stages that the rows of ``cells`` need and the store does not have; ``order`` permutes those of cells."""
 
     def print_of(scenario: Scenario) -> str:
         return datasets[canonical(scenario.dataset)].fingerprint
@@ -229,7 +243,13 @@ def _execute(
     for cell in todo_cells:
         needed |= {extractor_key(one, cell.scenario, print_of(cell.scenario)) for one in cell.extractors}
     stages: list[Stage] = []
+    keys: dict[tuple[str, int], str] = {}
     place: dict[str, int] = {}
+
+    def add(stage: Stage, key: str) -> None:
+        place[key] = len(stages)
+        keys[stage.kind, stage.number] = key
+        stages.append(stage)
 
     def train_extractors(reads: str) -> None:
         for number, (extractor, scenario) in enumerate(extractors):
@@ -238,9 +258,8 @@ def _execute(
                 continue
             victim = victim_key(scenario, print_of(scenario))
             after = (place[victim],) if reads == "poisoned" and victim in place else ()
-            place[key] = len(stages)
             of = f"{scenario.backbone_label} / seed {scenario.seed}" if reads == "clean" else _label(scenario)
-            stages.append(Stage("extractor", number, f"extractor {extractor.origin}: {of}", after))
+            add(Stage("extractor", number, f"extractor {extractor.origin}: {of}", after), key)
 
     # What waits comes after what it waits for, so that one process can take the stages as they stand.
     train_extractors("clean")
@@ -248,25 +267,43 @@ def _execute(
         key = victim_key(scenario, print_of(scenario))
         if canonical(scenario.spec()) in wanted and store.read("victim", key, tensors=False) is None:
             given = extractor_key(scenario.frozen.extractor, scenario, print_of(scenario)) if scenario.frozen else ""
-            after = (place[given],) if given in place else ()
-            place[key] = len(stages)
-            stages.append(Stage("victim", number, f"train {_label(scenario)}", after))
+            add(Stage("victim", number, f"train {_label(scenario)}", (place[given],) if given in place else ()), key)
     train_extractors("poisoned")
     todo = []
     for cell in todo_cells:
-        keys = [extractor_key(one, cell.scenario, print_of(cell.scenario)) for one in cell.extractors]
-        keys.append(victim_key(cell.scenario, print_of(cell.scenario)))
+        before = [extractor_key(one, cell.scenario, print_of(cell.scenario)) for one in cell.extractors]
+        before.append(victim_key(cell.scenario, print_of(cell.scenario)))
         label = f"{cell.defense_label} ({cell.scope.value}) on {_label(cell.scenario)}"
-        todo.append(Stage("cell", numbers[id(cell)], label, tuple(place[key] for key in keys if key in place)))
-    totals = {kind: sum(stage.kind == kind for stage in stages) for kind in ("victim", "extractor")} | {"cell": len(todo)}
+        number = numbers[id(cell)]
+        keys["cell", number] = cell_key(cell, print_of(cell.scenario))
+        todo.append(Stage("cell", number, label, tuple(place[key] for key in before if key in place)))
     stages += order(todo) if order else todo
-    if not stages:
+    rounded = any(s.recipe.precision == "bf16" and canonical(s.spec()) in wanted for s in every)
+    return _Work(stages, keys, len(cells) - len(todo), rounded)
+
+
+def _execute(
+    matrix: Matrix,
+    work: _Work,
+    store: Store,
+    cache: Path,
+    console: Console,
+    *,
+    processes: int | None = None,
+    executor: Literal["local", "ray"] = "local",
+    gpus: float | None = None,
+    used: dict[str, str] | None = None,
+) -> dict[str, str]:
+    """Runs the stages; returns the reasons of those that failed, by key. What the nodes of a cluster computed with is written into
+    ``used``."""
+    if not work.stages:
         return {}
+    totals = {kind: work.count(kind) for kind in ("victim", "extractor", "cell")}
 
     def told(where: str) -> RunProgress:
         console.print(
-            f"{matrix.name}: {totals['victim']} models and {totals['extractor']} extractors to train, {len(todo)} defense cells "
-            f"to run ({len(cells) - len(todo)} already stand); {where}",
+            f"{matrix.name}: {totals['victim']} models and {totals['extractor']} extractors to train, {totals['cell']} defense "
+            f"cells to run ({work.standing} already stand); {where}",
             highlight=False,
             markup=False,
         )
@@ -276,26 +313,16 @@ def _execute(
         from benchmark.ray_executor import connected
 
         with connected(processes, gpus) as cluster, told(cluster.words) as progress:
-            failed = cluster.run(stages, matrix, store.root, cache, progress, {} if used is None else used)
+            failed = cluster.run(work.stages, matrix, store.root, cache, progress, {} if used is None else used)
     else:
-        count = min(processes or places(), len(stages))
+        count = min(processes or places(), len(work.stages))
         gpu = " and one GPU for all" if torch.cuda.is_available() else ""
-        if not gpu and any(s.recipe.precision == "bf16" and canonical(s.spec()) in wanted for s in every):
+        if work.rounded and not gpu:
             console.print("bf16 without a GPU takes 5 to 10 times as long as float32", highlight=False, markup=False)
         with told(f"{count} process{'es' if count > 1 else ''}, one thread each{gpu}") as progress:
-            failed = run_stages(stages, matrix.path, store.root, cache, progress, count)
-
-    def key_of(failure: Failure) -> str:
-        stage = stages[failure.position]
-        if stage.kind == "victim":
-            return victim_key(every[stage.number], print_of(every[stage.number]))
-        if stage.kind == "extractor":
-            extractor, scenario = extractors[stage.number]
-            return extractor_key(extractor, scenario, print_of(scenario))
-        cell = matrix.cells[stage.number]
-        return cell_key(cell, print_of(cell.scenario))
-
-    return {key_of(failure): failure.reason for failure in failed}
+            failed = run_stages(work.stages, matrix.path, store.root, cache, progress, count)
+    stopped = ((work.stages[failure.position], failure.reason) for failure in failed)
+    return {work.keys[stage.kind, stage.number]: reason for stage, reason in stopped}
 
 
 def _label(scenario: Scenario) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from itertools import combinations
 from typing import Any
@@ -58,7 +59,36 @@ def test_precisions_are_compared_pair_by_pair_and_by_the_order_of_the_defenses()
     assert agree == 10
     assert "6 defenses by RA agrees with a Kendall correlation of 1, and the best is the same" in tf32
     assert "6 defenses by RA agrees with a Kendall correlation of -1, and the best is another" in bf16
-    assert [panel.title for panel in shown.figure.panels] == ["ACC, difference to float32", "ASR, difference to float32"]  # type: ignore[union-attr]
+    assert "Between two different seeds, orders agree by 1 on average across the two, and by 1 within float32" in tf32
+    assert "Between two different seeds, orders agree by -1 on average across the two, and by 1 within float32" in bf16
+    for number, label in enumerate(moves):
+        line = shown.frame[(shown.frame["defense"] == "clp (whole)") & (shown.frame["trained"] == label)].iloc[0]
+        assert line["ra"] == pytest.approx(0.4 if label == "bf16" else 0.2)
+        assert math.isnan(line["d_ra"]) if not number else line["d_ra"] == pytest.approx(0.2 if label == "bf16" else 0.0)
+    titles = [panel.title for panel in shown.figure.panels]  # type: ignore[union-attr]
+    assert titles == [*(f"{name} without a defense, difference to float32" for name in ("ACC", "ASR")), "RA after a defense"]
+
+
+def test_an_order_that_seeds_alone_turn_round_is_told_from_one_that_the_training_does() -> None:
+    turned = {"fine-tuning": 0.15, "fine-pruning": 0.35, "clp": 0.4, "holder-pruning": 0.45, "pruning": 0.22}
+
+    def by_seed(cell: Cell, place: float) -> Triple:
+        return 0.9, 0.1, (turned if cell.scenario.seed else RANKED).get(cell.defense.name, 0.0)
+
+    shown = training(made_up("recipe", by_seed))
+    names = ("fine-tuning", "fine-pruning", "clp", "holder-pruning", "holder-pruning", "pruning")
+    expected = slow_tau([RANKED[name] for name in names], [turned[name] for name in names])
+    assert -1 < expected < 0
+    assert f"orders agree by {expected:.3g} on average across the two, and by {expected:.3g} within 100 epochs" in shown.answer
+    assert "agrees with a Kendall correlation of 1," in shown.answer
+
+
+def slow_tau(one: list[float], two: list[float]) -> float:
+    """Kendall's tau-b, pair by pair."""
+    pairs = list(combinations(range(len(one)), 2))
+    signs = [((one[a] > one[b]) - (one[a] < one[b]), (two[a] > two[b]) - (two[a] < two[b])) for a, b in pairs]
+    untied = [sum(sign[side] != 0 for sign in signs) for side in (0, 1)]
+    return sum(x * y for x, y in signs) / math.sqrt(untied[0] * untied[1])
 
 
 def test_models_that_implant_one_way_only_are_in_no_order() -> None:

@@ -165,7 +165,7 @@ def test_paired_is_the_mean_of_scenario_means_of_differences_and_the_sign_follow
     left, right = (table[table["scope"] == scope].reset_index(drop=True) for scope in ("head", "whole"))
     left["ra"] = [0.1 * number for number in range(len(left))]
     right = right.iloc[1:]
-    found, pairs = evidence.paired(left, right, "ra")
+    found, pairs = evidence.paired_gap(left, right, "ra")
     by: dict[tuple[str, ...], list[float]] = {}
     for _, line in left.iterrows():
         for _, other in right.iterrows():
