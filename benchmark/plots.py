@@ -85,6 +85,85 @@ def _legend_columns(names: Sequence[str], width: float) -> int:
     return 1
 
 
+# -- the leaderboard -----------------------------------------------------------------------------------------------------------
+
+
+def _boards(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Title and lines of each panel: the competing entries of every track as they are ranked, then what none of them competes with.
+
+    ``asr_oracle`` stands beside each line: the ASR that choosing with the test set would have reported.
+    """
+    parts, others = [], []
+    for track in stats.tracks(rows):
+        judged = stats.headline(rows, track)
+        board, oracle = stats.leaderboard(rows, track, judged), stats.leaderboard(rows, track, "oracle")
+        if board.empty:
+            continue
+        best = {} if oracle.empty else dict(zip(zip(oracle["defense"], oracle["scope"], strict=True), oracle["asr"], strict=True))
+        entries = zip(board["defense"], board["scope"], strict=True)
+        board = board.assign(asr_oracle=[float(best.get(entry, math.nan)) for entry in entries])
+        competing = board[board["role"] == "defense"]
+        if len(competing):
+            parts.append((f"{plain(track)}, chosen by {judged}", competing))
+        others.append(board[board["role"] != "defense"])
+    rest = pd.concat(others).drop_duplicates(stats.ENTRY) if others else pd.DataFrame()
+    return [*parts, ("not competing: the undefended model and the controls", rest)] if len(rest) else parts
+
+
+def _leaderboard(plt: Any, rows: pd.DataFrame, title: str) -> Any | None:
+    """Every leaderboard at a glance: RA and ASR with their intervals, ACC, and the ASR an oracle would have reported.
+
+    None where no attack implanted or nothing finished.
+    """
+    parts = _boards(rows)
+    if not any(((part["role"] == "defense") & (part["cells_ok"] > 0)).any() for _, part in parts):
+        return None
+    names = _names(rows)
+    texts = [[wrapped(names[entry], 44, 1) for entry in zip(part["defense"], part["scope"], strict=True)] for _, part in parts]
+    left = _margin([text for part in texts for text in part])
+    heights = [0.12 + 0.235 * len(part) for _, part in parts]
+    panels = Panels(plt, len(parts), 1, (9.2 - left, 1.0), (0, 0.52), (left, 0.3, 1.1, 0.72), title, heights=heights)
+    marks: dict[str, dict[str, Any]] = {
+        "ra": {"marker": "o", "markersize": 7, "markeredgecolor": "white", "zorder": 5},
+        "asr": {"marker": "s", "markersize": 6, "markeredgecolor": "white", "zorder": 4},
+        "asr_oracle": {"marker": "s", "markersize": 6, "markerfacecolor": "none", "zorder": 3},
+        "acc": {"marker": "|", "markersize": 11, "markeredgewidth": 2.0, "zorder": 6},
+    }
+    colours = {name: METRIC_COLOURS[name.partition("_")[0]] for name in marks}
+    for axis, (head, part), text in zip(panels.axes, parts, texts, strict=True):
+        for height, (_, line) in enumerate(part.iterrows()):
+            axis.plot([0, 100], [height, height], color="#EDEDED", linewidth=0.8, zorder=0)
+            if not line["cells_ok"]:
+                axis.text(1, height, f"{line['missing']} everywhere", va="center", fontsize=8, color="#777777", fontstyle="italic")
+            for name, mark in marks.items():
+                if math.isnan(line[name]):
+                    continue
+                shade = colours[name]
+                low, high = (100 * float(line.get(f"{name}_{end}", math.nan)) for end in ("low", "high"))
+                if name in ("ra", "asr") and not math.isnan(low):
+                    axis.plot([low, high], [height] * 2, color=shade, linewidth=2.2, alpha=0.55, zorder=1, solid_capstyle="butt")
+                axis.plot(100 * line[name], height, linestyle="", color=shade, clip_on=False, **{"markeredgecolor": shade, **mark})
+        axis.set_yticks(range(len(part)), text)
+        axis.set_ylim(len(part) - 0.4, -0.6)
+        axis.tick_params(axis="y", length=0)
+        percent_axis(axis.xaxis)
+        axis.set_title(head)
+    panels.axes[-1].set_xlabel("%: a defense that works has RA and ACC far right, ASR far left")
+    words = {"ra": "RA: right class in spite of the trigger", "asr": "ASR: the attacker's class",
+             "asr_oracle": "ASR, had an oracle chosen", "acc": "ACC on clean images"}  # fmt: skip
+    panels.legend(
+        [plt.Line2D([], [], linestyle="", color=colours[name], label=words[name],
+                    **{key: value for key, value in marks[name].items() if key not in ("zorder", "markeredgecolor")})
+         for name in marks], 4, 1.0,
+    )  # fmt: skip
+    intervals = any(part["ra_low"].notna().any() for _, part in parts)
+    panels.footnote(
+        "Means over implanted scenarios" + (", bars: 95 % intervals over seeds" if intervals else "") +
+        f"; order: average rank by RA; {gate_words(rows)}."
+    )  # fmt: skip
+    return panels.figure
+
+
 # -- heat maps -----------------------------------------------------------------------------------------------------------------
 
 
@@ -887,6 +966,7 @@ def write_plots(rows: pd.DataFrame, curves: pd.DataFrame, timings: pd.DataFrame,
                 written.extend(save(figure, place / name))
                 plt.close(figure)
 
+        put("leaderboard", _leaderboard, rows, f"{head}: leaderboard")
         put("attacks", _attacks, rows, f"{head}: the undefended models")
         for track in stats.tracks(rows):
             words, tail = f"{head}: {plain(track)}", slug(track)

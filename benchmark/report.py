@@ -34,6 +34,7 @@ __all__ = ["headline", "plain_words", "summary", "write_headline", "write_plain_
 _MISSING = "\N{EN DASH}"
 BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
 
+BOARD = ("leaderboard", "The leaderboard at a glance")
 _FIGURES = (
     ("attacks", "The undefended models: did the attacks work?"),
     ("triggers", "Triggers: clean, triggered, difference"),
@@ -126,12 +127,13 @@ def plain_words(rows: pd.DataFrame) -> str:
         # The best and the worst control frame the rest; training from scratch is what the clean budget gives without the model.
         scratch = controls[controls["defense"].str.startswith("training-from-scratch")]
         telling = pd.concat([controls.iloc[:1], scratch.iloc[:1], controls.iloc[-1:]]).drop_duplicates(["defense", "scope"])
+        by = [_count(int((ranked["ra"] >= value).sum()), len(ranked)) for value in telling["ra"]]
         reached = [
-            f"{_entry(line)} ({100 * line['ra']:.1f} %) by {_count(int((ranked['ra'] >= line['ra']).sum()), len(ranked))}"
-            for _, line in telling.iterrows()
+            f"{markdown(line['defense'])} (RA {100 * line['ra']:.1f} %) by {how_many}"
+            for (_, line), how_many in zip(telling.iterrows(), by, strict=True)
         ]
         if reached:
-            said.append(f"the RA of these controls is reached: {', '.join(reached)}")
+            said.append(f"in RA the controls are reached: {', '.join(reached)}")
         told = stats.detectors(rows, track)
         told = told[told["implanted"].astype(bool) & (told["role"] == "defense")] if len(told) else told
         for (defense, scope), mine in told.groupby(stats.ENTRY, sort=False) if len(told) else ():
@@ -144,7 +146,7 @@ def plain_words(rows: pd.DataFrame) -> str:
 
 
 def headline(rows: pd.DataFrame, folder: str) -> str:
-    """The table for the front page: every entry of every track, with the ASR an oracle would have reported beside the honest one.
+    """The front page's words and, folded, its table: every entry of every track, with the ASR an oracle would have reported.
 
     ``folder``: of the results, for the links.
     """
@@ -175,7 +177,10 @@ def headline(rows: pd.DataFrame, folder: str) -> str:
             lines.append(f"| {' | '.join(cells)} |\n")
         said.append(f"- **{markdown(track)}**, {judged} selection: {summary(rows, track)}\n")
     about = f"Percent, means over implanted scenarios ({gate_words(rows)}). Intervals and the rest: [{folder}]({folder}/README.md)."
-    return "".join([*lines, "\n", about, "\n\nIn plain words:\n\n", plain_words(rows), "\nBest ranks and intervals:\n\n", *said])
+    return "".join([
+        "In plain words:\n\n", plain_words(rows), "\n<details><summary>The figures</summary>\n\n", *lines, "\n", about,
+        "\n\n</details>\n\n<details><summary>Best ranks and intervals</summary>\n\n", *said, "\n</details>\n",
+    ])  # fmt: skip
 
 
 def _between(page: Path, begin: str, end: str, content: str) -> bool:
@@ -190,18 +195,25 @@ def _between(page: Path, begin: str, end: str, content: str) -> bool:
 
 
 def write_headline(readme: Path, rows: pd.DataFrame, folder: str) -> bool:
-    """Puts :func:`headline` between the markers of a page that has them; True when the page changed."""
-    return _between(readme, BEGIN, END, headline(rows, folder))
+    """Puts :func:`headline`, below its picture, between the markers of a page that has them; True when the page changed."""
+    return _between(readme, BEGIN, END, _glance(readme, folder) + headline(rows, folder))
+
+
+def _glance(readme: Path, folder: str) -> str:
+    """The picture of a matrix's leaderboard, if one was drawn, as a link to its report."""
+    picture, words = f"{folder}/plots/{BOARD[0]}.png", f"{BOARD[1]}: {Path(folder).name}"
+    return f"[![{words}]({picture})]({folder}/README.md)\n\n" if (readme.parent / picture).is_file() else ""
 
 
 def write_plain_words(readme: Path, rows: pd.DataFrame, folder: str) -> bool:
-    """Puts :func:`plain_words` between a page's markers for the matrix of these rows, if it has them; True when it changed.
+    """Puts :func:`plain_words`, below the leaderboard's picture, between a page's markers for the matrix of these rows.
 
-    The markers are ``<!-- words:NAME:begin -->`` and ``<!-- words:NAME:end -->``.
+    True when the page has them and changed. The markers are ``<!-- words:NAME:begin -->`` and ``<!-- words:NAME:end -->``.
     """
     name = Path(folder).name
     about = f"({gate_words(rows)}; [{folder}]({folder}/README.md))"
-    return _between(readme, f"<!-- words:{name}:begin -->", f"<!-- words:{name}:end -->", f"{plain_words(rows)}\n{about}\n")
+    content = f"{_glance(readme, folder)}{plain_words(rows)}\n{about}\n"
+    return _between(readme, f"<!-- words:{name}:begin -->", f"<!-- words:{name}:end -->", content)
 
 
 def _reading(rows: pd.DataFrame) -> str:
@@ -288,6 +300,7 @@ def write_report(
     for name, words in _FIGURES[:2]:
         text.append(_picture(name, words, have))
     if stats.tracks(rows):
+        text.append(_picture(*BOARD, have))
         text.append(f"## In plain words\n\n{plain_words(rows)}")
     else:
         text.append(f"## The attacked models\n\nOne figure per seed.\n\n{validity_markdown(rows)}")

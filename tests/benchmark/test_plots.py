@@ -75,6 +75,7 @@ def test_every_figure_is_written_and_shows_something(drawn):
     _, written = drawn
     names = {path.name for path in written}
     stems = {
+        "leaderboard",
         "attacks",
         "selection-gap",
         *(f"{kind}-model-clean" for kind in ("heatmap-asr", "heatmap-ra", "scatter", "dials", "cost")),
@@ -87,6 +88,37 @@ def test_every_figure_is_written_and_shows_something(drawn):
             assert pixels.shape[1] >= 800
             edge = np.concatenate([pixels[:4].ravel(), pixels[-4:].ravel(), pixels[:, :4].ravel(), pixels[:, -4:].ravel()])
             assert edge.min() == 255, f"{path}: something is cut off at the edge"
+
+
+def test_the_board_by_hand():
+    def entry(defense: str, ra: tuple[float, float], track: str = "model+clean", oracle: float = 0.9, **more: object) -> list[Row]:
+        found = []
+        for seed, value in enumerate(ra):
+            for selection, reached in (("validation", value), ("default", value), ("oracle", oracle)):
+                found.append(row("badnets", seed, defense, reached, **{"track": track, "selection": selection, **more}))
+        return found
+
+    off = {"status": "refused", "reason": "no", "acc": np.nan}
+    rows = frame([
+        *entry("weak", (0.1, 0.3)), *entry("strong", (0.5, 0.7), oracle=0.8),
+        *entry("never", (np.nan, np.nan), oracle=np.nan, **off), *entry("none", (0.0, 0.0)), *entry("random", (0.1, 0.1)),
+        *entry("clever", (0.4, 0.4), "model"), *entry("none", (0.0, 0.0), "model"), *entry("random", (0.2, 0.2), "model"),
+    ])  # fmt: skip
+    (one, mine), (two, other), (three, rest) = plots._boards(rows)
+    assert [one, two] == ["model+clean, chosen by validation", "model, chosen by default"]
+    assert "not competing" in three
+    assert list(mine["defense"]) == ["strong", "weak", "never"]
+    assert list(other["defense"]) == ["clever"]
+    assert list(rest["defense"]) == ["none", "random"], "once, though they stand in both tracks"
+    assert list(mine["ra"][:2]) == pytest.approx([0.6, 0.2])
+    assert list(mine["asr"][:2]) == pytest.approx([0.35, 0.75])
+    assert list(mine["asr_oracle"][:2]) == pytest.approx([0.15, 0.05])
+    with style.figures() as plt:
+        figure = plots._leaderboard(plt, rows, "t")
+        texts = [text.get_text() for axis in figure.axes for text in axis.texts]
+        assert texts == ["refused everywhere"]
+        assert plots._leaderboard(plt, rows[rows["defense"].isin(["none", "random"])], "t") is None
+        assert plots._leaderboard(plt, rows.assign(implanted=False), "t") is None
 
 
 def test_second_run_writes_the_same_bytes_and_touches_nothing(drawn):

@@ -128,10 +128,17 @@ def test_the_front_page_gets_the_headline_between_its_markers_and_only_there(tmp
     page.write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
     assert report.write_headline(page, rows, "results/m") is True
     text = page.read_text()
-    assert text.startswith(f"above\n{report.BEGIN}\n| track |")
+    assert text.startswith(f"above\n{report.BEGIN}\nIn plain words:\n")
+    assert "</summary>\n\n| track |" in text, "a table that is folded stands apart from the tag"
+    assert text.count("<details>") == text.count("</details>\n") == 2
     assert text.endswith(f"{report.END}\nbelow\n")
     assert "old" not in text
     assert report.write_headline(page, rows, "results/m") is False
+    picture = tmp_path / "results" / "m" / "plots" / "leaderboard.png"
+    picture.parent.mkdir(parents=True)
+    picture.touch()
+    assert report.write_headline(page, rows, "results/m") is True
+    assert "](results/m/plots/leaderboard.png)](results/m/README.md)\n\nIn plain words:" in page.read_text()
     page.write_text("no markers")
     assert report.write_headline(page, rows, "results/m") is False
     assert report.write_headline(tmp_path / "none.md", rows, "results/m") is False
@@ -143,8 +150,8 @@ def test_plain_words_count_by_hand():
     text = report.plain_words(frame(rows))
     # ASR is 0.95 - RA: strong 0.13 on average, weak 0.73; RA 0.82 and 0.22 against controls of 0.5 and 0.12.
     assert text == (
-        "- **model+clean**: 1 of 2 entries take the mean ASR below 50 %: strong (whole) to 13.0 % at ACC 90.0 %; the RA of these "
-        "controls is reached: training-from-scratch (whole) (50.0 %) by 1, random (whole) (12.0 %) by all.\n"
+        "- **model+clean**: 1 of 2 entries take the mean ASR below 50 %: strong (whole) to 13.0 % at ACC 90.0 %; in RA the "
+        "controls are reached: training-from-scratch (RA 50.0 %) by 1, random (RA 12.0 %) by all.\n"
     )
     nobody = report.plain_words(frame(rows_with(weak=0.1, none=0.0)))
     assert nobody == "- **model+clean**: none of 1 entries take the mean ASR below 50 %.\n"
