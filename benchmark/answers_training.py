@@ -19,9 +19,11 @@ from benchmark.evidence import (
     Missing,
     Shown,
     Source,
+    after_colon,
     before_defense,
     bounded,
     competitors,
+    entry_markdown,
     entry_words,
     implanted_words,
     judged,
@@ -31,6 +33,7 @@ from benchmark.evidence import (
     out_of,
     paired_gap,
     points_words,
+    verdict,
 )
 from benchmark.stats import Interval
 from benchmark.tables import markdown, number_text
@@ -148,13 +151,21 @@ def training(source: Source) -> Shown:
                     f"{number_text(chance[True])} within {markdown(first)} alone."
                 )
     entries = [entry for entry in competitors(live[first]) if all(entry in competitors(live[label]) for label in others)]
+    apart: dict[str, list[str]] = {label: [] for label in others}
     for entry in entries:
         base = of_entry(live[first], entry)
         for label in live:
             own = of_entry(live[label], entry)
             part = paired_gap(own, base, "ra")[0] if label != first else UNMEASURED
+            if verdict(part):
+                apart[label].append(f"{entry_markdown(entry)} {points_words(part)}")
             lines.append({"attack": "all that implanted", "defense": entry_words(entry), "trained": label,
                           **means_of(own), **bounded("d_ra", part)})  # fmt: skip
+    for label in others if entries else ():
+        said.append(
+            f"After a defense, RA under {markdown(label)} and {markdown(first)} is told apart for "
+            f"{out_of(len(apart[label]), len(entries))}{after_colon(apart[label])}."
+        )
     columns = (
         Column("Attack", "text", "attack"), Column("Defense", "text", "defense"), Column("Trained", "text", "trained"),
         Column("Implanted", "text", "implanted"),

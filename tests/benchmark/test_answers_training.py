@@ -61,6 +61,9 @@ def test_precisions_are_compared_pair_by_pair_and_by_the_order_of_the_defenses()
     assert "6 defenses by RA agrees with a Kendall correlation of -1, and the best is another" in bf16
     assert "Between two different seeds, orders agree by 1 on average across the two, and by 1 within float32" in tf32
     assert "Between two different seeds, orders agree by -1 on average across the two, and by 1 within float32" in bf16
+    # No figure differs between seeds, so every difference is told apart; fine-tuning has none: 0.6 - 0.3 is 0.3.
+    assert "RA under tf32 and float32 is told apart for none of 6." in shown.answer
+    assert "RA under bf16 and float32 is told apart for 5 of 6: fine-pruning (whole) -40.0 points" in shown.answer
     for number, label in enumerate(moves):
         line = shown.frame[(shown.frame["defense"] == "clp (whole)") & (shown.frame["trained"] == label)].iloc[0]
         assert line["ra"] == pytest.approx(0.4 if label == "bf16" else 0.2)
