@@ -132,7 +132,7 @@ def test_the_small_matrices_change_the_training_alone(name: str) -> None:
     recipes: dict[str, list[Any]] = {}
     for scenario in matrix.scenarios:
         recipes.setdefault(f"{scenario.attack_label} {scenario.seed}", []).append(scenario.recipe)
-    assert len(recipes) == 9
+    assert len(recipes) == (9 if name == "precision-small" else 12)
     assert all(len(set(ways)) == 2 for ways in recipes.values())
     assert {cell.defense_label for cell in matrix.cells} == {cell.defense_label for cell in large.cells}
     first, other = recipes["badnets 0"]
