@@ -27,6 +27,7 @@ from benchmark.evidence import (
     entry_words,
     implanted_words,
     judged,
+    listed,
     mean,
     means_of,
     of_entry,
@@ -65,12 +66,6 @@ def _spread(table: pd.DataFrame, column: str) -> float:
     return float(table[column].max() - table[column].min())
 
 
-def _shared(first: pd.DataFrame, other: pd.DataFrame, by: list[str]) -> list[pd.DataFrame]:
-    """Both tables without what implanted in one of them alone, by the columns ``by``."""
-    both = first[by].merge(other[by], on=by).drop_duplicates()
-    return [table.merge(both, on=by) for table in (first, other)]
-
-
 def _order(first: pd.DataFrame, other: pd.DataFrame) -> tuple[float, int, bool]:
     """Kendall's correlation of the defenses' mean RA, one table against another; of how many; whether both have the same best."""
     entries = [entry for entry in competitors(first) if entry in competitors(other)]
@@ -93,10 +88,12 @@ def _chance(first: pd.DataFrame, other: pd.DataFrame | None = None) -> float:
     seeds = sorted(set(first["seed"]) | set((first if other is None else other)["seed"]))
     pairs = combinations(seeds, 2) if other is None else permutations(seeds, 2)
     other = first if other is None else other
-    found = [
-        _order(*_shared(first[first["seed"] == one], other[other["seed"] == two], stats.SCENARIO))[0] for one, two in pairs
-    ]
-    known = [tau for tau in found if not math.isnan(tau)]
+    known = []
+    for one, two in pairs:
+        left, right = first[first["seed"] == one], other[other["seed"] == two]
+        shared = left[stats.SCENARIO].drop_duplicates().merge(right[stats.SCENARIO].drop_duplicates(), on=stats.SCENARIO)
+        tau = _order(left.merge(shared, on=stats.SCENARIO), right.merge(shared, on=stats.SCENARIO))[0]
+        known += [] if math.isnan(tau) else [tau]
     return float(np.mean(known)) if known else math.nan
 
 
@@ -109,6 +106,11 @@ def training(source: Source) -> Shown:
     table = stats.implanted_worlds(judged(source.rows))
     table = table[table["status"] == "ok"]
     live = {label: table[table["backbone"] == label].assign(backbone=first) for label in by}
+    both = live[first][stats.WORLD].drop_duplicates()
+    for label in others:
+        both = both.merge(live[label][stats.WORLD].drop_duplicates(), on=stats.WORLD)
+    # Defenses are compared on what implanted every way: otherwise one way's mean would be of other attacks than another's.
+    live = {label: part.merge(both, on=stats.WORLD) for label, part in live.items()}
     lines: list[dict[str, Any]] = []
     said: list[str] = []
     moved: dict[str, dict[str, list[Interval]]] = {label: {"acc": [], "asr": []} for label in others}
@@ -130,7 +132,12 @@ def training(source: Source) -> Shown:
         mine = [line for line in lines if line["trained"] == label]
         whole = {name: paired_gap(by[label], by[first], name)[0] for name in ("acc", "asr")}
         inside = {name: sum(line[f"inside_{name}"] for line in mine) for name in ("acc", "asr")}
-        tau, count, same = _order(*_shared(live[first], live[label], stats.WORLD))
+        if len(both) and label == others[0]:
+            named = listed([markdown(name) for name in dict.fromkeys(both["attack"])])
+            said.append(
+                f"Defenses are compared on {len(both)} of {len(by[first])} attacked models, which implanted every way: {named}."
+            )
+        tau, count, same = _order(live[first], live[label])
         said.append(
             f"{markdown(label)} against {markdown(first)}, the same seeds: ACC {points_words(whole['acc'])}, ASR "
             f"{points_words(whole['asr'])}; the mean stays within what the seeds of {markdown(first)} span for "
@@ -159,7 +166,7 @@ def training(source: Source) -> Shown:
             part = paired_gap(own, base, "ra")[0] if label != first else UNMEASURED
             if verdict(part):
                 apart[label].append(f"{entry_markdown(entry)} {points_words(part)}")
-            lines.append({"attack": "all that implanted", "defense": entry_words(entry), "trained": label,
+            lines.append({"attack": "implanted every way", "defense": entry_words(entry), "trained": label,
                           **means_of(own), **bounded("d_ra", part)})  # fmt: skip
     for label in others if entries else ():
         said.append(
@@ -184,8 +191,8 @@ def training(source: Source) -> Shown:
         ra = {label: tuple(mean(of_entry(live[label], entry), "ra") for entry in entries) for label in live}
         panels.append(DotPanel("RA after a defense", "%", tuple(map(entry_words, entries)), tuple(ra.items())))
     about = (
-        f"without a defense: all seeds; with one: attacked models that implanted; differences to {first}, paired by seed; 95 % "
-        "intervals over seeds"
+        f"without a defense: all seeds; with one: attacked models that implanted every way; differences to {first}, paired by "
+        "seed; 95 % intervals over seeds"
     )
     frame = pd.DataFrame(lines).drop(columns=["inside_acc", "inside_asr"])
     frame["defense"] = frame["defense"].fillna("none") if entries else "none"

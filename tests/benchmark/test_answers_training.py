@@ -103,6 +103,21 @@ def test_models_that_implant_one_way_only_are_in_no_order() -> None:
     assert set(shown.frame[shown.frame["trained"] == "fast"]["implanted"]) == {"0 of 2"}
 
 
+def test_what_implants_one_way_only_counts_for_neither() -> None:
+    def weak(cell: Cell) -> Triple:
+        alone = cell.scenario.backbone_label == "fast" and cell.scenario.attack_label == "badnets"
+        return (0.97, 0.2, 0.7) if alone else (0.97, 0.99, 0.0)
+
+    def by_attack(cell: Cell, place: float) -> Triple:
+        return 0.9, 0.1, 0.8 if cell.scenario.attack_label == "badnets" else RANKED.get(cell.defense.name, 0.0)
+
+    shown = training(made_up("recipe", by_attack, weak))
+    assert "Defenses are compared on 4 of 6 attacked models, which implanted every way: blended, wanet." in shown.answer
+    mine = shown.frame[shown.frame["defense"] == "clp (whole)"]
+    assert list(mine["trained"]) == ["100 epochs", "fast"]
+    assert list(mine["ra"]) == pytest.approx([0.2, 0.2])
+
+
 def test_it_takes_one_network_trained_in_several_ways() -> None:
     with pytest.raises(Missing, match="several labels"):
         training(made_up("quick"))
