@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from itertools import combinations, permutations
+from collections.abc import Iterable
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -79,21 +81,21 @@ def _order(first: pd.DataFrame, other: pd.DataFrame) -> tuple[float, int, bool]:
     return tau, len(kept), int(left.argmax()) == int(right.argmax())
 
 
-def _chance(first: pd.DataFrame, other: pd.DataFrame | None = None) -> float:
-    """How well the order at one seed agrees with that at another seed, over all pairs of seeds: Kendall's correlation, the mean.
+def _common(tables: Iterable[pd.DataFrame], by: list[str]) -> list[pd.DataFrame]:
+    """The tables without what one of them lacks, by the columns ``by``."""
+    tables = list(tables)
+    shared = functools.reduce(lambda left, right: left.merge(right, on=by), (table[by].drop_duplicates() for table in tables))
+    return [table.merge(shared, on=by) for table in tables]
 
-    Args:
-        other: whose seeds are the others; by default those of ``first`` itself, which says what seeds alone do to an order.
+
+def _chance(one: pd.DataFrame, other: pd.DataFrame) -> float:
+    """How well an order at one seed of ``one`` agrees with that at another seed of ``other``: the mean of Kendall's correlations.
+
+    A table against itself says what seeds alone do to an order.
     """
-    seeds = sorted(set(first["seed"]) | set((first if other is None else other)["seed"]))
-    pairs = combinations(seeds, 2) if other is None else permutations(seeds, 2)
-    other = first if other is None else other
-    known = []
-    for one, two in pairs:
-        left, right = first[first["seed"] == one], other[other["seed"] == two]
-        shared = left[stats.SCENARIO].drop_duplicates().merge(right[stats.SCENARIO].drop_duplicates(), on=stats.SCENARIO)
-        tau = _order(left.merge(shared, on=stats.SCENARIO), right.merge(shared, on=stats.SCENARIO))[0]
-        known += [] if math.isnan(tau) else [tau]
+    seeds = sorted(set(one["seed"]) | set(other["seed"]))
+    pairs = (_common((one[one["seed"] == a], other[other["seed"] == b]), stats.SCENARIO) for a, b in permutations(seeds, 2))
+    known = [tau for left, right in pairs if not math.isnan(tau := _order(left, right)[0])]
     return float(np.mean(known)) if known else math.nan
 
 
@@ -105,12 +107,10 @@ def training(source: Source) -> Shown:
     by = {label: every[every["backbone"] == label].assign(backbone=first) for label in (first, *others)}
     table = stats.implanted_worlds(judged(source.rows))
     table = table[table["status"] == "ok"]
-    live = {label: table[table["backbone"] == label].assign(backbone=first) for label in by}
-    both = live[first][stats.WORLD].drop_duplicates()
-    for label in others:
-        both = both.merge(live[label][stats.WORLD].drop_duplicates(), on=stats.WORLD)
     # Defenses are compared on what implanted every way: otherwise one way's mean would be of other attacks than another's.
-    live = {label: part.merge(both, on=stats.WORLD) for label, part in live.items()}
+    parts = _common((table[table["backbone"] == label].assign(backbone=first) for label in by), stats.WORLD)
+    live = dict(zip(by, parts, strict=True))
+    both = live[first][stats.WORLD].drop_duplicates()
     lines: list[dict[str, Any]] = []
     said: list[str] = []
     moved: dict[str, dict[str, list[Interval]]] = {label: {"acc": [], "asr": []} for label in others}
@@ -128,15 +128,15 @@ def training(source: Source) -> Shown:
                     line[f"inside_{name}"] = bool(abs(part.mean) <= _spread(base, name))
                     moved[label][name].append(part)
             lines.append(line)
+    if len(both):
+        named = listed([markdown(name) for name in dict.fromkeys(both["attack"])])
+        said.append(
+            f"Defenses are compared on {len(both)} of {len(by[first])} attacked models, which implanted every way: {named}."
+        )
     for label in others:
         mine = [line for line in lines if line["trained"] == label]
         whole = {name: paired_gap(by[label], by[first], name)[0] for name in ("acc", "asr")}
         inside = {name: sum(line[f"inside_{name}"] for line in mine) for name in ("acc", "asr")}
-        if len(both) and label == others[0]:
-            named = listed([markdown(name) for name in dict.fromkeys(both["attack"])])
-            said.append(
-                f"Defenses are compared on {len(both)} of {len(by[first])} attacked models, which implanted every way: {named}."
-            )
         tau, count, same = _order(live[first], live[label])
         said.append(
             f"{markdown(label)} against {markdown(first)}, the same seeds: ACC {points_words(whole['acc'])}, ASR "
@@ -151,11 +151,11 @@ def training(source: Source) -> Shown:
                 f"The order of {count} defenses by RA agrees with a Kendall correlation of {words}, and the best is "
                 f"{'the same' if same else 'another'}."
             )
-            chance = {True: _chance(live[first]), False: _chance(live[first], live[label])}
-            if not any(map(math.isnan, chance.values())):
+            within, across = _chance(live[first], live[first]), _chance(live[first], live[label])
+            if not (math.isnan(within) or math.isnan(across)):
                 said.append(
-                    f"Between two different seeds, orders agree by {number_text(chance[False])} on average across the two, and by "
-                    f"{number_text(chance[True])} within {markdown(first)} alone."
+                    f"Between two different seeds, orders agree by {number_text(across)} on average across the two, and by "
+                    f"{number_text(within)} within {markdown(first)} alone."
                 )
     entries = [entry for entry in competitors(live[first]) if all(entry in competitors(live[label]) for label in others)]
     apart: dict[str, list[str]] = {label: [] for label in others}

@@ -89,19 +89,11 @@ def _legend_columns(names: Sequence[str], width: float) -> int:
 
 
 def _boards(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Title and lines of each panel: the competing entries of every track as they are ranked, then what none of them competes with.
-
-    ``asr_oracle`` stands beside each line: the ASR that choosing with the test set would have reported.
-    """
+    """Title and lines of each panel: the competing entries of every track as they are ranked, then what does not compete."""
     parts, others = [], []
-    for track in stats.tracks(rows):
-        judged = stats.headline(rows, track)
-        board, oracle = stats.leaderboard(rows, track, judged), stats.leaderboard(rows, track, "oracle")
+    for track, judged, board in stats.judged_boards(rows):
         if board.empty:
             continue
-        best = {} if oracle.empty else dict(zip(zip(oracle["defense"], oracle["scope"], strict=True), oracle["asr"], strict=True))
-        entries = zip(board["defense"], board["scope"], strict=True)
-        board = board.assign(asr_oracle=[float(best.get(entry, math.nan)) for entry in entries])
         competing = board[board["role"] == "defense"]
         if len(competing):
             parts.append((f"{plain(track)}, chosen by {judged}", competing))

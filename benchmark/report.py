@@ -159,12 +159,9 @@ def headline(rows: pd.DataFrame, folder: str) -> str:
     lines = [f"| {' | '.join(columns)} |\n|{' :-- |' * 3}{' --: |' * 5}\n"]
     said = []
     shown: set[tuple[str, str]] = set()
-    for track in stats.tracks(rows):
-        judged = stats.headline(rows, track)
-        board, oracle = stats.leaderboard(rows, track, judged), stats.leaderboard(rows, track, "oracle")
+    for track, judged, board in stats.judged_boards(rows):
         if board.empty:
             return f"{NOTHING}\n"
-        best = {(line["defense"], line["scope"]): share(line, "asr") for _, line in oracle.iterrows()}
         for _, line in board.iterrows():
             entry = (str(line["defense"]), str(line["scope"]))
             competes = line["role"] == "defense"
@@ -173,7 +170,7 @@ def headline(rows: pd.DataFrame, folder: str) -> str:
             shown.add(entry)
             place = markdown(track) if competes else "*(reference)*" if line["role"] == "reference" else "*(control)*"
             figures = [*(share(line, name) for name in ("acc", "asr", "ra")), share(line, "d_acc", signed=True)]
-            cells = [place, markdown(entry[0]), markdown(entry[1]), *figures, best.get(entry, _MISSING)]
+            cells = [place, markdown(entry[0]), markdown(entry[1]), *figures, share(line, "asr_oracle")]
             lines.append(f"| {' | '.join(cells)} |\n")
         said.append(f"- **{markdown(track)}**, {judged} selection: {summary(rows, track)}\n")
     about = f"Percent, means over implanted scenarios ({gate_words(rows)}). Intervals and the rest: [{folder}]({folder}/README.md)."

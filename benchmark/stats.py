@@ -30,8 +30,8 @@ from defenses.base import Knowledge
 __all__ = [
     "ENTRY", "EXPORTED", "LEVEL", "MIN_BLOCKS", "NO_ATTACK", "RANK_KEY", "SCENARIO", "SCRATCH", "SELECTIONS", "UNDEFENDED", "WORLD",
     "Interval", "Significance", "average_ranks", "blocks_needed", "detectors", "entries", "field", "given", "headline",
-    "holm", "implanted_worlds", "interval", "leaderboard", "least_p", "paired", "problems", "scenarios", "selection_gaps",
-    "selections", "significance", "spread", "timing_summary", "tracks",
+    "holm", "implanted_worlds", "interval", "judged_boards", "leaderboard", "least_p", "paired", "problems", "scenarios",
+    "selection_gaps", "selections", "significance", "spread", "timing_summary", "tracks",
 ]  # fmt: skip
 
 SCENARIO = ["dataset", "backbone", "attack"]
@@ -258,6 +258,23 @@ def leaderboard(rows: pd.DataFrame, track: str, selection: str) -> pd.DataFrame:
     ranked = board["rank"].notna()
     place = board["rank"].where(ranked).rank(method="min").fillna(0).astype(int)
     return board.assign(place=place).drop(columns=["block", "position"]).reset_index(drop=True)
+
+
+def judged_boards(rows: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
+    """Every track, the selection it is judged by, and its :func:`leaderboard` under that selection (empty: nothing implanted).
+
+    Adds ``asr_oracle``: the ASR that choosing with the test set would have reported; NaN where there is no such row.
+    """
+    found = []
+    for track in tracks(rows):
+        judged = headline(rows, track)
+        board, oracle = leaderboard(rows, track, judged), leaderboard(rows, track, "oracle")
+        if len(board):
+            best = {(line["defense"], line["scope"]): float(line["asr"]) for _, line in oracle.iterrows()}
+            lines = zip(board["defense"], board["scope"], strict=True)
+            board = board.assign(asr_oracle=[best.get(entry, math.nan) for entry in lines])
+        found.append((track, judged, board))
+    return found
 
 
 def selection_gaps(rows: pd.DataFrame, track: str) -> pd.DataFrame:

@@ -117,12 +117,13 @@ class Elsewhere(pl.accelerators.CPUAccelerator):  # type: ignore[misc]
 
 
 @contextlib.contextmanager
-def trainers(monkeypatch: pytest.MonkeyPatch, change: Callable[[], dict[str, Any]]) -> Iterator[None]:
-    """Trainings whose trainer gets other settings."""
+def trained_elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Trainings whose trainer works there."""
 
     class Changed:
         def Trainer(self, **settings: Any) -> Any:
-            return pl.Trainer(**{**settings, **change()})
+            strategy = pl.strategies.SingleDeviceStrategy(ELSEWHERE)
+            return pl.Trainer(**{**settings, "accelerator": Elsewhere(), "strategy": strategy})
 
     with monkeypatch.context() as patched:
         patched.setattr(training, "pl", Changed())
@@ -138,8 +139,7 @@ def made_here_then_moved(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @contextlib.contextmanager
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    settings = lambda: {"accelerator": Elsewhere(), "strategy": pl.strategies.SingleDeviceStrategy(ELSEWHERE)}  # noqa: E731
-    with trainers(monkeypatch, settings), monkeypatch.context() as patched:
+    with trained_elsewhere(monkeypatch), monkeypatch.context() as patched:
         for module in list(sys.modules.values()):
             package = getattr(module, "__name__", "").split(".")[0]
             if package in ("models", "attacks", "defenses", "benchmark") and "default_device" in vars(module):
