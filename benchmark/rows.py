@@ -52,7 +52,7 @@ class Row(Key):
     realised_rate: float
     control: bool
     selection: str
-    """``default`` | ``validation`` | ``oracle``."""
+    """``default`` | ``validation`` | ``strongest`` | ``canary`` | ``oracle`` | ``leaky`` (:mod:`benchmark.selection`)."""
     status: str
     """``ok`` | ``refused`` | ``failed``."""
     reason: str = ""
@@ -69,19 +69,39 @@ class Row(Key):
     ra_undefended: float = math.nan
     acc_benign: float = math.nan
     """ACC of the benign twin: same dataset, backbone, recipe and seed, no attack."""
+    asr_benign: float = math.nan
+    """ASR of the benign twin on the same triggered images: what the trigger does without any poison."""
+    effect: float = math.nan
+    """``asr_undefended - asr_benign``: the part of the ASR that the poison explains."""
+    acc_loss: float = math.nan
+    """``acc_benign - acc_undefended``: what the attack costs, paired over the test images."""
+    acc_loss_se: float = math.nan
+    """Its standard error over the test images."""
     implanted: bool = False
+    """The gate on this seed alone; rankings take the mean over the seeds of a scenario (:func:`benchmark.stats.scenarios`)."""
     gate: str = ""
     """The attack-validity gate in words."""
     literature: str = ""
     """``PASS`` | ``WARN`` | ``FAIL`` against the published undefended figure, or ``no reference``."""
     acc_literature: float = math.nan
     asr_literature: float = math.nan
+    knob: float = math.nan
+    """Setting of the defense's second knob, where it has one."""
     dial: float = math.nan
+    kept: bool = False
+    """Whether the untouched model was chosen."""
+    mark: str = ""
+    """``no change`` (the chosen model is the attacked one, weight by weight), ``mechanism failed`` (what it took for poisoned is no
+    more poisoned than the training set) or empty."""
     pruned: int = 0
     units: int = 0
-    """Prunable units within the scope."""
+    """Prunable units of the chosen model within the scope."""
     val_acc: float = math.nan
     """Accuracy on the validation part of the clean budget."""
+    val_loss: float = math.nan
+    """Accuracy lost on these images against the undefended model, image by image."""
+    val_loss_se: float = math.nan
+    """Its standard error."""
     samples_forward: int = 0
     samples_backward: int = 0
     cost_epochs: float = math.nan
@@ -115,14 +135,23 @@ class Curve(Key):
     """One candidate of a cell, along its dial."""
 
     dial_name: str
+    knob: float
     dial: float
     is_default: bool
+    kept: bool
+    """The untouched model, which the benchmark adds to every post-training defense."""
     strength: float
     pruned: int
     acc: float
     asr: float
     ra: float
     val_acc: float
+    val_loss: float
+    val_loss_se: float
+    canary_asr: float
+    """ASR of the canaries after this setting was applied to their copies, mean over canaries."""
+    canary_loss: float
+    """The largest loss of validation accuracy among these copies, against the copy before the defense."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -220,6 +220,8 @@ class Defense(Spec, ABC):
     scopes: ClassVar[tuple[Scope, ...]] = (Scope.WHOLE,)
     dial_name: ClassVar[str] = ""
     """Axis label of the dial, e.g. "share of units pruned"."""
+    knob_name: ClassVar[str] = ""
+    """Axis label of the knob, a second setting beside the dial, e.g. "perturbation radius"; empty where there is none."""
     writer: ClassVar[Writer | None] = None
     """What a method that prunes and does nothing else writes; None for every other. Random pruning writes the same."""
 
@@ -232,6 +234,17 @@ class Defense(Spec, ABC):
     def extractor(self) -> Extractor | None:
         """What it asks of :meth:`DefenderView.extract`, so that it can be trained beforehand; None = nothing."""
         return None
+
+    @property
+    def knob(self) -> float | None:
+        """Where this instance stands on its knob; None for a method without one."""
+        return None
+
+    @property
+    def knobs(self) -> tuple[Defense, ...]:
+        """The method at every setting of its knob that the benchmark tries: itself first (the published setting), then from the
+        hardest intervention to the gentlest. The same rule chooses among all of them, within the matrix's budget of candidates."""
+        return (self,)
 
     @abstractmethod
     def candidates(self, view: DefenderView) -> Iterator[Candidate]:
