@@ -1,17 +1,20 @@
 """The whole pipeline: scenario -> poisoned set -> victim -> view -> candidates -> scores -> rows.
 
-Three stages are stored: a *victim* (an attacked or benign network with its poisoned data), an *extractor* (features learned on the
-clean or the poisoned images, shared by all who ask for the same ones) and a *defense run* (what every candidate of a cell scored).
+Four stages are stored: a *victim* (an attacked or benign network with its poisoned data, compared with its benign twin), an
+*extractor* (features learned on the clean or the poisoned images, shared by all who ask for the same ones), a *canary* (a copy of a
+victim with a backdoor of the benchmark's own, shared by all defenses) and a *defense run* (what every candidate of a cell scored).
 Rows are computed from stored outcomes alone, so they are the same whoever computed the stages, and when.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +23,16 @@ import torch
 from torch import Tensor
 
 from attacks.base import PoisonedSet, PoisonedTest, Power, Role, poison, poison_test
+from benchmark.canary import Canary, Planted, Planting, plant
 from benchmark.datasets import Dataset, DatasetSpec, load, mean_std, split_budget, split_validation
 from benchmark.literature import compared, reference
 from benchmark.matrix import Cell, Scenario
 from benchmark.metrics import Score, Scorer, der, gate, score, val_accuracy
 from benchmark.rows import Curve, Key, Row, Timing
-from benchmark.selection import NOTHING_TO_VALIDATE_ON, Measured, Selection, choose
+from benchmark.selection import NOTHING_TO_VALIDATE_ON, Measured, Selection, choose, paired_loss
 from benchmark.store import Entry, Store
 from benchmark.tracks import view_for
-from defenses.base import Candidate, Inapplicable, Knowledge, Withheld
+from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge, Withheld
 from defenses.controls import NoDefense
 from models.backbone import Network
 from models.classifier import Classifier
@@ -37,16 +41,17 @@ from models.extractors import Extractor, embeddings, fit_head, mlp
 from models.images import ImageSet
 from models.room import copied, taken
 from models.spec import BadInput, derive_seed, digest, generator
-from models.training import Diverged, Fitted, fit
-from models.units import unit_layers
+from models.training import Diverged, Fitted, fit, predict
+from models.units import Scope, unit_layers
 
 __all__ = [
-    "CellResult", "Victim", "World", "cell_key", "cell_rows", "clean_seeds", "defend", "extractor_key", "measured_from",
-    "read_extractor", "read_victim", "run_cell", "run_extractor", "run_victim", "victim_key", "world",
+    "CellResult", "Victim", "World", "canary_key", "cell_key", "cell_rows", "clean_seeds", "defend", "extractor_key",
+    "measured_from", "read_canary", "read_extractor", "read_victim", "run_cell", "run_extractor", "run_victim", "victim_key",
+    "world",
 ]  # fmt: skip
 
-REVISION = 1
-"""Raised when this file changes what the same settings give."""
+REVISION = 2
+"""Raised when this file changes what the same settings give. 2: victims are compared with their twins; losses are paired."""
 
 
 # -- the attacked world --------------------------------------------------------------------------------------------------------
@@ -265,6 +270,7 @@ def _make_victim(scenario: Scenario, w: World, key: str, store: Store, cache: Pa
     outcome: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     triggered: PoisonedTest | None = None
+    twin = None if scenario.attack is None else read_victim(scenario.twin(), store, cache)
     try:
         with metered() as cost:
             if scenario.attack is None:
@@ -289,6 +295,7 @@ def _make_victim(scenario: Scenario, w: World, key: str, store: Store, cache: Pa
             "status": "ok",
             **_numbers(measured),
             **_single_keys(scenario, w, trained),
+            **_against_twin(w, twin, trained, triggered),
             "val_acc": _none(val_accuracy(trained, w.validation)),
             "samples_forward": cost.forward,
             "samples_backward": cost.backward,
@@ -301,6 +308,18 @@ def _make_victim(scenario: Scenario, w: World, key: str, store: Store, cache: Pa
         outcome, tensors = {"status": "failed", "reason": str(error), "train_size": len(w.train)}, {}
     outcome |= {"seconds": time.perf_counter() - start, "peak_mib": peak_mib(), "gpu_mib": gpu_mib()}
     store.write("victim", key, scenario.spec(), outcome, tensors)
+
+
+def _against_twin(w: World, twin: Victim | None, net: Network, triggered: PoisonedTest | None) -> dict[str, Any]:
+    """What the trigger does to the benign twin, and what the attack costs on the clean test images, image by image; nothing for a
+    twin itself, or where the twin's training failed."""
+    if twin is None or triggered is None or twin.outcome["status"] != "ok":
+        return {}
+    answered = score(twin.net, w.data.test.subset(torch.zeros(0, dtype=torch.int64)), triggered)
+    right = [predict(one, w.data.test.images) == w.data.test.labels for one in (twin.net, net)]
+    loss, error = paired_loss(right[0], right[1])
+    found = {"asr_benign": answered.asr, "ra_benign": answered.ra, "acc_loss": loss, "acc_loss_se": error}
+    return {name: _none(value) for name, value in found.items()}
 
 
 def _single_keys(scenario: Scenario, w: World, net: Network) -> dict[str, Any]:
@@ -411,9 +430,10 @@ def _make_cell(cell: Cell, w: World, key: str, store: Store, cache: Path) -> Non
         try:
             lesser = _lesser(w, cell)
             met = victim if cell.budget is None else _validated_on(lesser, victim)
-            outcome = defend(cell, lesser, met, fetch=fetch, recraft=_recrafter(scenario, w, store, cache))
-            if cell.budget is not None:
-                outcome["val_acc_undefended"] = met.outcome["val_acc"]
+            outcome = defend(
+                cell, lesser, met, fetch=fetch, recraft=_recrafter(scenario, w, store, cache),
+                planted=functools.partial(read_canary, cell, lesser, victim.net, store),
+            )  # fmt: skip
         except Inapplicable as error:
             outcome = _stopped("refused", f"does not apply: {error}")
     else:
@@ -455,19 +475,23 @@ def defend(
     keep: list[Network] | None = None,
     fetch: Callable[[Extractor], Fitted] | None = None,
     recraft: Callable[[Network], PoisonedTest] | None = None,
+    planted: Callable[[Canary], Planted] | None = None,
 ) -> dict[str, Any]:
     """Builds the view, lets the defense yield, scores what it yields.
+
+    The defense is tried at every setting of its knob, the published one first, as long as the cell's budget of candidates lasts
+    (the published setting's dial is always whole). To a defense that edits the model the benchmark adds the untouched model.
 
     Args:
         keep: receives every candidate's network, if given.
         fetch: where extractors come from; whoever uses one is charged its cost, in samples and seconds, with the first candidate.
         recraft: crafts the triggered test set anew against a network; candidates that a selection chooses are scored on it too.
+        planted: where the copies with canaries come from; without it the cell's canaries are left out.
     """
-    defense, scenario = cell.defense, cell.scenario
+    defense = cell.defense
     missing = defense.needs & ~cell.grants
     if missing:
         return _stopped("refused", f"needs {defense.needs.words}; the track {cell.track.name!r} withholds {missing.words}")
-    kept = victim.poisoned.role == Role.CLEAN
     taken: list[Fitted] = []
 
     def network_of(extractor: Extractor) -> Network:
@@ -481,65 +505,88 @@ def defend(
                 fetch(wanted)
     except Diverged as error:
         return _stopped("failed", f"no extractor: {error}")
-    view = view_for(
-        cell.grants,
-        defense,
-        cell.scope,
-        {
-            Knowledge.MODEL: lambda: victim.net,
-            Knowledge.CLEAN: lambda: (w.clean, w.validation),
-            Knowledge.TRAIN: lambda: victim.poisoned.visible,
-            Knowledge.EXTRACTOR: lambda: network_of(cell.extractor) if cell.extractor else None,
-            Knowledge.SEEDS: lambda: clean_seeds(victim.poisoned, derive_seed(scenario.seed, "clean-seeds")),
-            Knowledge.ROLES: lambda: victim.poisoned.visible.subset(kept),
-        },
-        fresh=functools.partial(_fresh, scenario, w),
-        num_classes=w.train.num_classes,
-        seed=_defender_seed(scenario),
-        recipe=scenario.recipe,
-        built=network_of if fetch is not None else None,
-    )
+    copies: list[Planted] = []
+    canary: dict[str, Any] = {}
+    if planted is not None and cell.canaried:  # as early, for the same reason
+        try:
+            copies = [planted(one) for one in cell.canaries]
+        except Diverged as error:
+            canary = {"canary_reason": f"a canary could not be planted: {error}"}
+
+    used = Knowledge.NONE
+    trained = False
+
+    def tried(variant: Defense, net: Network) -> Iterator[tuple[Candidate, Cost, float]]:
+        nonlocal used, trained
+        view = _view(cell, variant, w, victim, net, network_of if fetch is not None else None)
+        yield from _metered_candidates(variant.candidates(view))
+        used, trained = used | view.used, trained or view.trained
+
     measured: list[dict[str, Any]] = []
     nets: list[Network] = []
     seconds = 0.0
+    counts: dict[Any, int] = {}
+    validated = Knowledge.CLEAN in cell.grants
+    right = victim.scorer.val_right(victim.net) if validated else None
+    own = {name: value.clone() for name, value in victim.net.state_dict().items()}
+    untouched = {name: victim.outcome.get(name) for name in ("acc", "asr", "ra")}
     try:
-        for candidate, cost, took in _metered_candidates(defense.candidates(view)):
-            seconds += took
-            if keep is not None:
-                keep.append(candidate.model)
-            if recraft is not None:
+        for number, variant in enumerate(defense.knobs):
+            left = cell.candidates - len(measured)
+            if number and left <= 0:
+                break
+            begun = len(measured)
+            for candidate, cost, took in itertools.islice(tried(variant, victim.net), left if number else None):
+                seconds += took
                 nets.append(candidate.model)
-            measured.append(
-                {
-                    "dial": candidate.dial,
-                    "is_default": candidate.is_default,
-                    "strength": float(candidate.strength),
-                    "pruned": candidate.pruned,
-                    "note": candidate.note,
-                    **_numbers(victim.scorer(candidate.model)),
-                    "val_acc": _none(victim.scorer.val_acc(candidate.model)) if Knowledge.CLEAN in cell.grants else None,
-                    "forward": cost.forward,
-                    "backward": cost.backward,
-                    **_singled_out(candidate.isolated, victim.poisoned.role),
-                }
-            )
+                changed = not _alike(candidate.model, own)
+                measured.append(
+                    {
+                        "knob": variant.knob,
+                        "dial": candidate.dial,
+                        "is_default": candidate.is_default and not number,
+                        "starts": candidate.is_default,
+                        "changed": changed,
+                        "kept": False,
+                        "strength": float(candidate.strength),
+                        "pruned": candidate.pruned,
+                        "units": _units(candidate.model, cell.scope, counts),
+                        "note": candidate.note,
+                        **(_numbers(victim.scorer(candidate.model)) if changed or None in untouched.values() else untouched),
+                        **_validated(victim, candidate.model, right),
+                        "forward": cost.forward,
+                        "backward": cost.backward,
+                        **_singled_out(candidate.isolated, victim.poisoned.role),
+                    }
+                )
+            if sum(entry["starts"] for entry in measured[begun:]) != 1 and (not number or left > len(measured) - begun):
+                words = f"must mark exactly one default among its {len(measured) - begun} candidates"
+                return _stopped("failed", f"{defense.name} {words}")
     except Withheld as error:
         return _stopped("refused", str(error))
     except Inapplicable as error:
         return _stopped("refused", f"does not apply: {error}")
     except Diverged as error:
         return _stopped("failed", str(error))
-    if sum(entry["is_default"] for entry in measured) != 1:
-        return _stopped("failed", f"{defense.name} must mark exactly one default among its {len(measured)} candidates")
+    if Knowledge.MODEL in defense.needs and not isinstance(defense, NoDefense):
+        nets.append(victim.net)
+        measured.append(
+            {
+                "knob": None, "dial": None, "is_default": False, "starts": False, "changed": False, "kept": True, "strength": 0.0,
+                "pruned": 0, "units": _units(victim.net, cell.scope, counts), "note": "", **_numbers(victim.scorer(victim.net)),
+                **_validated(victim, victim.net, right), "forward": 0, "backward": 0,
+            }
+        )  # fmt: skip
+    if keep is not None:
+        keep += nets
+    if copies:
+        canary = _canary_scores(cell, w, victim, measured, copies)
     if recraft is not None:
-        before = _score_of(victim.outcome)
-        before_val = _nan(victim.outcome.get("val_acc")) if Knowledge.CLEAN in cell.grants else math.nan
         offered = [measured_from(entry) for entry in measured]
-        for position in {choose(how, offered, before, before_val, cell.tau) for how in Selection} - {None}:
+        for position in {choose(how, offered, _score_of(victim.outcome), cell.tau) for how in Selection} - {None}:
             assert position is not None
             again = score(nets[position], w.data.test, recraft(nets[position]))
             measured[position] |= {"asr_recraft": _none(again.asr), "ra_recraft": _none(again.ra)}
-    units = sum(layer.size for layer in unit_layers(victim.net, cell.scope))
     lent = Cost(sum(fitted.samples_forward for fitted in taken), sum(fitted.samples_backward for fitted in taken))
     measured[0]["forward"] += lent.forward
     measured[0]["backward"] += lent.backward
@@ -548,14 +595,170 @@ def defend(
         "status": "ok",
         "reason": "",
         "candidates": measured,
-        "units": units,
-        "used": view.used.words,
-        "trained": view.trained,
+        "units": max(counts.values()),
+        "used": used.words,
+        "trained": trained,
         "extractor_forward": lent.forward,
         "extractor_backward": lent.backward,
         "clean_images": len(w.clean) + len(w.validation),
         "seconds": seconds,
+        **canary,
     }
+
+
+def _view(
+    cell: Cell, defense: Defense, w: World, victim: Victim, net: Network, built: Callable[[Extractor], Network] | None
+) -> DefenderView:
+    """What the cell's track grants to ``defense``, with ``net`` as the model."""
+    scenario = cell.scenario
+    kept = victim.poisoned.role == Role.CLEAN
+    return view_for(
+        cell.grants,
+        defense,
+        cell.scope,
+        {
+            Knowledge.MODEL: lambda: net,
+            Knowledge.CLEAN: lambda: (w.clean, w.validation),
+            Knowledge.TRAIN: lambda: victim.poisoned.visible,
+            Knowledge.EXTRACTOR: lambda: built(cell.extractor) if built and cell.extractor else None,
+            Knowledge.SEEDS: lambda: clean_seeds(victim.poisoned, derive_seed(scenario.seed, "clean-seeds")),
+            Knowledge.ROLES: lambda: victim.poisoned.visible.subset(kept),
+        },
+        fresh=functools.partial(_fresh, scenario, w),
+        num_classes=w.train.num_classes,
+        seed=_defender_seed(scenario),
+        recipe=scenario.recipe,
+        built=built,
+    )
+
+
+def _alike(net: Network, own: Mapping[str, Tensor]) -> bool:
+    """Whether every weight and running statistic of ``net`` is the attacked model's."""
+    state = net.state_dict()
+    return state.keys() == own.keys() and all(torch.equal(value.cpu(), own[name]) for name, value in state.items())
+
+
+def _units(net: Network, scope: Scope, counts: dict[Any, int]) -> int:
+    """Prunable units of a network; counted once per architecture, since every count traces the network."""
+    shape = tuple((name, tuple(value.shape)) for name, value in net.state_dict().items())
+    if shape not in counts:
+        counts[shape] = sum(layer.size for layer in unit_layers(net, scope))
+    return counts[shape]
+
+
+def _validated(victim: Victim, net: Network, right: Tensor | None) -> dict[str, Any]:
+    """Accuracy on the validation images and the paired loss; nothing measured without images. ``right``: of the attacked model."""
+    if right is None:
+        return {"val_acc": None, "val_loss": None, "val_loss_se": None}
+    now = victim.scorer.val_right(net)
+    loss, error = paired_loss(right, now)
+    accuracy = float(now.double().mean()) if len(now) else None
+    return {"val_acc": accuracy, "val_loss": _none(loss), "val_loss_se": _none(error)}
+
+
+# -- canaries ------------------------------------------------------------------------------------------------------------------
+
+
+def canary_key(cell: Cell, canary: Canary, fingerprint: str) -> str:
+    """Key of a copy of the cell's victim with a canary: cells on one victim and budget share it."""
+    budget = {"budget": cell.budget} if cell.budget is not None else {}
+    return digest("canary", REVISION, canary.spec(), Planting().spec(), budget, victim_key(cell.scenario, fingerprint))
+
+
+def read_canary(cell: Cell, w: World, model: Network, store: Store, canary: Canary) -> Planted:
+    """A stored copy with a canary; planted first when it is absent or damaged.
+
+    Raises:
+        Diverged: planting did.
+    """
+    key = canary_key(cell, canary, w.data.fingerprint)
+    seed = derive_seed(_defender_seed(cell.scenario), "canary", canary.name)
+
+    def compute() -> None:
+        try:
+            net = plant(canary, model, w.clean, w.validation, cell.scenario.recipe, seed)
+        except Diverged as error:
+            store.write("canary", key, canary.spec(), {"status": "failed", "reason": str(error)})
+            return
+        outcome = {"status": "ok", "target": net.target, "forward": net.forward, "backward": net.backward}
+        tensors = {f"net.{name}": value for name, value in net.net.state_dict().items()}
+        store.write("canary", key, canary.spec(), outcome, {**tensors, "probes": net.probes})
+
+    entry = store.read("canary", key)
+    if entry is None:
+        store.once("canary", key, compute)
+        entry = store.read("canary", key)
+    assert entry is not None
+    if entry.outcome["status"] != "ok":
+        raise Diverged(entry.outcome["reason"])
+    net = copy.deepcopy(model)
+    net.load_state_dict({name.removeprefix("net."): value for name, value in entry.tensors.items() if name.startswith("net.")})
+    told = entry.outcome
+    return Planted(net.eval(), told["target"], entry.tensors["probes"], told["forward"], told["backward"])
+
+
+def _canary_scores(
+    cell: Cell, w: World, victim: Victim, measured: list[dict[str, Any]], copies: Sequence[Planted]
+) -> dict[str, Any]:
+    """Runs the defense on every copy and writes the canaries' ASR and losses beside the candidates of the same setting.
+
+    The copies are validated on the same images as the model; of the scenario, only what the cell's track grants is read.
+
+    Returns:
+        What it cost, and why there is nothing to choose by, if so.
+    """
+    found: list[list[tuple[float, float]]] = []
+    spent = Cost()
+    for canary, one in zip(cell.canaries, copies, strict=True):
+        reached = one.asr(one.net)
+        if not reached > Planting().reached:
+            return {"canary_reason": f"the canary {canary.name!r} did not take (ASR {100 * reached:.1f} %)"}
+        try:
+            found.append(_on_copy(cell, w, victim, one, measured, spent))
+        except (Diverged, Inapplicable) as error:
+            return {"canary_reason": f"the defense failed on the copy with the canary {canary.name!r}: {error}"}
+    for position, entry in enumerate(measured):
+        entry["canary_asr"] = [scores[position][0] for scores in found]
+        entry["canary_loss"] = [scores[position][1] for scores in found]
+    return {"canary_forward": spent.forward, "canary_backward": spent.backward}
+
+
+def _on_copy(
+    cell: Cell, w: World, victim: Victim, one: Planted, measured: list[dict[str, Any]], spent: Cost
+) -> list[tuple[float, float]]:
+    """(ASR of the canary, loss of validation accuracy) after each candidate's setting.
+
+    A setting is a knob and a dial, or the default of a knob, whose dial may be read off the model; the untouched model is the copy
+    before the defense.
+    """
+
+    def right(net: Network) -> Tensor:
+        return predict(net, w.validation.images) == w.validation.labels
+
+    before = right(one.net)
+    settings: list[tuple[float | None, float | None, bool]] = []
+    scores: list[tuple[float, float]] = []
+    wanted = {entry["knob"] for entry in measured if not entry["kept"]}
+    for variant in cell.defense.knobs:
+        if variant.knob not in wanted:
+            break
+        view = _view(cell, variant, w, victim, one.net, None)
+        for candidate, cost, _ in _metered_candidates(variant.candidates(view)):
+            spent.forward, spent.backward = spent.forward + cost.forward, spent.backward + cost.backward
+            settings.append((variant.knob, candidate.dial, candidate.is_default))
+            scores.append((one.asr(candidate.model), paired_loss(before, right(candidate.model))[0]))
+    spent.forward, spent.backward = spent.forward + one.forward, spent.backward + one.backward
+    kept = one.asr(one.net), 0.0
+
+    def of(entry: dict[str, Any]) -> tuple[float, float]:
+        if entry["kept"]:
+            return kept
+        same = [i for i, (knob, _, _) in enumerate(settings) if knob == entry["knob"]]
+        if entry["starts"]:
+            return scores[next(i for i in same if settings[i][2])]
+        return scores[min(same, key=lambda i: (abs(_nan(settings[i][1]) - _nan(entry["dial"])), settings[i][2]))]
+
+    return [of(entry) for entry in measured]
 
 
 SEEDS_PER_CLASS = 10
@@ -625,6 +828,15 @@ def measured_from(c: dict[str, Any]) -> Measured:
         recall=_nan(c.get("recall")),
         asr_recraft=_nan(c.get("asr_recraft")),
         ra_recraft=_nan(c.get("ra_recraft")),
+        val_loss=_nan(c["val_loss"]),
+        val_loss_se=_nan(c["val_loss_se"]),
+        knob=_nan(c["knob"]),
+        starts=c["starts"],
+        kept=c["kept"],
+        changed=c["changed"],
+        units=c["units"],
+        canary_asr=tuple(c.get("canary_asr", ())),
+        canary_loss=tuple(c.get("canary_loss", ())),
     )
 
 
@@ -659,11 +871,10 @@ def cell_rows(matrix: str, dataset: str, cell: Cell, fingerprint: str, outcome: 
     }
     assert set(axes) == set(Key.__dataclass_fields__)
     before = _score_of(vic) if vic["status"] == "ok" else Score(math.nan)
-    benign = _nan(twin.outcome.get("acc"))
-    verdict, published = gate(before, benign), reference(scenario)
+    benign, answered = _nan(twin.outcome.get("acc")), _nan(vic.get("asr_benign"))
+    verdict, published = gate(before, answered), reference(scenario)
     literature, said = compared(scenario, before)
-    # A smaller budget has a validation part of its own.
-    before_val = _nan(out.get("val_acc_undefended", vic.get("val_acc"))) if Knowledge.CLEAN in cell.grants else math.nan
+    base_rate = _nan(vic.get("realised_rate"))
     measured = [measured_from(candidate) for candidate in out["candidates"]]
     common = {
         "target": scenario.plan.target,
@@ -674,12 +885,15 @@ def cell_rows(matrix: str, dataset: str, cell: Cell, fingerprint: str, outcome: 
         "asr_undefended": before.asr,
         "ra_undefended": before.ra,
         "acc_benign": benign,
+        "asr_benign": answered,
+        "effect": before.asr - answered,
+        "acc_loss": _nan(vic.get("acc_loss")),
+        "acc_loss_se": _nan(vic.get("acc_loss_se")),
         "implanted": verdict.implanted,
         "gate": f"{verdict.words}; {said}",
         "literature": literature,
         "acc_literature": published.acc / 100 if published else math.nan,
         "asr_literature": published.asr / 100 if published else math.nan,
-        "units": out["units"],
         "preset": cell.preset,
         "features": scenario.frozen.extractor.origin if scenario.frozen else "",
         **_given(cell, out, vic),
@@ -694,13 +908,15 @@ def cell_rows(matrix: str, dataset: str, cell: Cell, fingerprint: str, outcome: 
         notes.append("training-control attack: met through its exported static set")
     rows = []
     for how in Selection:
+        if how is Selection.CANARY and not cell.canaries:
+            continue
         row: dict[str, Any] = {**axes, **common, "selection": how.value, "status": out["status"], "reason": out["reason"]}
-        chosen = choose(how, measured, before, before_val, cell.tau) if out["status"] == "ok" else None
+        chosen = choose(how, measured, before, cell.tau) if out["status"] == "ok" else None
         if out["status"] == "ok" and chosen is None:
-            row |= {"status": "refused", "reason": NOTHING_TO_VALIDATE_ON}
+            row |= {"status": "refused", "reason": _nothing_to_choose_by(cell, out)}
         if chosen is not None:
             m = measured[chosen]
-            forward, backward = _cost(how, measured, chosen)
+            forward, backward = _cost(how, measured, chosen, out)
             spent = Cost(forward, backward)
             row |= {
                 "acc": m.score.acc,
@@ -709,9 +925,15 @@ def cell_rows(matrix: str, dataset: str, cell: Cell, fingerprint: str, outcome: 
                 "der": der(before, m.score),
                 "asr_recraft": m.asr_recraft,
                 "ra_recraft": m.ra_recraft,
+                "knob": m.knob,
                 "dial": _nan(m.dial),
+                "kept": m.kept,
+                "mark": _mark(m, cell, base_rate),
                 "pruned": m.pruned,
+                "units": m.units,
                 "val_acc": m.val_acc,
+                "val_loss": m.val_loss,
+                "val_loss_se": m.val_loss_se,
                 "note": "; ".join([*notes, *([m.note] if m.note else [])]),
                 "samples_forward": forward,
                 "samples_backward": backward,
@@ -725,14 +947,20 @@ def cell_rows(matrix: str, dataset: str, cell: Cell, fingerprint: str, outcome: 
         Curve(
             **axes,
             dial_name=cell.defense.dial_name,
+            knob=m.knob,
             dial=_nan(m.dial),
             is_default=m.is_default,
+            kept=m.kept,
             strength=m.strength,
             pruned=m.pruned,
             acc=m.score.acc,
             asr=m.score.asr,
             ra=m.score.ra,
             val_acc=m.val_acc,
+            val_loss=m.val_loss,
+            val_loss_se=m.val_loss_se,
+            canary_asr=sum(m.canary_asr) / len(m.canary_asr) if m.canary_asr else math.nan,
+            canary_loss=max(m.canary_loss, default=math.nan),
         )
         for m in measured
     ]
@@ -759,11 +987,27 @@ def _given(cell: Cell, out: dict[str, Any], vic: dict[str, Any]) -> dict[str, An
     }
 
 
-def _cost(how: Selection, measured: list[Measured], chosen: int) -> tuple[int, int]:
-    """What it took to get the chosen candidate: a fixed default needs the first yield (which carries the scoring) and its own; a
-    choice needs every candidate."""
+def _cost(how: Selection, measured: list[Measured], chosen: int, out: dict[str, Any]) -> tuple[int, int]:
+    """Samples it took to get the chosen candidate: a fixed default needs the first yield (which carries the scoring) and its own; a
+    choice needs every candidate; a choice by canaries, the copies too."""
     paid = {0, chosen} if how is Selection.DEFAULT else set(range(len(measured)))
-    return sum(measured[i].forward for i in paid), sum(measured[i].backward for i in paid)
+    extra = [out.get(f"canary_{name}", 0) if how is Selection.CANARY else 0 for name in ("forward", "backward")]
+    return sum(measured[i].forward for i in paid) + extra[0], sum(measured[i].backward for i in paid) + extra[1]
+
+
+def _nothing_to_choose_by(cell: Cell, out: dict[str, Any]) -> str:
+    if Knowledge.CLEAN not in cell.grants:
+        return NOTHING_TO_VALIDATE_ON
+    other = "no canary is planted for a defense that does more than edit the model with the clean budget"
+    return str(out.get("canary_reason", other))
+
+
+def _mark(m: Measured, cell: Cell, base_rate: float) -> str:
+    """What a reader must know of a chosen model: that nothing was edited, or that its detector found no more poison than chance."""
+    if not m.changed and not isinstance(cell.defense, NoDefense):
+        return "no change"
+    detects = base_rate > 0 and not math.isnan(m.recall)
+    return "mechanism failed" if detects and not m.precision > base_rate else ""
 
 
 # -- memory --------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import math
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar, get_type_hints
@@ -31,11 +31,13 @@ except ImportError as error:
 
 from attacks import ATTACKS
 from attacks.base import Attack, Plan, Power
+from benchmark.canary import Canary, canaries_for
 from benchmark.datasets import DatasetSpec
 from benchmark.selection import TAU
 from benchmark.tracks import CONTROL, Track, track_named
 from defenses import DEFENSES
 from defenses.base import Defense, Knowledge, Scope
+from defenses.controls import NoDefense
 from models import BACKBONES
 from models.backbone import Backbone
 from models.extractors import EXTRACTORS, Extractor
@@ -51,6 +53,8 @@ MAX_DOTS = 200
 MAX_WORDS = 500
 """Letters of a complaint: it may quote a value, and values may be as long as the file."""
 MAX_LABEL = 200
+CANDIDATES = 80
+"""Models a defense may offer a cell, over all settings of its knob: ANP's twenty thresholds at four radii."""
 
 
 class _Table(BaseModel):
@@ -74,6 +78,8 @@ class MatrixTable(_Table):
     about: str = ""
     seeds: list[int] = Field(min_length=1, max_length=1000)
     tau: float = Field(default=TAU, ge=0, le=1)
+    candidates: int = Field(default=CANDIDATES, ge=1, le=10_000)
+    canary: bool = False
     plugins: list[str] = []
     dataset: DatasetTable = DatasetTable()
     recipe: dict[str, Any] = {}
@@ -158,6 +164,17 @@ class Cell:
     extractor_label: str = ""
     budget: float | None = None
     """Share of the training images that the defender gets as its clean budget, out of those held out; None = all of them."""
+    candidates: int = CANDIDATES
+    """Models the defense may offer over all settings of its knob; the dial of the published setting is always whole."""
+    canaries: tuple[Canary, ...] = ()
+    """What the canary rule plants; empty = the matrix does without that rule."""
+
+    @property
+    def canaried(self) -> bool:
+        """Whether the canary rule runs: the defense edits the model with nothing but the clean budget, and can be run on a copy."""
+        both = Knowledge.MODEL | Knowledge.CLEAN
+        edits = Knowledge.MODEL in self.defense.needs and not self.defense.needs & ~both
+        return bool(self.canaries) and both in self.grants and edits and not isinstance(self.defense, NoDefense)
 
     @property
     def grants(self) -> Knowledge:
@@ -173,6 +190,8 @@ class Cell:
         return {
             **({"extractor": self.extractor.spec()} if self.extractor else {}),
             **({"budget": self.budget} if self.budget is not None else {}),
+            **({"candidates": self.candidates} if len(self.defense.knobs) > 1 else {}),
+            **({"canaries": [canary.spec() for canary in self.canaries]} if self.canaried else {}),
             "scenario": self.scenario.spec(),
             "defense": self.defense.spec(),
             "track": self.track.spec(),
@@ -542,10 +561,11 @@ def _expand(table: MatrixTable, found: Found) -> tuple[tuple[Scenario, ...], tup
                 Scenario(dataset, share, backbone, backbone_label, recipe, attack, attack_label, plan, seed, frozen)
                 for seed in table.seeds
             ]
+    canaries = canaries_for(_attack_names(attack for _, attack, *_ in attacks)) if table.canary else ()
     cells = tuple(
         Cell(
             scenario, each.defense, each.label, track, scope, each.preset, table.tau,
-            extractors.get(each.extractor), each.extractor, each.budget,
+            extractors.get(each.extractor), each.extractor, each.budget, table.candidates, canaries,
         )
         for scenario in scenarios
         for each in defenses
@@ -554,6 +574,11 @@ def _expand(table: MatrixTable, found: Found) -> tuple[tuple[Scenario, ...], tup
         for scope in each.scopes
     )  # fmt: skip
     return tuple(scenarios), _one_trusted(cells)
+
+
+def _attack_names(attacks: Iterable[Attack]) -> set[str]:
+    """Names of attacks, and of those that adaptive ones are built on."""
+    return {name for attack in attacks for name in (attack.name, getattr(attack, "base", attack.name))}
 
 
 def _frozen(table: dict[str, Any] | None, extractors: Mapping[str, Extractor], where: str) -> Frozen | None:

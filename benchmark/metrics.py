@@ -72,9 +72,13 @@ class Scorer:
         said = self._said(net, "triggered", self.triggered.images)
         return Score(acc, _share(said == self.triggered.target_labels), _share(said == self.triggered.true_labels))
 
+    def val_right(self, net: Network) -> Tensor:
+        """Which images of the validation part of the clean budget ``net`` classifies correctly, bool (N,)."""
+        return self._said(net, "validation", self.validation.images) == self.validation.labels
+
     def val_acc(self, net: Network) -> float:
         """Accuracy on the validation part of the clean budget."""
-        return _share(self._said(net, "validation", self.validation.images) == self.validation.labels)
+        return _share(self.val_right(net))
 
     def _said(self, net: Network, which: str, images: Tensor) -> Tensor:
         state = net.state_dict()

@@ -175,7 +175,7 @@ def _defended(cell: Cell, victim: Victim, w: World, before: Score, before_val: f
         return Result(label, "", Score(math.nan), math.nan, 0, outcome["status"], outcome["reason"])
     measured = [measured_from(candidate) for candidate in outcome["candidates"]]
     how = Selection.VALIDATION if Knowledge.CLEAN in cell.track.grants else Selection.DEFAULT
-    chosen = choose(how, measured, before, before_val, cell.tau)
+    chosen = choose(how, measured, before, cell.tau)
     assert chosen is not None
     save_weights(kept[chosen], file)
     m = measured[chosen]

@@ -267,7 +267,9 @@ def _work(
         key = victim_key(scenario, print_of(scenario))
         if canonical(scenario.spec()) in wanted and store.read("victim", key, tensors=False) is None:
             given = extractor_key(scenario.frozen.extractor, scenario, print_of(scenario)) if scenario.frozen else ""
-            add(Stage("victim", number, f"train {_label(scenario)}", (place[given],) if given in place else ()), key)
+            twin = victim_key(scenario.twin(), print_of(scenario))  # each victim is compared with its twin
+            after = tuple(place[before] for before in (given, twin) if before in place)
+            add(Stage("victim", number, f"train {_label(scenario)}", after), key)
     train_extractors("poisoned")
     todo = []
     for cell in todo_cells:
