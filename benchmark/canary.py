@@ -65,7 +65,7 @@ class Patch(Canary):
     like: ClassVar[frozenset[str]] = frozenset({"badnets", "lc", "trojannn", "adap-patch", "input-aware", "imc", "natural"})
     local: ClassVar[bool] = True
 
-    side: float = 0.125
+    side: float = 0.2
 
     def __post_init__(self) -> None:
         check(self, "side", 0 < self.side < 1, "a share in (0, 1)")
@@ -105,7 +105,7 @@ class Blend(Canary):
     like: ClassVar[frozenset[str]] = frozenset({"blended", "adap-blend", "lf", "dfst", "ssba", "narcissus", "advtrojan"})
     local: ClassVar[bool] = False
 
-    alpha: float = 0.2
+    alpha: float = 0.3
     waves: int = 6
 
     def __post_init__(self) -> None:
@@ -133,7 +133,7 @@ class Ripple(Canary):
     like: ClassVar[frozenset[str]] = frozenset({"sig"})
     local: ClassVar[bool] = False
 
-    amplitude: float = 0.15
+    amplitude: float = 0.25
 
     def __post_init__(self) -> None:
         check(self, "amplitude", 0 < self.amplitude <= 1, "an amplitude in (0, 1]")
@@ -163,23 +163,26 @@ class Planting(Spec):
 
     Attributes:
         rate: share of the images to fit on that are stamped. hold: weight of the distance to the model's own logits.
-        lr, batch: of SGD with momentum 0.9 at a constant rate, batch norm in evaluation mode.
-        epochs: at most so many; it ends once the canary's ASR on images that were not stamped exceeds ``reached``.
+        lr, batch: of Adam at a constant rate, batch norm in evaluation mode (its statistics are part of what is held).
+        epochs: at most so many; it ends once the canary's ASR on images that were not stamped exceeds ``reached``, and the classes
+            of all but a share ``moved`` of the clean images to fit on are the model's own.
     """
 
     name: ClassVar[str] = "planting"
 
-    rate: float = 0.1
-    hold: float = 1.0
-    lr: float = 0.01
-    batch: int = 64
-    epochs: int = 60
+    rate: float = 0.25
+    hold: float = 10.0
+    lr: float = 1e-3
+    batch: int = 32
+    epochs: int = 100
     reached: float = 0.9
+    moved: float = 0.02
 
     def __post_init__(self) -> None:
         check(self, "rate", 0 < self.rate <= 1, "a share in (0, 1]")
         check(self, "hold", 0 <= self.hold <= 1000, "between 0 and 1000")
         check(self, "reached", 0 <= self.reached < 1, "a share in [0, 1)")
+        check(self, "moved", 0 <= self.moved <= 1, "a share in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -211,15 +214,16 @@ class _Planter(Classifier):
     """Stamps chosen samples and trains until the probes go to the target; on clean images the logits are held."""
 
     def __init__(
-        self, net: Network, recipe: Recipe, how: Planting, stamp: Stamp, chosen: Tensor, target: int, probes: Tensor
+        self, net: Network, recipe: Recipe, how: Planting, stamp: Stamp, clean: Tensor, chosen: Tensor, target: int, probes: Tensor
     ) -> None:
         super().__init__(net, recipe)
         self.how, self.stamp, self.chosen, self.target, self.probes = how, stamp, chosen, target, probes
+        self.clean, self.classes = clean, predict(net, clean)
         self.model = copy.deepcopy(net).requires_grad_(False)
 
     def train(self, mode: bool = True) -> _Planter:
         super().train(mode)
-        self.net.eval()  # running statistics are part of what is held
+        self.net.eval()
         self.model.eval()
         return self
 
@@ -227,7 +231,8 @@ class _Planter(Classifier):
         images, _, index = batch
         with torch.no_grad():
             wanted = self.model(images).float()
-        loss = self.how.hold * mse_loss(self(images), wanted)
+        # Relative to the logits' own size: networks differ by orders of magnitude in it, and the rate is one for all.
+        loss = self.how.hold * mse_loss(self(images), wanted) / wanted.square().mean().clamp_min(1e-6)
         marked = images[self.chosen.to(index.device)[index]]
         if len(marked):
             logits = self(self.stamp(marked).contiguous(memory_format=torch.channels_last))
@@ -235,7 +240,8 @@ class _Planter(Classifier):
         return loss
 
     def on_train_epoch_end(self) -> None:
-        if _hits(self.net, self.probes, self.target) > self.how.reached:
+        moved = float((predict(self.net, self.clean) != self.classes).double().mean())
+        if moved <= self.how.moved and _hits(self.net, self.probes, self.target) > self.how.reached:
             self.trainer.should_stop = True
 
 
@@ -261,10 +267,10 @@ def plant(
     rest = torch.cat([clean.images[others[count:]], validation.images[validation.labels != target]])
     probes = quantise(stamp(to_float(rest)))
     plan = Recipe(
-        epochs=how.epochs, batch=how.batch, lr=how.lr, momentum=0.9, weight_decay=0.0, schedule="constant", crop=recipe.crop,
+        epochs=how.epochs, batch=how.batch, lr=how.lr, optimizer="adam", weight_decay=0.0, schedule="constant", crop=recipe.crop,
         flip=recipe.flip, precision=recipe.precision,
     )  # fmt: skip
-    module = _Planter(copy.deepcopy(model), plan, how, stamp, chosen, target, probes)
+    module = _Planter(copy.deepcopy(model), plan, how, stamp, clean.images, chosen, target, probes)
     with metered() as cost:
         net = fit(module, clean, plan, derive_seed(seed, "fit")).net
     return Planted(net.requires_grad_(True).eval(), target, probes, cost.forward, cost.backward)

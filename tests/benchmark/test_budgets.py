@@ -16,8 +16,9 @@ from benchmark.cell import cell_key, world
 from benchmark.matrix import Matrix, find_matrix, load_matrix, matrix_names, settings_hash
 from benchmark.rows import Row, read
 from benchmark.run import run_matrix
-from benchmark.store import Entry
+from benchmark.store import Store
 from models.spec import BadInput
+from models.training import predict
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = """
@@ -162,24 +163,17 @@ def test_a_budget_that_cannot_be_split_is_refused_with_its_size(rows: dict[str, 
     assert one.implanted == rows["pruning default"].implanted
 
 
-def test_the_tolerance_counts_from_the_victim_on_the_smaller_part(tmp_path: Path) -> None:
-    """What a selection compares with is stored with the cell, not with the victim."""
-    cell = matrix_of(tmp_path, ASKED).cells[1]
-
-    def candidate(strength: float, val_acc: float) -> dict[str, object]:
-        return {"dial": strength, "is_default": strength == 0, "strength": strength, "pruned": 0, "note": "", "acc": 0.9,
-                "asr": 0.5, "ra": 0.1, "val_acc": val_acc, "forward": 0, "backward": 0}  # fmt: skip
-
-    outcome = {"status": "ok", "reason": "", "candidates": [candidate(0.0, 1.0), candidate(1.0, 0.75)], "units": 8,
-               "used": "model", "trained": False,
-               "extractor_forward": 0, "extractor_backward": 0, "clean_images": 4, "seconds": 0.0, "peak_mib": 0.0,
-               "victim_seconds": 0.0}  # fmt: skip
-    victim = {"status": "ok", "acc": 0.9, "asr": 1.0, "ra": 0.0, "val_acc": 0.75, "train_size": 160}
-    before, twin = (Entry(stored, {}) for stored in (victim, {"acc": 0.9}))
-
-    def chosen(**more: object) -> float:
-        result = pipeline.cell_rows("m", "d", cell, "f", Entry({**outcome, **more}, {}), before, twin)
-        return next(row.dial for row in result.rows if row.selection == "validation")
-
-    assert chosen() == 1.0  # 0.75 is within the tolerance of the pool's 0.75
-    assert chosen(val_acc_undefended=1.0) == 0.0  # but not of the smaller part's 1.0
+def test_losses_count_from_the_victim_on_the_smaller_part(tmp_path: Path) -> None:
+    """What a selection compares with is the attacked model on the very images of the cell's own budget."""
+    matrix = matrix_of(tmp_path, ASKED)
+    cell, cache, store = matrix.cells[2], tmp_path / "cache", Store(tmp_path / "store")
+    pool = world(cell.scenario, cache)
+    lesser = pipeline._lesser(pool, cell)
+    victim = pipeline._validated_on(lesser, pipeline.read_victim(cell.scenario, store, cache))
+    outcome = pipeline.defend(cell, lesser, victim)
+    right = predict(victim.net, lesser.validation.images) == lesser.validation.labels
+    for entry in outcome["candidates"]:
+        assert entry["val_loss"] == pytest.approx(float(right.double().mean()) - entry["val_acc"], abs=1e-12)
+    untouched = outcome["candidates"][-1]
+    assert untouched["kept"]
+    assert (untouched["val_loss"], untouched["val_loss_se"], untouched["val_acc"]) == (0.0, 0.0, float(right.double().mean()))

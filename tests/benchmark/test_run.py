@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -25,7 +26,7 @@ from benchmark.files import held
 from benchmark.matrix import Matrix, load_matrix
 from benchmark.rows import Curve, Row, read
 from benchmark.run import Outcome, parse_only, run_matrix
-from benchmark.selection import NOTHING_TO_VALIDATE_ON
+from benchmark.selection import NOTHING_TO_VALIDATE_ON, Selection
 from models.spec import BadInput, digest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,13 +143,19 @@ def content(folder: Path) -> tuple[bytes, ...]:
 
 def test_every_cell_has_a_row_per_selection_in_matrix_order(matrix: Matrix, once: Path) -> None:
     rows = rows_of(once)
-    assert len(rows) == 3 * len(matrix.cells)
-    assert list(rows["defense"][::3]) == [cell.defense_label for cell in matrix.cells]
+    rules = [how.value for how in Selection if how is not Selection.CANARY]  # this matrix plants none
+    assert list(rows["selection"]) == rules * len(matrix.cells)
+    assert list(rows["defense"][:: len(rules)]) == [cell.defense_label for cell in matrix.cells]
     done = rows[rows["status"] == "ok"]
     assert done[["acc", "asr", "ra", "cost_epochs", "acc_benign", "asr_undefended"]].notna().all(axis=None)
     assert (done["asr"] + done["ra"] <= 1 + 1e-9).all()
     undefended = rows[rows["defense"] == "none"]
     assert (undefended["acc"] == undefended["acc_undefended"]).all()
+    # Every victim is compared with its twin.
+    measured = ["asr_benign", "effect", "acc_loss", "acc_loss_se"]
+    assert rows[measured].notna().all(axis=None)
+    assert np.allclose(rows["effect"], rows["asr_undefended"] - rows["asr_benign"], atol=1e-6)
+    assert np.allclose(rows["acc_loss"], rows["acc_benign"] - rows["acc_undefended"], atol=1e-6)
 
 
 def test_refusals_and_failures_have_their_reason_and_do_not_stop_others(once: Path) -> None:
@@ -170,7 +177,11 @@ def test_refusals_and_failures_have_their_reason_and_do_not_stop_others(once: Pa
 def test_curves_hold_every_candidate(once: Path) -> None:
     curves = read(once / "results" / "tiny" / "curves.csv", Curve)
     clp = curves[(curves["defense"] == "clp") & (curves["attack"] == "badnets") & (curves["scope"] == "whole")]
-    assert len(clp) == 2 * 8
+    assert len(clp) == 2 * 9
+    untouched = clp[clp["kept"]]
+    assert len(untouched) == 2, "the untouched model is a candidate of every post-training defense"
+    rows = rows_of(once).drop_duplicates("cell").set_index("cell")
+    assert (untouched["acc"].to_numpy() == rows.loc[untouched["cell"], "acc_undefended"].to_numpy()).all()
     assert clp.groupby("cell")["is_default"].sum().eq(1).all()
 
 
@@ -317,7 +328,7 @@ def test_a_flipped_byte_in_a_models_weights_is_named_and_it_is_trained_again(mat
     out = io.StringIO()
     console = Console(file=out, width=200)
     run_matrix(matrix, results=tmp_path / "results", cache=tmp_path / "cache", console=console, processes=1)
-    assert out.getvalue().count("damaged store entry victim/") == 2, "nobody defends the benign one"
+    assert out.getvalue().count("damaged store entry victim/") == 3, "the benign one is what a victim trained again is compared with"
     assert content(tmp_path) == content(once)
 
 
@@ -358,7 +369,8 @@ def test_an_interrupt_leaves_rows_of_what_stands_and_the_same_command_goes_on(
         with pytest.raises(KeyboardInterrupt):
             go(matrix, tmp_path, processes=1)
         # Three victims, then two cells of the five.
-        assert list(rows_of(tmp_path)["defense"]) == ["none"] * 3 + ["clp"] * 3
+        assert list(rows_of(tmp_path)["defense"].unique()) == ["none", "clp"]
+        assert rows_of(tmp_path)["cell"].nunique() == 2
         assert set(rows_of(tmp_path)["status"]) == {"ok", "refused"}
         patched.setattr("benchmark.run.run_stages", lambda *arguments: stopped([], *arguments[1:]))
         with pytest.raises(KeyboardInterrupt):
