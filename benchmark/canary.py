@@ -232,7 +232,7 @@ class _Planter(Classifier):
         with torch.no_grad():
             wanted = self.model(images).float()
         # Relative to the logits' own size: networks differ by orders of magnitude in it, and the rate is one for all.
-        loss = self.how.hold * mse_loss(self(images), wanted) / wanted.square().mean().clamp_min(1e-6)
+        loss: Tensor = self.how.hold * mse_loss(self(images), wanted) / wanted.square().mean().clamp_min(1e-6)
         marked = images[self.chosen.to(index.device)[index]]
         if len(marked):
             logits = self(self.stamp(marked).contiguous(memory_format=torch.channels_last))

@@ -45,7 +45,8 @@ BEYOND = 0.25
 (results/README.md, "Proof")."""
 LEVEL = 0.05
 """More are only called too many where a binomial test at this level says so: of a few cells one or two are none."""
-SHARES = ("acc", "asr", "ra", "der", "asr_recraft", "ra_recraft", "acc_undefended", "asr_undefended", "ra_undefended", "acc_benign")
+SHARES = ("acc", "asr", "ra", "der", "asr_recraft", "ra_recraft", "acc_undefended", "asr_undefended", "ra_undefended", "acc_benign",
+          "asr_benign", "effect")  # fmt: skip
 """Columns that are judged between machine types."""
 NAMED = ("matrix", "dataset", "backbone", "attack", "rate", "seed", "track", "scope", "defense", "cell", "selection", "target",
          "label_mode", "control", "used", "preset", "extractor", "features")  # fmt: skip

@@ -328,7 +328,7 @@ def test_a_flipped_byte_in_a_models_weights_is_named_and_it_is_trained_again(mat
     out = io.StringIO()
     console = Console(file=out, width=200)
     run_matrix(matrix, results=tmp_path / "results", cache=tmp_path / "cache", console=console, processes=1)
-    assert out.getvalue().count("damaged store entry victim/") == 3, "the benign one is what a victim trained again is compared with"
+    assert out.getvalue().count("damaged store entry victim/") == 3, "the benign one too: victims are compared with it"
     assert content(tmp_path) == content(once)
 
 
