@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmark.rows import Curve, Row, Timing, read
+from benchmark.selection import TAU, Selection
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = sorted(path.parent for path in (ROOT / "results").glob("*/rows.csv"))
@@ -27,7 +28,9 @@ def test_committed_rows_are_whole_and_consistent(folder: Path) -> None:
     assert set(rows["matrix"]) == {folder.name}
     assert set(timings["cell"]) == set(rows["cell"])
     assert set(curves["cell"]) <= set(rows["cell"])
-    assert (rows.groupby("cell")["selection"].nunique() == 3).all()
+    rules = {how.value for how in Selection}
+    assert set(rows["selection"]) in (rules, rules - {"canary"})
+    assert (rows.groupby("cell")["selection"].nunique() == rows["selection"].nunique()).all()
     done = rows[rows["status"] == "ok"]
     assert (done["asr"] + done["ra"] <= 1 + 1e-6).all()
     assert done["acc"].between(0, 1).all()
@@ -35,3 +38,23 @@ def test_committed_rows_are_whole_and_consistent(folder: Path) -> None:
     # A chosen model is one of those offered.
     offered = set(zip(curves["cell"], curves["acc"], curves["asr"], strict=True))
     assert set(zip(done["cell"], done["acc"], done["asr"], strict=True)) <= offered
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=[folder.name for folder in FOLDERS])
+def test_no_rule_beats_the_oracle_on_any_committed_cell(folder: Path) -> None:
+    """RA is what rankings use, and the oracle is the candidate of highest test RA: an upper bound for every rule, by construction."""
+    rows = read(folder / "rows.csv", Row)
+    done = rows[(rows["status"] == "ok") & rows["ra"].notna()].pivot(index="cell", columns="selection", values="ra")
+    assert len(done)
+    for rule in done.columns:
+        assert (done["oracle"] >= done[rule] - 1e-9).all(), rule
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=[folder.name for folder in FOLDERS])
+def test_a_ranked_choice_of_a_post_training_defense_is_within_the_tolerance_on_its_validation_images(folder: Path) -> None:
+    rows = read(folder / "rows.csv", Row)
+    edits = rows["used"].str.split(" + ", regex=False).map(lambda used: "model" in used)
+    for rule in ("validation", "strongest", "canary"):
+        chosen = rows[(rows["selection"] == rule) & (rows["status"] == "ok") & rows["val_loss"].notna() & edits]
+        assert (chosen["val_loss"] <= TAU + 1e-6).all()
+        assert (chosen.loc[chosen["kept"], "mark"] == "no change").all()
