@@ -42,7 +42,7 @@ def test_committed_rows_are_whole_and_consistent(folder: Path) -> None:
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=[folder.name for folder in FOLDERS])
 def test_no_rule_beats_the_oracle_on_any_committed_cell(folder: Path) -> None:
-    """RA is what rankings use, and the oracle is the candidate of highest test RA: an upper bound for every rule, by construction."""
+    """The oracle is the candidate of highest test RA, the metric of the rankings: an upper bound by construction."""
     rows = read(folder / "rows.csv", Row)
     done = rows[(rows["status"] == "ok") & rows["ra"].notna()].pivot(index="cell", columns="selection", values="ra")
     assert len(done)
