@@ -5,6 +5,8 @@ Its cells are the product. A table's keys beside ``name`` are the fields of that
 keys the benchmark itself reads are listed in the ``*Table`` classes below. A defense's table may also name its ``tracks``,
 ``scopes``, ``label``, ``preset``, ``extractors``, ``backbones`` (labels of those it meets; by default all), and ``budgets``: clean
 budgets it is met with, as shares of the training set, on the same victims, each a part of what ``clean_fraction`` holds out.
+``candidates`` at the top of the file bounds how many models a defense may offer a cell over all settings of its knob, the same for
+every defense; ``canary = true`` adds the rule that chooses by planted canaries (:mod:`benchmark.canary`).
 """
 
 from __future__ import annotations
