@@ -53,11 +53,14 @@ from benchmark.evidence import (
 from benchmark.metrics import IMPLANTED_ASR
 from benchmark.selection import TAU
 from benchmark.stats import ENTRY, SCENARIO, SCRATCH, WORLD, Interval
-from benchmark.tables import gate_words, markdown
+from benchmark.tables import SELECTION_WORDS, gate_words, markdown
 from defenses.anp import ANP
 from defenses.holder_pruning import HolderPruning
 
-__all__ = ["adaptive", "along_dial", "alpha", "budget", "extractor", "natural", "rate", "scope", "selection", "threshold"]
+__all__ = [
+    "adaptive", "along_dial", "alpha", "budget", "canary", "closed", "extractor", "natural", "rate", "scope", "selection",
+    "threshold",
+]  # fmt: skip
 
 
 # -- alpha -------------------------------------------------------------------------------------------------------------------------
@@ -239,7 +242,8 @@ def along_dial(path: pd.DataFrame, low: float, high: float, flip: bool, column: 
 def threshold(source: Source) -> Shown:
     """Every dial from end to end: the area under RA, the best point, the default, and how wide a good stretch is."""
     table = finished(source.rows)
-    curves = source.curves[source.curves["cell"].isin(table["cell"]) & np.isfinite(source.curves["dial"])]
+    curves = stats.at_published_knob(source.curves)
+    curves = curves[curves["cell"].isin(table["cell"]) & np.isfinite(curves["dial"])]
     default = stats.implanted_worlds(source.rows[(source.rows["selection"] == "default") & (source.rows["status"] == "ok")])
     lines, panels = [], []
     grid = tuple(float(value) for value in np.linspace(0, 1, _STEPS))
@@ -300,6 +304,14 @@ def threshold(source: Source) -> Shown:
                 f"The published default stays below the best point of its own dial by {100 * lost.mean():.1f} points of RA on "
                 f"average, by {100 * lost.max():.1f} for {entry_markdown((worst['defense'], worst['scope']))}."
             )
+    known = {c.defense_label: c.defense for c in source.matrix.cells if isinstance(c.defense, HolderPruning)}
+    rules = default[default["defense"].isin(known) & ~default["control"].astype(bool)]
+    for entry in stats.entries(rules):
+        own = of_entry(rules, entry)
+        said.append(
+            f"The rule {known[entry[0]].rule!r} of {entry_markdown(entry)} prunes {own['pruned'].mean():.1f} units on average and "
+            f"none in {int((own['pruned'] == 0).sum())} of {len(own)} cells."
+        )
     random = frame[(frame["control"] != "")]
     if len(random):
         top = largest(random, "area")
@@ -325,58 +337,179 @@ def threshold(source: Source) -> Shown:
 
 # -- selection ---------------------------------------------------------------------------------------------------------------------
 
-def selection(source: Source) -> Shown:
-    """The published default, an honest choice, and the oracle's."""
+def _rules(source: Source) -> tuple[pd.DataFrame, list[str]]:
+    """Finished rows of cells that have a dial, on implanted scenarios, and the rules that stand in them.
+
+    Raises:
+        Missing: there is none.
+    """
     table = stats.implanted_worlds(source.rows)
-    table = table[(table["status"] == "ok") & table["dial"].notna()]
+    dials = set(table.loc[table["dial"].notna(), "cell"])
+    table = table[(table["status"] == "ok") & table["cell"].isin(dials)]
     if table.empty:
         raise Missing("no defense with a dial finished on an implanted attack")
-    known = {c.defense_label for c in source.matrix.cells if isinstance(c.defense, ANP)}
+    return table, [name for name in stats.SELECTIONS if name in set(table["selection"])]
+
+
+def selection(source: Source) -> Shown:
+    """RA under every rule of choosing, and how far below the oracle each stays."""
+    table, present = _rules(source)
+    rules = [name for name in present if name not in stats.HINDSIGHT]
     lines, names = [], []
-    shown: dict[str, list[Interval]] = {name: [] for name in stats.SELECTIONS}
+    shown: dict[str, list[Interval]] = {name: [] for name in present}
     for (track, defense, scope_), mine in table.groupby(["track", *ENTRY], sort=False):
-        by = {name: mine[mine["selection"] == name] for name in stats.SELECTIONS}
+        by = {name: mine[mine["selection"] == name] for name in present}
         if not len(by["oracle"]):
             continue
         line: dict[str, Any] = {"track": track, "defense": defense, "scope": scope_,
                                 "control": "control" if mine["control"].any() else ""}  # fmt: skip
         for name, part in by.items():
-            line |= bounded(f"asr_{name}", mean(part, "asr")) | {f"ra_{name}": mean(part, "ra").mean}
-            shown[name].append(mean(part, "asr"))
-        for name in ("default", "validation"):
-            line |= bounded(f"gap_{name}", paired_gap(by[name], by["oracle"], "asr")[0])
+            line |= bounded(f"ra_{name}", mean(part, "ra")) | {f"asr_{name}": mean(part, "asr").mean}
+            shown[name].append(mean(part, "ra"))
+        for name in rules:
+            line |= bounded(f"gap_{name}", paired_gap(by["oracle"], by[name], "ra")[0])
         lines.append({**line, "models": int(mine.drop_duplicates(WORLD).shape[0])})
         names.append(f"{entry_words((str(defense), str(scope_)))}{' (control)' if line['control'] else ''}")
     frame = pd.DataFrame(lines)
     competing = frame[frame["control"] == ""]
     said = []
-    for name, words in (("default", "the published default"), ("validation", "the honest validation choice")):
+    for name in rules:
         measured = competing.dropna(subset=[f"gap_{name}"])
         apart = measured[measured[f"gap_{name}_low"] > 0]
         if len(measured):
             most = largest(measured, f"gap_{name}")
             found = interval_of(most, f"gap_{name}")
             said.append(
-                f"Choosing with the test set takes the ASR below that of {words} for {out_of(len(apart), len(measured))} defenses, "
-                f"most for {entry_markdown((most['defense'], most['scope']))}: {points_words(found)}."
+                f"A choice with the test set raises RA above that of the rule *{name}* for {out_of(len(apart), len(measured))} "
+                f"defenses, most for {entry_markdown((most['defense'], most['scope']))}: {points_words(found)}."
                 if len(apart)
-                else f"Choosing with the test set does not take the ASR of any of {len(measured)} defenses below that of {words} "
+                else f"A choice with the test set raises RA above that of the rule *{name}* for none of {len(measured)} defenses "
                 "by more than its interval."
             )
+    known = {c.defense_label for c in source.matrix.cells if isinstance(c.defense, ANP)}
     for _, own in competing[competing["defense"].isin(known)].iterrows():
-        figures = ", ".join(f"{name} {percent_words(float(own[f'asr_{name}']))}" for name in ("default", "validation", "oracle"))
+        figures = ", ".join(f"{name} {percent_words(float(own[f'asr_{name}']))}" for name in present)
         said.append(f"ASR of {entry_markdown((own['defense'], own['scope']))}: {figures}.")
     columns = (
         Column("Track", "text", "track"), Column("Defense", "text", "defense"), Column("Scope", "text", "scope"),
         Column("", "text", "control"),
-        *(Column(f"ASR, {name}", "interval", f"asr_{name}") for name in ("default", "validation", "oracle")),
-        *(Column(f"RA, {name}", "share", f"ra_{name}") for name in ("default", "validation", "oracle")),
-        Column("ASR, default - oracle", "difference", "gap_default"),
-        Column("ASR, validation - oracle", "difference", "gap_validation"), Column("Models", "count", "models"),
+        *(Column(f"RA, {name}", "interval", f"ra_{name}") for name in present),
+        *(Column(f"ASR, {name}", "share", f"asr_{name}") for name in present),
+        *(Column(f"RA, oracle - {name}", "difference", f"gap_{name}") for name in rules), Column("Models", "count", "models"),
     )  # fmt: skip
-    series = tuple((name, tuple(shown[name])) for name in ("default", "validation", "oracle"))
-    figure = Dots((DotPanel("ASR by how the dial was set", "ASR in %", tuple(names), series),), "Bars: 95 % intervals over seeds.")
-    about = f"{MEANS}; gaps paired by attacked model; a track that grants no clean images has no validation choice"
+    series = tuple((name, tuple(shown[name])) for name in present)
+    figure = Dots((DotPanel("RA by how the setting was chosen", "RA in %", tuple(names), series),),
+                  "Bars: 95 % intervals over seeds. Oracle and leaky took the test set to choose.")  # fmt: skip
+    about = (
+        f"{MEANS}; gaps paired by attacked model; a track that grants no clean images has the default and the choices with "
+        "hindsight "
+        f"alone; rules: {'; '.join(SELECTION_WORDS[name] for name in present)}"
+    )
+    return Shown(" ".join(said), frame, columns, about, figure)
+
+
+# -- canaries ----------------------------------------------------------------------------------------------------------------------
+
+_RESAMPLES = 2000
+
+
+def closed(table: pd.DataFrame) -> Interval:
+    """The share of the RA gap between ``validation`` and ``oracle`` that ``canary`` closes: a ratio of means over scenarios of
+    means
+    over seeds, with its 95 % percentile interval (seeds resampled within scenarios, fixed seed). Below 0: it chooses worse.
+
+    Args:
+        table: one row per attacked model with RA in columns of these names. NaN where there is no gap.
+    """
+    groups = [group[["validation", "canary", "oracle"]].to_numpy(np.float64) for _, group in table.groupby(SCENARIO, sort=False)]
+
+    def ratio(means: np.ndarray) -> np.ndarray:
+        gap = means[..., 2] - means[..., 0]
+        share: np.ndarray = np.divide(means[..., 1] - means[..., 0], gap, out=np.full(gap.shape, math.nan), where=gap > 1e-9)
+        return share
+
+    value = float(ratio(np.mean([group.mean(axis=0) for group in groups], axis=0)))
+    if math.isnan(value) or min(map(len, groups)) < 2:
+        return Interval(value, math.nan, math.nan)
+    draw = np.random.default_rng(0)  # noqa: TID251 - a fixed resampling of stored figures, no part of any run
+    drawn = [group[draw.integers(0, len(group), (_RESAMPLES, len(group)))].mean(axis=1) for group in groups]
+    found = ratio(np.mean(drawn, axis=0))
+    low, high = (float(end) for end in np.nanpercentile(found, [2.5, 97.5]))
+    return Interval(value, low, high)
+
+
+def canary(source: Source) -> Shown:
+    """Whether a backdoor of the defender's own, planted in a copy, finds the settings that remove the attacker's."""
+    table, _ = _rules(source)
+    wanted = ["validation", "canary", "oracle"]
+    reasons = source.rows.loc[(source.rows["selection"] == "canary") & (source.rows["status"] != "ok"), "reason"]
+    lines, names, every = [], [], []
+    shown: dict[str, list[Interval]] = {name: [] for name in wanted}
+    for (track, defense, scope_), mine in table[~table["control"].astype(bool)].groupby(["track", *ENTRY], sort=False):
+        ra = mine[mine["selection"].isin(wanted)].pivot(index=WORLD, columns="selection", values="ra")
+        if not set(wanted) <= set(ra.columns) or ra.dropna().empty:
+            continue
+        ra = ra.dropna().reset_index()
+        cost = mine[mine["selection"].isin(wanted)].groupby("selection")["cost_epochs"].mean()
+        part, gap = closed(ra), ra["oracle"] - ra["validation"]
+        difference = stats.interval([list(group["canary"] - group["validation"]) for _, group in ra.groupby(SCENARIO, sort=False)])
+        for name in wanted:
+            shown[name].append(stats.interval([list(group[name]) for _, group in ra.groupby(SCENARIO, sort=False)]))
+        lines.append({
+            "track": track, "defense": defense, "scope": scope_, "models": len(ra),
+            **{f"ra_{name}": shown[name][-1].mean for name in wanted}, "gap": float(gap.mean()), **bounded("closed", part),
+            **bounded("difference", difference), "canary_hits": float((ra["oracle"] - ra["canary"] < 1e-9).mean()),
+            "validation_hits": float((ra["oracle"] - ra["validation"] < 1e-9).mean()),
+            "cost_validation": float(cost["validation"]), "cost_canary": float(cost["canary"]),
+        })  # fmt: skip
+        every.append(ra)
+        names.append(entry_words((str(defense), str(scope_))))
+    if not lines:
+        raise Missing("no defense with a dial was chosen by canaries on an implanted attack")
+    frame = pd.DataFrame(lines)
+    sides = [verdict(interval_of(line, "difference")) for _, line in frame.iterrows()]
+    better, worse = ([f"{entry_markdown((line['defense'], line['scope']))} {points_words(interval_of(line, 'difference'))}"
+                      for (_, line), side in zip(frame.iterrows(), sides, strict=True) if side == wanted_side]
+                     for wanted_side in (1, -1))  # fmt: skip
+    together = closed(pd.concat(every))
+    bounds = "" if math.isnan(together.low) else f" [{100 * together.low:.0f}, {100 * together.high:.0f}]"
+    share = (
+        "There is no gap to close." if math.isnan(together.mean)
+        else f"Over all of them, canaries close {100 * together.mean:.0f} %{bounds} of the RA gap between *validation* and "
+        "*oracle*."
+    )  # fmt: skip
+    said = [
+        share,
+        f"RA is higher than under *validation* for {out_of(len(better), len(frame))} defenses{in_brackets(better)} and lower for "
+        f"{len(worse)}{in_brackets(worse)}; the others are not told apart.",
+        f"The choice by canaries is as good as the oracle's in {percent_words(float(frame['canary_hits'].mean()))} of the models, "
+        "that "
+        f"by validation in {percent_words(float(frame['validation_hits'].mean()))} (means over defenses).",
+        f"It costs {frame['cost_canary'].mean():.1f} standard epochs where validation costs {frame['cost_validation'].mean():.1f}.",
+    ]
+    failed = reasons[~reasons.str.startswith(("the track grants", "no canary is planted"))]
+    if len(failed):
+        kinds = failed.str.replace(r"\(ASR.*\)", "", regex=True).value_counts()
+        said.append("Not chosen by canaries: " + "; ".join(f"{count} cells: {markdown(reason)}" for reason, count in kinds.items())
+        + ".")
+    columns = (
+        Column("Track", "text", "track"), Column("Defense", "text", "defense"), Column("Scope", "text", "scope"),
+        Column("RA, validation", "share", "ra_validation"), Column("RA, canary", "share", "ra_canary"),
+        Column("RA, oracle", "share", "ra_oracle"), Column("RA, canary - validation", "difference", "difference"),
+        Column("Gap, oracle - validation", "points", "gap"), Column("Share of the gap closed", "interval", "closed"),
+        Column("As good as the oracle: canary", "share", "canary_hits"), Column("validation", "share", "validation_hits"),
+        Column("Cost, validation", "number", "cost_validation"), Column("Cost, canary", "number", "cost_canary"),
+        Column("Models", "count", "models"),
+    )  # fmt: skip
+    series = tuple((name, tuple(shown[name])) for name in wanted)
+    panel = DotPanel("RA by how the setting was chosen", "RA in %", tuple(names), series)
+    figure = Dots((panel,), "Bars: 95 % intervals over seeds.")
+    planted = source.matrix.cells[0].canaries
+    about = (
+        f"{MEANS}; canaries planted: {listed([one.name for one in planted])}, in copies of the attacked model, with the clean "
+        "budget "
+        "alone; share of the gap: ratio of means, negative where canaries choose worse than validation; cost in standard epochs"
+    )
     return Shown(" ".join(said), frame, columns, about, figure)
 
 
@@ -697,10 +830,11 @@ def adaptive(source: Source) -> Shown:
 
 def natural(source: Source) -> Shown:
     """A trigger searched for on a benign model: kept, and found again on the defended model."""
-    table = finished(source.rows)
-    table = table[table["asr_recraft"].notna()]
+    table = judged(source.rows)
+    # Nobody poisoned these models, so the effect is 0 by definition: what counts here is that the trigger works.
+    table = table[(table["status"] == "ok") & table["asr_recraft"].notna() & (table["asr_undefended"] >= IMPLANTED_ASR)]
     if table.empty:
-        raise Missing("no trigger that is computed on the model implanted")
+        raise Missing("no trigger that is computed on the model works")
     every = before_defense(source.rows)
     lines: list[dict[str, Any]] = []
     kept: list[bool] = []
@@ -709,7 +843,8 @@ def natural(source: Source) -> Shown:
     for attack, worlds in every.groupby("attack", sort=False):
         said.append(
             f"On {len(worlds)} models that nobody poisoned, {markdown(attack)} reaches an ASR of "
-            f"{interval_words(mean(worlds, 'asr'))}; {implanted_words(worlds)} pass the gate."
+            f"{interval_words(mean(worlds, 'asr'))}; on {int((worlds['asr'] >= IMPLANTED_ASR).sum())} it is at least "
+            f"{100 * IMPLANTED_ASR:g} %, and defenses are shown on these. Such a trigger is adversarial under the gate."
         )
         mine = table[table["attack"] == attack]
         entries = stats.entries(mine)
@@ -743,5 +878,6 @@ def natural(source: Source) -> Shown:
         Column("ASR, found again", "interval", "asr_recraft"), Column("Difference", "difference", "gap"),
         Column("RA, kept", "share", "ra"), Column("RA, found again", "share", "ra_recraft"),
     )  # fmt: skip
-    about = f"{MEANS} (implanted: as many triggered images reach the target as the gate asks of a backdoor)"
+    about = f"means over models whose ASR is at least {100 * IMPLANTED_ASR:g} %, whatever their twin answers, 95 % intervals over "
+    "seeds"
     return Shown(" ".join(said), pd.DataFrame(lines), columns, about, Dots(tuple(panels), "Bars: 95 % intervals over seeds."))

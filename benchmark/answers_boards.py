@@ -4,6 +4,7 @@ definition and one benign twin hold throughout."""
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,9 +43,10 @@ from benchmark.evidence import (
     verdict,
     victims_words,
 )  # fmt: skip
-from benchmark.metrics import IMPLANTED_ASR, MAX_ACC_LOSS
+from benchmark.metrics import IMPLANTED_ASR
 from benchmark.stats import ENTRY, SCENARIO, SCRATCH, WORLD, Interval
-from benchmark.tables import gate_words, markdown
+from benchmark.tables import GATE_WORDS, gate_words, markdown, scenario_words
+from defenses.hid import HID
 from models.spec import digest
 
 __all__ = [
@@ -147,9 +149,11 @@ def pruned(source: Source) -> Shown:
     """How many units every pruning defense removed, and how the semi-supervised ones were trained."""
     table = stats.implanted_worlds(source.rows)
     table = table[(table["status"] == "ok")]
+    pruners = set(table.loc[table["pruned"] > 0, "defense"])
+    pruners |= {c.defense_label for c in source.matrix.cells if c.defense.writer is not None}
     lines = []
     for (track, defense, scope_), mine in table.groupby(["track", *ENTRY], sort=False):
-        if not (mine["pruned"] > 0).any():
+        if defense not in pruners:
             continue
         line: dict[str, Any] = {"track": track, "defense": defense, "scope": scope_,
                                 "control": "control" if mine["control"].any() else "", "units": float(mine["units"].mean())}
@@ -157,6 +161,8 @@ def pruned(source: Source) -> Shown:
             part = mine[mine["selection"] == name].assign(share=lambda rows: rows["pruned"] / rows["units"])
             line |= bounded(f"{name}_share", mean(part, "share"))
             line[name] = float(part["pruned"].mean()) if len(part) else math.nan
+            line[f"{name}_none"] = int((part["pruned"] == 0).sum()) if len(part) else math.nan
+        line["cells"] = mine["cell"].nunique()
         lines.append({**line, "preset": " / ".join(dict.fromkeys(mine["preset"]))})
     if not lines:
         raise Missing("no defense pruned anything")
@@ -171,9 +177,13 @@ def pruned(source: Source) -> Shown:
         f"At the published default, pruning defenses remove between {percent_words(float(shares.min()))} and "
         f"{percent_words(float(shares.max()))} of the units in scope (means)." if len(shares.dropna()) else "",
     ]  # fmt: skip
-    idle = [entry_markdown((line["defense"], line["scope"])) for _, line in competing.iterrows() if line["default"] < 1]
+    idle = [
+        f"{entry_markdown((line['defense'], line['scope']))} in {line['default_none']:.0f} of {line['cells']}"
+        for _, line in competing.iterrows() if line["default_none"] > 0
+    ]  # fmt: skip
     if idle:
-        said.append(f"On average, {out_of(len(idle), len(competing))} prune less than one unit there: {few(idle, 6)}.")
+        said.append(f"Cells in which the published default prunes nothing: {few(idle, 8)}.")
+    said.append(_hid(source, table))
     semi = {c.defense_label: c for c in source.matrix.cells if hasattr(c.defense, "semi_epochs")}
     if semi:
         told = [f"{markdown(label)} ({markdown(c.preset)})" for label, c in semi.items()]
@@ -182,9 +192,32 @@ def pruned(source: Source) -> Shown:
         Column("Track", "text", "track"), Column("Defense", "text", "defense"), Column("Scope", "text", "scope"),
         Column("", "text", "control"), Column("Units in scope", "number", "units"), Column("Pruned, default", "number", "default"),
         Column("Share, default", "interval", "default_share"), Column("Pruned, validation", "number", "validation"),
-        Column("Share, validation", "interval", "validation_share"), Column("Preset", "text", "preset"),
+        Column("Share, validation", "interval", "validation_share"), Column("Cells", "count", "cells"),
+        Column("Nothing pruned, default", "count", "default_none"), Column("Nothing pruned, validation", "count",
+        "validation_none"),
+        Column("Preset", "text", "preset"),
     )  # fmt: skip
     return Shown(" ".join(filter(None, said)), frame, columns, MEANS)
+
+
+def _hid(source: Source, table: pd.DataFrame) -> str:
+    """HID beside HID without its pruning step, paired; nothing where the matrix has not both."""
+    known = {c.defense_label: c.defense for c in source.matrix.cells if isinstance(c.defense, HID)}
+    bare = [label for label, defense in known.items() if defense.rule == "none"]
+    whole = [label for label, defense in known.items() if defense.rule != "none"]
+    mine = table[table["selection"] == "default"]
+    one, other = (mine[mine["defense"].isin(labels)] for labels in (whole[:1], bare[:1]))
+    if one.empty or other.empty:
+        return ""
+    difference, pairs = paired_gap(one, other, "ra")
+    counts = [int(part) for note in one["note"] for found in re.findall(r"pruned ([0-9, and]+) of", note)
+              for part in re.findall(r"[0-9]+", found)]  # fmt: skip
+    steps = f" Its Hölder step pruned nothing in {counts.count(0)} of {len(counts)} rounds." if counts else ""
+    words = {1: "so the pruning helps", -1: "so the pruning harms", 0: "so the pruning is not told apart from none"}
+    return (
+        f"RA of {markdown(whole[0])} minus RA of {markdown(bare[0])}: {points_words(difference)} over {pairs} attacked models, "
+        f"{words[verdict(difference)]}.{steps}"
+    )
 
 
 # -- controls and tests ------------------------------------------------------------------------------------------------------------
@@ -282,7 +315,8 @@ def detectors(source: Source) -> Shown:
         own = rows[(rows["track"] == track) & (rows["defense"] == defense) & (rows["scope"] == scope_)]
         own = own.assign(above=own["precision"] - own["realised_rate"])
         lines.append({"track": track, "defense": defense, "scope": scope_, "isolated": float(mine["isolated"].mean()),
-                      **means_of(own, ("precision", "recall", "above")), "base": mean(own, "realised_rate").mean})  # fmt: skip
+                      **means_of(own, ("precision", "recall", "above")), "base": mean(own, "realised_rate").mean,
+                      "failed": int((own["mark"] == "mechanism failed").sum()), "cells": len(own)})  # fmt: skip
     frame = pd.DataFrame(lines)
     sides = [verdict(interval_of(line, "above")) for _, line in frame.iterrows()]
     better = [
@@ -296,11 +330,18 @@ def detectors(source: Source) -> Shown:
         "rate"
         f"{in_brackets(better)}; {sides.count(-1)} with one below it."
     )
+    failed = [
+        f"{entry_markdown((line['defense'], line['scope']))} in {line['failed']:.0f} of {line['cells']}"
+        for _, line in frame.iterrows() if line["failed"] > 0
+    ]  # fmt: skip
+    if failed:
+        said += f" Cells marked *mechanism failed*, since the set is no more poisoned than the training set: {few(failed, 6)}."
     columns = (
         Column("Track", "text", "track"), Column("Defense", "text", "defense"), Column("Scope", "text", "scope"),
         Column("Samples singled out", "number", "isolated"), Column("Precision", "interval", "precision"),
         Column("Recall", "interval", "recall"), Column("Base rate", "share", "base"),
-        Column("Precision - base rate", "difference", "above"),
+        Column("Precision - base rate", "difference", "above"), Column("Mechanism failed", "count", "failed"),
+        Column("Cells", "count", "cells"),
     )  # fmt: skip
     names = tuple(entry_words((line["defense"], line["scope"])) for _, line in frame.iterrows())
     series = tuple((words, tuple(interval_of(line, words) for _, line in frame.iterrows())) for words in ("precision", "recall"))
@@ -321,22 +362,25 @@ def validity(source: Source) -> Shown:
     for place, here in every.groupby(SCENARIO, sort=False):
         lines.append({**dict(zip(SCENARIO, place, strict=True)), "victims": here["victims"].iloc[0],
                       "rate": float(here["rate"].iloc[0]), "implanted": implanted_words(here),
-                      **means_of(here, ("acc", "asr", "loss")),
+                      **means_of(here, ("acc", "asr", "loss", "asr_benign", "effect")),
                       "literature": " / ".join(dict.fromkeys(here["literature"]))})  # fmt: skip
     frame = pd.DataFrame(lines)
     found = stats.scenarios(source.rows)
-    said = [
-        f"{out_of(int(found['implanted'].sum()), len(found)).capitalize()} scenarios implant: ASR at least "
-        f"{100 * IMPLANTED_ASR:g} % "
-        f"and ACC at most {100 * MAX_ACC_LOSS:g} points below the benign twin's, in most seeds. Others are shown and never counted."
-    ]
+    frame["verdict"] = [scenario_words(line) for _, line in found.iterrows()]
+    frame["loss_low"] = list(found["acc_loss_low"])
+    said = [f"{gate_words(source.rows).capitalize()}. The gate: {GATE_WORDS}."]
     weak = [
         f"{markdown(line['attack'])} on {markdown(line['backbone'])} ({percent_words(line['asr'])})"
         for _, line in frame.iterrows()
         if line["asr"] < IMPLANTED_ASR
     ]
     if weak:
-        said.append(f"ASR below the line: {few(weak)}.")
+        said.append(f"ASR below {100 * IMPLANTED_ASR:g} %: {few(weak)}.")
+    for state, words in (("adversarial", "Adversarial, since the twin answers the trigger, too"), ("costs ACC", "Costs ACC")):
+        named = [f"{markdown(line['attack'])} on {markdown(line['backbone'])}" for _, line in frame.iterrows()
+                 if str(line["verdict"]).endswith(state)]  # fmt: skip
+        if named:
+            said.append(f"{words}: {few(named)}.")
     verdicts = every["literature"].value_counts()
     with_reference = {name: int(count) for name, count in sorted(verdicts.items()) if name != "no reference"}
     said.append(
@@ -357,12 +401,15 @@ def validity(source: Source) -> Shown:
                     said.append(f"{words}: {points_words(gap)}.")
     columns = (
         Column("Dataset", "text", "dataset"), Column("Backbone", "text", "backbone"), Column("Attack", "text", "attack"),
-        Column("Rate", "share", "rate"), Column("Victims", "text", "victims"), Column("Implanted", "text", "implanted"),
+        Column("Rate", "share", "rate"), Column("Victims", "text", "victims"), Column("Verdict", "text", "verdict"),
+        Column("Seeds that pass by themselves", "text", "implanted"), Column("ASR", "interval", "asr"),
+        Column("ASR, benign twin", "interval", "asr_benign"), Column("Effect", "difference", "effect"),
         Column("ACC", "interval", "acc"), Column("ACC, loss to the benign twin", "difference", "loss"),
-        Column("ASR", "interval", "asr"), Column("Literature", "text", "literature"),
+        Column("at least", "points", "loss_low"), Column("Literature", "text", "literature"),
     )  # fmt: skip
     names = tuple(f"{line['attack']} on {line['backbone']}" for _, line in frame.iterrows())
-    series = tuple((name.upper(), tuple(interval_of(line, name) for _, line in frame.iterrows())) for name in ("asr", "acc"))
+    called = (("ASR", "asr"), ("ASR of the benign twin", "asr_benign"), ("ACC", "acc"))
+    series = tuple((words, tuple(interval_of(line, name) for _, line in frame.iterrows())) for words, name in called)
     figure = Dots((DotPanel("Undefended models", "%", names, series),), "Means over all seeds, implanted or not.")
     return Shown(" ".join(said), frame, columns, "means over all seeds, implanted or not, 95 % intervals over seeds", figure)
 

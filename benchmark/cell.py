@@ -872,7 +872,7 @@ def cell_rows(matrix: str, dataset: str, cell: Cell, fingerprint: str, outcome: 
     assert set(axes) == set(Key.__dataclass_fields__)
     before = _score_of(vic) if vic["status"] == "ok" else Score(math.nan)
     benign, answered = _nan(twin.outcome.get("acc")), _nan(vic.get("asr_benign"))
-    verdict, published = gate(before, answered), reference(scenario)
+    verdict, published = gate(before.asr, answered), reference(scenario)
     literature, said = compared(scenario, before)
     base_rate = _nan(vic.get("realised_rate"))
     measured = [measured_from(candidate) for candidate in out["candidates"]]

@@ -21,6 +21,7 @@ from benchmark.evidence import Column, Missing, Shown, Source
 from benchmark.exhibit_plots import draw
 from benchmark.files import write_text
 from benchmark.matrix import load_matrix
+from benchmark.provenance import STALE_WORDS, stale
 from benchmark.rows import Curve, Row, Timing, read
 from benchmark.stats import headline, tracks
 from benchmark.style import figures, looks, save
@@ -76,6 +77,8 @@ EXHIBITS: tuple[Exhibit, ...] = (
             answers_boards.performance),
     Exhibit("selection", "Selection", "Why is a baseline weaker here than in its paper: how was its threshold chosen?", "selection",
             answers_axes.selection),
+    Exhibit("canary", "Canaries", "Can a defender choose the setting without seeing the attack, by planting a backdoor of its own?",
+            "quick", answers_axes.canary),
     Exhibit("threshold", "Threshold", "How much hangs on the threshold, which a person may have read off a density by eye?",
             "threshold", answers_axes.threshold),
     Exhibit("alpha", "Alpha", "Does the exponent alpha matter, or is it the Lipschitz quotient (alpha = 1) in other words?",
@@ -244,6 +247,7 @@ def write_exhibits(results: Path) -> list[Path]:
                 parts.append(f"{head}{words}\n\nRows: `{command(exhibit)}`\n")
                 continue
             text = caption(exhibit, source, shown)
+            old = f"{STALE_WORDS}\n\n" if stale(results / exhibit.matrix) else ""
             stem = place / exhibit.name
             files = {".md": f"# {exhibit.title}\n\n{table_markdown(shown)}\n{markdown(text)}\n", ".csv": csv_text(shown.frame),
                      ".tex": table_latex(shown, text, f"exhibit-{exhibit.name}")}  # fmt: skip
@@ -259,7 +263,7 @@ def write_exhibits(results: Path) -> list[Path]:
             links = ", ".join(f"[{words}]({_FOLDER}/{exhibit.name}.{words})" for words in
                               (*(suffix[1:] for suffix in files), *(("svg",) if picture else ())))  # fmt: skip
             parts.append(
-                f"{head}{shown.answer}\n\n{picture}<details><summary>Table</summary>\n\n{table_markdown(shown)}\n</details>\n\n"
+                f"{head}{old}{shown.answer}\n\n{picture}<details><summary>Table</summary>\n\n{table_markdown(shown)}\n</details>\n\n"
                 f"{markdown(text)}\n\nRows: {rows}, `{command(exhibit)}`. Files: {links}.\n"
             )
             index.append((exhibit, "answered"))

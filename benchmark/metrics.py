@@ -22,12 +22,21 @@ from models.backbone import Network
 from models.images import ImageSet
 from models.training import embed, predict, predict_head
 
-__all__ = ["IMPLANTED_ASR", "MAX_ACC_LOSS", "Gate", "Score", "Scorer", "der", "gate", "score", "val_accuracy"]
+__all__ = [
+    "ADVERSARIAL_ASR", "COSTS_POINTS", "COSTS_SHARE", "IMPLANTED_ASR", "IMPLANTED_EFFECT", "Gate", "Score", "Scorer", "der", "gate",
+    "score", "val_accuracy",
+]  # fmt: skip
 
 IMPLANTED_ASR = 0.5
-"""An attack counts as implanted from this ASR on (design, section 5)."""
-MAX_ACC_LOSS = 0.02
-"""... and only while the victim's ACC stays within this of its benign twin's."""
+"""An attack counts as implanted from this ASR on ..."""
+IMPLANTED_EFFECT = 0.5
+"""... if so much of it is missing in the benign twin, which met no poison."""
+ADVERSARIAL_ASR = 0.2
+"""Above this ASR of the twin the trigger is an adversarial perturbation and no backdoor."""
+COSTS_POINTS, COSTS_SHARE = 0.02, 0.05
+"""An attack costs accuracy when its loss is surely above 2 points and above 5 % of the twin's ACC; it stays ranked, marked."""
+_EXACT = 1e-9
+"""Shares are ratios of small integers: far below one image, so that 50.0 does not read as 49.9999999."""
 
 
 @dataclass(frozen=True)
@@ -98,22 +107,37 @@ def der(before: Score, after: Score) -> float:
 
 @dataclass(frozen=True)
 class Gate:
-    """Whether an attack worked, so that a defense can be credited for removing it."""
+    """Whether an attack worked, so that a defense can be credited for removing it.
+
+    Attributes:
+        implanted: the poison made the model answer the trigger. adversarial: the benign twin answers it too, so that the trigger is
+            an adversarial perturbation and no backdoor. words: the verdict, for people.
+    """
 
     implanted: bool
+    adversarial: bool
     words: str
 
 
-def gate(victim: Score, benign_acc: float) -> Gate:
-    """``implanted`` = ASR >= 50 % and ACC within 2 points of the benign twin (same data, backbone, recipe, seed)."""
-    reasons = []
-    # Shares are ratios of small integers: a tolerance far below one image keeps 2.0 points from reading as 2.0000001.
-    if not victim.asr >= IMPLANTED_ASR:
-        reasons.append(f"ASR {100 * victim.asr:.1f} < {100 * IMPLANTED_ASR:.0f}")
-    if not benign_acc - victim.acc <= MAX_ACC_LOSS + 1e-9:
-        reasons.append(f"ACC {100 * (benign_acc - victim.acc):.1f} points below the benign twin")
-    words = "implanted" if not reasons else "not implanted: " + "; ".join(reasons)
-    return Gate(not reasons, words)
+def gate(asr: float, asr_benign: float) -> Gate:
+    """``implanted`` = ASR >= 50 % and effect = ASR - ASR of the benign twin on the same images >= 50 points, and not adversarial.
+
+    Args:
+        asr, asr_benign: of one attacked model and its twin, or their means over the seeds of a scenario, in [0, 1]. Where the twin
+        was
+            not measured (NaN; rows of an earlier version) the ASR decides alone.
+    """
+    effect = asr - asr_benign
+    if asr_benign > ADVERSARIAL_ASR + _EXACT:
+        figures = f"its ASR {100 * asr_benign:.1f}, the victim's {100 * asr:.1f}"
+        return Gate(False, True, f"adversarial: the benign twin answers the trigger, too ({figures})")
+    if not asr >= IMPLANTED_ASR - _EXACT:
+        return Gate(False, False, f"not implanted: ASR {100 * asr:.1f} < {100 * IMPLANTED_ASR:.0f}")
+    if effect < IMPLANTED_EFFECT - _EXACT:
+        words = f"not implanted: the poison explains {100 * effect:.1f} < {100 * IMPLANTED_EFFECT:.0f} points of the ASR"
+        return Gate(False, False, words)
+    explained = "effect not measured" if math.isnan(effect) else f"of which the poison explains {100 * effect:.1f} points"
+    return Gate(True, False, f"implanted: ASR {100 * asr:.1f}, {explained}")
 
 
 def val_accuracy(net: Network, validation: ImageSet | None) -> float:

@@ -18,6 +18,7 @@ import json
 import math
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,18 +30,20 @@ from PIL import Image, ImageOps
 
 from benchmark import stats
 from benchmark.files import write_text
-from benchmark.metrics import IMPLANTED_ASR, MAX_ACC_LOSS
 from benchmark.selection import NOTHING_TO_VALIDATE_ON
 from benchmark.style import METRIC_COLOURS, looks, wrapped
 from benchmark.tables import (
+    GATE_WORDS,
     GIVEN_NOTES,
     NOTHING,
     SELECTION_WORDS,
     gate_words,
     given_words,
+    mark_words,
     number_text,
     percent_text,
     plain,
+    scenario_words,
     setting_words,
     track_words,
 )
@@ -158,7 +161,7 @@ def _scenarios(matrix: _Matrix, found: Sequence[Picture], shared: dict[str, str]
     lines = []
     for place in matrix.scenarios:
         mine, gate = worlds[(worlds[stats.SCENARIO] == list(place)).all(axis=1)], gates.get(place)
-        state = "no attack" if gate is None else f"{gate['implanted_seeds']} of {gate['seeds']} seeds implanted"
+        state = "no attack" if gate is None else _state(gate)
         picture = next((number for number, one in enumerate(found) if one.attack == shared.get(place[2], place[2])), None)
         lines.append({
             **dict(zip("dba", map(words, place), strict=True)), "implanted": matrix.implanted.get(place, False),
@@ -167,6 +170,12 @@ def _scenarios(matrix: _Matrix, found: Sequence[Picture], shared: dict[str, str]
             "benign": _spread(mine["acc_benign"]),
         })  # fmt: skip
     return lines
+
+
+def _state(gate: pd.Series) -> str:
+    """A scenario's verdict with the figures it rests on."""
+    twin = "" if math.isnan(gate["asr_benign"]) else f", the twin's {percent_text(float(gate['asr_benign']))}"
+    return f"{scenario_words(gate)} (ASR {percent_text(float(gate['asr']))}{twin})"
 
 
 def _given(rows: pd.DataFrame, track: str, selection: str) -> dict[tuple[str, str], Facts]:
@@ -187,14 +196,14 @@ def _given(rows: pd.DataFrame, track: str, selection: str) -> dict[tuple[str, st
 
 
 def _gaps(rows: pd.DataFrame, track: str) -> dict[tuple[str, str], Facts]:
-    """ASR that each way of choosing leaves and an oracle does not, in points."""
+    """RA that the oracle would have reached beyond each way of choosing, in points."""
     return {
         (line["defense"], line["scope"]): [
-            (f"ASR above the oracle's, {name}", f"{_words_of(_share(line, f'gap_{name}', signed=True))} points")
-            for name in ("validation", "default")
+            (f"RA below the oracle's, {name}", f"{_words_of(_share(line, f'gap_{name}', signed=True))} points")
+            for name in stats.SELECTIONS if f"gap_{name}" in line
         ]
         for _, line in stats.selection_gaps(rows, track).iterrows()
-    }
+    }  # fmt: skip
 
 
 def _joined(lines: Iterable[Mapping[Any, Any]], name: str, between: str = "; ") -> str:
@@ -218,6 +227,7 @@ def _means(matrix: _Matrix, timings: pd.DataFrame) -> list[Json]:
                 facts = [
                     ("Selection", SELECTION_WORDS.get(selection, selection)), *given.get(entry, []),
                     ("Measured in track", line["source"] if line["source"] != track else ""),
+                    ("Marks", mark_words(line)),
                     ("Pruned / units", _units(float(line["pruned"]), float(line["units"]))),
                     ("dASR", f"{_words_of(_share(line, 'd_asr', signed=True))} points" if line["cells_ok"] else ""),
                     ("DER", _words_of(_share(line, "der")) if line["cells_ok"] else ""), *gaps.get(entry, []),
@@ -242,24 +252,23 @@ def _head(matrix: _Matrix, track: str, selection: str, entry: tuple[str, str], l
 def _places(matrix: _Matrix) -> list[Json]:
     """Every entry in every scenario: means over the seeds that count there, their spread, and the rank by RA inside the scenario.
 
-    In an implanted scenario its implanted seeds count, as in the leaderboards, whose means are the means of these over implanted
-    scenarios; in the others, which stand in no mean, all seeds do.
+    The leaderboards' means are the means of these over implanted scenarios; the others stand in no mean.
     """
     rows, lines = _with_deltas(matrix.rows), []
     # What ranks are made of, alone: every copy of a table with all columns takes several times as long.
-    narrow = rows[[*stats.WORLD, *stats.ENTRY, "track", "selection", "control", "status", "implanted", stats.RANK_KEY]]
+    gate = ["implanted", "asr_undefended", "asr_benign", "acc_undefended", "acc_benign", "acc_loss_se"]
+    narrow = rows[[*stats.WORLD, *stats.ENTRY, "track", "selection", "control", "status", *gate, stats.RANK_KEY]]
     within = {place: narrow[(narrow[stats.SCENARIO] == list(place)).all(axis=1)] for place in matrix.scenarios}
     for track in matrix.tracks:
         for selection in stats.selections(rows, track):
             table = stats.field(rows, track)
             table = table[table["selection"] == selection]
-            counted = table.index.isin(stats.implanted_worlds(table).index)
             found: dict[tuple[tuple[str, ...], tuple[str, str]], list[Json]] = {}
-            for line in table.assign(counted=counted).to_dict("records"):
+            for line in table.to_dict("records"):
                 place, entry = tuple(line[name] for name in stats.SCENARIO), (str(line["defense"]), str(line["scope"]))
                 found.setdefault((place, entry), []).append({str(name): value for name, value in line.items()})
             for place in matrix.scenarios:
-                ranked = matrix.implanted.get(place, False) and selection != "oracle"
+                ranked = matrix.implanted.get(place, False) and selection not in stats.HINDSIGHT
                 ranks = stats.average_ranks(within[place], track, selection) if ranked else {}
                 for (here, entry), every in found.items():
                     if here == place:
@@ -270,8 +279,7 @@ def _places(matrix: _Matrix) -> list[Json]:
 
 def _place(matrix: _Matrix, track: str, place: tuple[str, ...], every: list[Json], rank: float | None) -> Json:
     """One entry in one scenario; ``every``: its rows there, one per seed."""
-    mine = [line for line in every if line["counted"]] if matrix.implanted.get(place, False) else every
-    good, bad = ([line for line in mine if (line["status"] == "ok") is done] for done in (True, False))
+    good, bad = ([line for line in every if (line["status"] == "ok") is done] for done in (True, False))
     first, reasons = every[0], dict.fromkeys(f"{line['status']}: {line['reason'] or 'no reason recorded'}" for line in bad)
     gates = [f"seed {line['seed']}: {line['gate']}" for line in every if line["gate"]]
     said = {str(line["gate"]) for line in every}  # where every seed says the same, once is enough
@@ -280,8 +288,9 @@ def _place(matrix: _Matrix, track: str, place: tuple[str, ...], every: list[Json
         return float(np.mean([line[name] for line in of])) if of else math.nan
 
     facts = [
-        ("Preset", _joined(mine, "preset", " or ")), ("Pruned / units", _units(mean("pruned"), mean("units"))),
-        ("Measured in track", first["source"] if first["source"] != track else ""), ("Note", _joined(mine, "note")),
+        ("Preset", _joined(every, "preset", " or ")), ("Pruned / units", _units(mean("pruned"), mean("units"))),
+        ("Marks", _marks(good)),
+        ("Measured in track", first["source"] if first["source"] != track else ""), ("Note", _joined(every, "note")),
         ("Poisoning rate", f"{100 * first['rate']:g} %, really {percent_text(mean('realised_rate', every))} %"),
         ("Features of the victim", first["features"]),
         ("Not in the means", "; ".join(reasons)),
@@ -290,10 +299,16 @@ def _place(matrix: _Matrix, track: str, place: tuple[str, ...], every: list[Json
     return {
         "p": matrix.scenarios[place], "rank": None if rank is None else [_rounded(rank), f"{rank:g}"],
         **{name: _spread([line[name] for line in good], signed=signed) for name, signed in _SHARES},
-        "cost": _count(mean("cost_epochs")), "ok": len(good), "of": len(mine),
+        "cost": _count(mean("cost_epochs")), "ok": len(good), "of": len(every),
         "missing": matrix.words(_joined(bad, "status", " / ")), "facts": matrix.words.facts(facts),
         "cells": [matrix.cells[line["cell"]] for line in every],
     }  # fmt: skip
+
+
+def _marks(lines: Sequence[Json]) -> str:
+    """In how many of some finished cells a mark stands."""
+    found = Counter("kept untouched" if line["kept"] else line["mark"] for line in lines if line["kept"] or line["mark"])
+    return ", ".join(f"{mark} in {count} of {len(lines)}" for mark, count in found.items())
 
 
 def _cell_facts(line: Any, dial: str, clock: Any) -> Facts:
@@ -306,8 +321,12 @@ def _cell_facts(line: Any, dial: str, clock: Any) -> Facts:
         ("Not measured", "" if line["status"] == "ok" else f"{line['status']}: {line['reason'] or 'no reason recorded'}"),
         ("Preset", line["preset"]),
         ("Dial", "" if math.isnan(line["dial"]) else f"{dial or 'dial'}: {number_text(float(line['dial']))}"),
+        ("Knob", "" if math.isnan(line["knob"]) else number_text(float(line["knob"]))),
+        ("Mark", "kept untouched" if line["kept"] else line["mark"]),
         ("Pruned / units", _units(float(line["pruned"]), float(line["units"])) if line["status"] == "ok" else ""),
         ("ACC on held-out clean images", "" if math.isnan(line["val_acc"]) else f"{percent_text(line['val_acc'])} %"),
+        ("Loss on them, with its standard error", "" if math.isnan(line["val_loss"]) else
+         f"{percent_text(line['val_loss'], signed=True)} ± {percent_text(line['val_loss_se'])} points"),
         ("dASR", "" if math.isnan(line["d_asr"]) else f"{percent_text(line['d_asr'], signed=True)} points"),
         ("DER", "" if math.isnan(line["der"]) else percent_text(line["der"])),
         ("ASR / RA, trigger computed again", "" if math.isnan(line["asr_recraft"]) else again),
@@ -319,6 +338,7 @@ def _cell_facts(line: Any, dial: str, clock: Any) -> Facts:
         ("Samples singled out", isolated if line["isolated"] else ""),
         ("Undefended ACC / ASR / RA", _triple(line, "_undefended")),
         ("ACC of the benign twin", "" if math.isnan(line["acc_benign"]) else percent_text(line["acc_benign"])),
+        ("ASR of the benign twin", "" if math.isnan(line["asr_benign"]) else percent_text(line["asr_benign"])),
         ("Poisoning rate", f"{100 * line['rate']:g} %, really {percent_text(line['realised_rate'])} %"),
         ("Labels", f"{line['label_mode']}, target {line['target']}" if line["label_mode"] == "all-to-one" else line["label_mode"]),
         ("Note", line["note"]), ("Gate", line["gate"]),
@@ -327,8 +347,11 @@ def _cell_facts(line: Any, dial: str, clock: Any) -> Facts:
 
 
 def _curve(candidates: Sequence[Json], words: _Words) -> Json | None:
-    """A cell's dial as [dial, ACC, ASR, RA] points in its order; None where it has no two positions."""
-    good = sorted((line for line in candidates if math.isfinite(line["dial"])), key=lambda line: float(line["dial"]))
+    """A cell's dial as [dial, ACC, ASR, RA] points in its order, at the published setting of its knob; None where it has no two
+    positions."""
+    published = next((line["knob"] for line in candidates if line["is_default"]), math.nan)
+    mine = [line for line in candidates if line["knob"] == published or math.isnan(published)]
+    good = sorted((line for line in mine if math.isfinite(line["dial"])), key=lambda line: float(line["dial"]))
     if len({line["dial"] for line in good}) < 2:
         return None
     points = [[float(f"{line['dial']:.6g}"), *(float(f"{line[name]:.4f}") for name in ("acc", "asr", "ra"))] for line in good]
@@ -346,10 +369,9 @@ def _by_cell(table: pd.DataFrame) -> dict[str, list[Json]]:
 def _cells(matrix: _Matrix, curves: pd.DataFrame, timings: pd.DataFrame) -> list[Json]:
     """Every cell: what all its selections share, then what each of them measured."""
     rows, words, lines = _with_deltas(matrix.rows), matrix.words, []
-    good = rows.groupby(stats.WORLD, sort=False)["implanted"].transform("max").astype(bool)
     dials = _by_cell(curves)
     clocks = timings.drop_duplicates("cell").set_index("cell").to_dict("index")
-    for cell, mine in _by_cell(rows.assign(world_implanted=good)).items():
+    for cell, mine in _by_cell(rows).items():
         candidates = dials.get(cell, [])
         dial = str(candidates[0]["dial_name"]) if candidates else ""
         told = {str(line["selection"]): _cell_facts(line, dial, clocks.get(cell)) for line in mine}
@@ -366,7 +388,7 @@ def _cells(matrix: _Matrix, curves: pd.DataFrame, timings: pd.DataFrame) -> list
                 **({} if math.isnan(line["dial"]) else {"dial": float(f"{line['dial']:.6g}")}),
             }  # fmt: skip
         lines.append({
-            "seed": int(mine[0]["seed"]), "implanted": bool(mine[0]["world_implanted"]), "facts": words.facts(common), "by": by,
+            "seed": int(mine[0]["seed"]), "facts": words.facts(common), "by": by,
             **({} if (curve := _curve(candidates, words)) is None else {"curve": curve}),
         })  # fmt: skip
     return lines
@@ -383,14 +405,15 @@ def _reading() -> Facts:
         ("DER", "(max(0, drop of ASR) - max(0, drop of ACC) + 1) / 2; printed because papers print it, never ranked on."),
         ("Cost", "Standard-epoch equivalents: 1 = forward and backward over the training set."),
         ("Rank", "Mean over implanted scenarios of the rank by RA among the defenses of the track; in the view by scenario, the "
-         "rank there. A refused or failed cell takes the last place. Controls and oracle choices are never ranked, tracks never "
-         "mixed."),
+         "rank there. A refused or failed cell takes the last place. Controls and choices with hindsight (oracle, leaky) are never "
+         "ranked, tracks never mixed."),
         ("Brackets", "95 % bootstrap intervals over seeds within scenarios; without brackets a scenario had one seed. They speak "
          "of the whole matrix, so that no interval is shown where a filter leaves a part of the scenarios."),
         ("±", "Sample standard deviation over the seeds of one scenario."),
-        ("Implanted", f"An attacked model counts when its ASR is at least {100 * IMPLANTED_ASR:g} % and its ACC at most "
-         f"{100 * MAX_ACC_LOSS:g} points below its benign twin's; a scenario (dataset, backbone, attack) counts when more than "
-         "half of its seeds do. The others are shown, marked, and stand in no mean and no rank."),
+        ("Implanted", f"{GATE_WORDS[0].upper()}{GATE_WORDS[1:]}. Scenarios that are not implanted are shown, marked, and stand in "
+         "no mean and no rank."),
+        ("Marks", "No change: no weight of the chosen model differs from the attacked one's. Kept untouched: no candidate was "
+         "within the tolerance. Mechanism failed: what the defense took for poisoned is no more poisoned than the training set."),
         *((f"Selection: {name}", words) for name, words in SELECTION_WORDS.items()),
         ("What the defender was given", GIVEN_NOTES),
     ]  # fmt: skip

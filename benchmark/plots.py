@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 
 from benchmark import published, stats
-from benchmark.metrics import IMPLANTED_ASR, MAX_ACC_LOSS
+from benchmark.metrics import ADVERSARIAL_ASR, IMPLANTED_ASR
 from benchmark.style import METRIC_COLOURS, Panels, figures, label, log_axis, looks, percent_axis, save, wrapped
-from benchmark.tables import gate_words, plain, slug
+from benchmark.tables import gate_words, plain, scenario_words, slug
 from models.spec import BadInput
 
 __all__ = ["trigger_gallery", "write_plots"]
@@ -49,12 +49,8 @@ def _implanted(rows: pd.DataFrame) -> dict[tuple[str, ...], bool]:
     return {(line["dataset"], line["backbone"], line["attack"]): bool(line["implanted"]) for _, line in found.iterrows()}
 
 
-def _counted(rows: pd.DataFrame) -> pd.DataFrame:
-    """Attacked rows without the seeds in which the attack of an implanted scenario did not implant, as in the leaderboards."""
-    live = _implanted(rows)
-    good = rows.groupby(stats.WORLD, sort=False)["implanted"].transform("max").astype(bool)
-    dead = [not live.get(place, True) for place in rows[stats.SCENARIO].itertuples(index=False, name=None)]
-    return rows.loc[(rows["attack"] != stats.NO_ATTACK) & (good | np.asarray(dead, dtype=bool))]
+def _attacked(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows.loc[rows["attack"] != stats.NO_ATTACK]
 
 
 def _cells(table: pd.DataFrame) -> dict[tuple[str, ...], pd.DataFrame]:
@@ -102,8 +98,14 @@ def _boards(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return [*parts, ("not competing: the undefended model and the controls", rest)] if len(rest) else parts
 
 
+def _marked(name: str, line: pd.Series) -> str:
+    """An entry's name; where it left every model as it was, it says so."""
+    idle = line["role"] == "defense" and line["cells_ok"] and line["no_change"] >= line["cells_ok"]
+    return wrapped(name, 40 if idle else 44, 1) + (": no change" if idle else "")
+
+
 def _leaderboard(plt: Any, rows: pd.DataFrame, title: str) -> Any | None:
-    """Every leaderboard at a glance: RA and ASR with their intervals, ACC, and the ASR an oracle would have reported.
+    """Every leaderboard at a glance: RA and ASR with their intervals, ACC, and the RA an oracle would have reached.
 
     None where no attack implanted or nothing finished.
     """
@@ -111,14 +113,14 @@ def _leaderboard(plt: Any, rows: pd.DataFrame, title: str) -> Any | None:
     if not any(((part["role"] == "defense") & (part["cells_ok"] > 0)).any() for _, part in parts):
         return None
     names = _names(rows)
-    texts = [[wrapped(names[entry], 44, 1) for entry in zip(part["defense"], part["scope"], strict=True)] for _, part in parts]
+    texts = [[_marked(names[line["defense"], line["scope"]], line) for _, line in part.iterrows()] for _, part in parts]
     left = _margin([text for part in texts for text in part])
     heights = [0.12 + 0.235 * len(part) for _, part in parts]
     panels = Panels(plt, len(parts), 1, (9.2 - left, 1.0), (0, 0.52), (left, 0.3, 1.1, 0.72), title, heights=heights)
     marks: dict[str, dict[str, Any]] = {
         "ra": {"marker": "o", "markersize": 7, "markeredgecolor": "white", "zorder": 5},
         "asr": {"marker": "s", "markersize": 6, "markeredgecolor": "white", "zorder": 4},
-        "asr_oracle": {"marker": "s", "markersize": 6, "markerfacecolor": "none", "zorder": 3},
+        "ra_oracle": {"marker": "o", "markersize": 7, "markerfacecolor": "none", "zorder": 3},
         "acc": {"marker": "|", "markersize": 11, "markeredgewidth": 2.0, "zorder": 6},
     }
     colours = {name: METRIC_COLOURS[name.partition("_")[0]] for name in marks}
@@ -142,7 +144,7 @@ def _leaderboard(plt: Any, rows: pd.DataFrame, title: str) -> Any | None:
         axis.set_title(head)
     panels.axes[-1].set_xlabel("%: a defense that works has RA and ACC far right, ASR far left")
     words = {"ra": "RA: right class in spite of the trigger", "asr": "ASR: the attacker's class",
-             "asr_oracle": "ASR, had an oracle chosen", "acc": "ACC on clean images"}  # fmt: skip
+             "ra_oracle": "RA, had the test set chosen", "acc": "ACC on clean images"}  # fmt: skip
     panels.legend(
         [plt.Line2D([], [], linestyle="", color=colours[name], label=words[name],
                     **{key: value for key, value in marks[name].items() if key not in ("zorder", "markeredgecolor")})
@@ -151,7 +153,7 @@ def _leaderboard(plt: Any, rows: pd.DataFrame, title: str) -> Any | None:
     intervals = any(part["ra_low"].notna().any() for _, part in parts)
     panels.footnote(
         "Means over implanted scenarios" + (", bars: 95 % intervals over seeds" if intervals else "") +
-        f"; order: average rank by RA; {gate_words(rows)}."
+        f"; order: average rank by RA; {gate_words(rows)}; no change: every model was left as it was."
     )  # fmt: skip
     return panels.figure
 
@@ -165,7 +167,7 @@ def _heatmap(plt: Any, rows: pd.DataFrame, track: str, metric: str, title: str) 
     import seaborn
     from matplotlib.patches import Patch, Rectangle
 
-    table = _counted(_at(stats.field(rows, track), selection=stats.headline(rows, track)))
+    table = _attacked(_at(stats.field(rows, track), selection=stats.headline(rows, track)))
     cells = _cells(table)
     order, names, implanted = _ordered(rows, track), _names(rows), _implanted(rows)
     places, attacks = _places(table, "dataset", "backbone"), [name for (name,) in _places(table, "attack")]
@@ -243,7 +245,7 @@ def _heatmap(plt: Any, rows: pd.DataFrame, track: str, metric: str, title: str) 
     bar.tick_params(length=0)
     words = {"F": "F = failed", "R": "R = refused", "n": "n = not run", "?": "? = not measured", "*": "* = some seeds missing"}
     handles = (
-        [Patch(facecolor="#F1F1F1", edgecolor="#BBBBBB", hatch="////", label="attack not implanted: not counted")]
+        [Patch(facecolor="#F1F1F1", edgecolor="#BBBBBB", hatch="////", label="attack not implanted or adversarial: not counted")]
         if "hatched" in used
         else []
     )
@@ -271,7 +273,7 @@ def _scatter(plt: Any, rows: pd.DataFrame, track: str, title: str) -> Any:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    table = _at(_counted(_at(stats.field(rows, track), selection=stats.headline(rows, track))), status="ok")
+    table = _at(_attacked(_at(stats.field(rows, track), selection=stats.headline(rows, track))), status="ok")
     cells = _cells(table)
     floor = max((start for start in (0, 50, 80, 90) if 100 * table["acc"].min() >= start + 1), default=0)
     style, names, implanted = looks(rows), _names(rows), _implanted(rows)
@@ -281,7 +283,7 @@ def _scatter(plt: Any, rows: pd.DataFrame, track: str, title: str) -> Any:
     by_backbone = len(_places(table, "attack")) <= 4
     columns = min(len(places), len(_places(table, "attack")) if by_backbone else 4)
     in_legend = [wrapped(names[entry], 60, 1) for entry in order]
-    dead = "attack not implanted: not counted"
+    dead = "attack not implanted or adversarial: not counted"
     some_dead = not all(implanted.get(place, False) for place in places)
     width = max(7.0, 0.9 + 2.35 * columns + 0.25 * (columns - 1))
     legend_columns = _legend_columns([*in_legend, *[dead] * some_dead], width)
@@ -380,13 +382,14 @@ def _dials(plt: Any, rows: pd.DataFrame, curves: pd.DataFrame, track: str, title
     live = {place for place, good in _implanted(rows).items() if good}
     kept = [place in live for place in curves[stats.SCENARIO].itertuples(index=False, name=None)]
     table = curves[np.asarray(kept, dtype=bool) & np.isfinite(curves["dial"].to_numpy()) & (curves["track"] == track).to_numpy()]
-    counted = set(_counted(rows)["cell"])
+    counted = set(_attacked(rows)["cell"])
     table = table[table["cell"].isin(counted)]
+    table = stats.at_published_knob(table)
     table = table.groupby([*stats.ENTRY, *stats.WORLD], sort=False).filter(lambda path: path["dial"].nunique() > 1)
     if table.empty:
         return None
     order, names = stats.entries(table), _names(rows)
-    picks = _cells(_at(_counted(rows), track=track, status="ok"))
+    picks = _cells(_at(_attacked(rows), track=track, status="ok"))
     places = _places(table, *stats.SCENARIO)
     attacks = [name for (name,) in _places(table, "attack")]
     worlds = _places(table, "dataset", "backbone")
@@ -401,7 +404,8 @@ def _dials(plt: Any, rows: pd.DataFrame, curves: pd.DataFrame, track: str, title
         zip(worlds, ["-", (0, (4, 1.6)), (0, (1, 1.2)), (0, (5, 1, 1, 1))] * len(worlds), strict=False)
     )
     judged = stats.selections(rows, track)
-    marks = {name: mark for name, mark in (("validation", "o"), ("default", "s"), ("oracle", "X")) if name in judged}
+    shapes = (("validation", "o"), ("default", "s"), ("canary", "^"), ("oracle", "X"))
+    marks = {name: mark for name, mark in shapes if name in judged}
     world_names = [wrapped(plain(", ".join(world)), 40, 1) for world in worlds] if len(worlds) > 1 else []
     in_legend = [*(wrapped(plain(name), 40, 1) for name in attacks), *world_names, *marks]
     legend_columns = _legend_columns(in_legend, 10.2)
@@ -453,7 +457,8 @@ def _dials(plt: Any, rows: pd.DataFrame, curves: pd.DataFrame, track: str, title
         for name, mark in marks.items()
     ]
     panels.legend(handles, legend_columns)
-    panels.footnote("Means over seeds, implanted scenarios. Markers: where each selection stands on average.")
+    knobs = " Curves: at the published setting of the second knob, where there is one." if curves["knob"].notna().any() else ""
+    panels.footnote(f"Means over seeds, implanted scenarios. Markers: where each selection stands on average.{knobs}")
     return panels.figure
 
 
@@ -483,7 +488,7 @@ def _margin(names: Sequence[str]) -> float:
 
 
 def _gaps(plt: Any, rows: pd.DataFrame, title: str) -> Any | None:
-    """Selection-gap bars with intervals: one panel per track that has a dial in it."""
+    """RA that each rule stays below the oracle, bars with intervals: one panel per track that has a dial in it."""
     from matplotlib.patches import Patch
 
     found = [(track, gaps) for track in stats.tracks(rows) if len(gaps := stats.selection_gaps(rows, track))]
@@ -500,15 +505,19 @@ def _gaps(plt: Any, rows: pd.DataFrame, title: str) -> Any | None:
         (0.3, 0.95),
         (left, 0.5, 1.15, 0.82),
         title,
-        heights=[0.42 * len(gaps) + 0.1 for _, gaps in found],
+        heights=[(0.12 + 0.15 * sum(str(name).startswith("ra_") for name in gaps)) * len(gaps) + 0.1 for _, gaps in found],
     )
     ends = 100 * np.concatenate([gaps.filter(like="gap_").to_numpy(np.float64).ravel() for _, gaps in found])
-    reach, least = max(5.0, 1.12 * float(np.nanmax(ends))), min(0.0, 1.12 * float(np.nanmin(ends)))
-    shades = {"validation": "#0072B2", "default": "#E69F00"}
+    reach, least = max(5.0, 1.12 * float(np.nanmax(ends))), 0.0
+    every = {"validation": "#0072B2", "default": "#E69F00", "strongest": "#009E73", "canary": "#CC79A7"}
+    shades = {name: shade for name, shade in every.items() if any(f"gap_{name}" in gaps for _, gaps in found)}
     for axis, (track, gaps), text in zip(panels.axes, found, texts, strict=True):
-        for offset, (selection, shade) in zip((-0.19, 0.19), shades.items(), strict=True):
+        here = [name for name in shades if f"gap_{name}" in gaps]
+        thick = 0.8 / len(here)
+        for number, selection in enumerate(here):
+            shade, offset = shades[selection], (number - (len(here) - 1) / 2) * thick
             values = 100 * gaps[f"gap_{selection}"].to_numpy()
-            _bars(axis, text, list(values), [shade] * len(values), offset, 0.36)
+            _bars(axis, text, list(values), [shade] * len(values), offset, 0.94 * thick)
             for line, value in enumerate(values):
                 low, high = (100 * float(gaps[f"gap_{selection}_{end}"].iloc[line]) for end in ("low", "high"))
                 if not math.isnan(low):
@@ -518,8 +527,8 @@ def _gaps(plt: Any, rows: pd.DataFrame, title: str) -> Any | None:
         axis.set_xlim(least, reach)
         axis.axvline(0, color="#333333", linewidth=0.9)
         axis.set_title(plain(track))
-        axis.set_xlabel("ASR above the oracle's, percentage points")
-    panels.legend([Patch(color=shade, label=f"{name} - oracle") for name, shade in shades.items()], 2)
+        axis.set_xlabel("RA below the oracle's, percentage points: what a choice with the test set would have added")
+    panels.legend([Patch(color=shade, label=f"oracle - {name}") for name, shade in shades.items()], len(shades))
     panels.footnote("Implanted scenarios; lines: 95 % bootstrap intervals over seeds (none with a single seed).")
     return panels.figure
 
@@ -574,7 +583,7 @@ _PER_PANEL = 7
 
 
 def _attacks(plt: Any, rows: pd.DataFrame, title: str) -> Any | None:
-    """The undefended models: ACC, ASR and RA bars with a dot per seed, and the validity gate's two thresholds."""
+    """The undefended models: ACC, ASR and RA bars with a dot per seed, the twin's ASR, and the validity gate's thresholds."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -583,6 +592,7 @@ def _attacks(plt: Any, rows: pd.DataFrame, title: str) -> Any | None:
         return None
     worlds = attacked.groupby(stats.WORLD, sort=False).first().reset_index()
     implanted = _implanted(rows)
+    verdicts = {tuple(line[stats.SCENARIO]): scenario_words(line) for _, line in stats.scenarios(rows).iterrows()}
     lists = []
     for dataset, backbone in _places(worlds, "dataset", "backbone"):
         met = list(dict.fromkeys(_at(worlds, dataset=dataset, backbone=backbone)["attack"]))
@@ -616,11 +626,10 @@ def _attacks(plt: Any, rows: pd.DataFrame, title: str) -> Any | None:
                         linewidths=0,
                         clip_on=False,
                     )
-            floor = 100 * (float(mine["acc_benign"].mean()) - MAX_ACC_LOSS)
-            if not math.isnan(floor):
-                axis.plot(
-                    [column - 0.41, column - 0.13], [floor] * 2, color="#111111", linewidth=1.6, zorder=5, solid_capstyle="butt"
-                )
+            for x, name in ((column - 0.27, "acc_benign"), (column, "asr_benign")):
+                twin = 100 * float(mine[name].mean())
+                if not math.isnan(twin):
+                    axis.plot([x - 0.14, x + 0.14], [twin] * 2, color="#111111", linewidth=1.6, zorder=5, solid_capstyle="butt")
             axis.plot(
                 [column - 0.14, column + 0.14],
                 [100 * IMPLANTED_ASR] * 2,
@@ -633,18 +642,21 @@ def _attacks(plt: Any, rows: pd.DataFrame, title: str) -> Any | None:
         axis.set_ylim(0, 103)
         axis.set_xlim(-0.55, widest - 0.45)
         axis.set_xticks(range(len(attacks)))
-        axis.set_xticklabels([wrapped(plain(attack), 12, 3) for attack in attacks])
+        costly = [attack for attack in attacks if verdicts[dataset, backbone, attack].endswith("costs ACC")]
+        axis.set_xticklabels([wrapped(plain(attack), 12, 3) + "*" * (attack in costly) for attack in attacks])
         axis.tick_params(axis="x", length=0)
         axis.set_title(f"{plain(dataset)}, {plain(backbone)}{part}")
     handles: list[Any] = [Patch(color=METRIC_COLOURS[metric], label=_WORDS[metric]) for metric in metrics]
     handles += [
-        Line2D([], [], color="#111111", linewidth=1.6, label=f"least ACC: benign twin - {100 * MAX_ACC_LOSS:g} points"),
+        Line2D([], [], color="#111111", linewidth=1.6, label="the benign twin's ACC and ASR"),
         Line2D([], [], color="#111111", linewidth=1.2, linestyle=(0, (2, 1)), label=f"least ASR: {100 * IMPLANTED_ASR:g} %"),
         Line2D([], [], color="#111111", marker="o", markersize=3, linestyle="", label="one seed"),
-        Patch(facecolor="#F1F1F1", edgecolor="#BBBBBB", hatch="////", label="not implanted"),
+        Patch(facecolor="#F1F1F1", edgecolor="#BBBBBB", hatch="////", label="not implanted, or adversarial: not counted"),
     ]
     panels.legend(handles, 4)
-    panels.footnote(f"{gate_words(rows)}.")
+    panels.footnote(
+        f"{gate_words(rows)}. Costly: *. Adversarial: the twin's ASR is above {100 * ADVERSARIAL_ASR:g} %."
+    )
     return panels.figure
 
 

@@ -10,19 +10,23 @@ import pandas as pd
 
 from benchmark import stats
 from benchmark.files import write_text
-from benchmark.metrics import IMPLANTED_ASR, MAX_ACC_LOSS
+from benchmark.metrics import IMPLANTED_ASR
+from benchmark.provenance import STALE_WORDS, matrix_of, stale
 from benchmark.selection import NOTHING_TO_VALIDATE_ON
 from benchmark.tables import (
+    GATE_WORDS,
     GIVEN_NOTES,
     NOTHING,
     SELECTION_WORDS,
     gate_words,
     given_markdown,
     leaderboard_markdown,
+    mark_words,
     markdown,
     paired_words,
     problems_markdown,
     rank_words,
+    resolution_words,
     setting_words,
     slug,
     track_words,
@@ -77,11 +81,19 @@ def summary(rows: pd.DataFrame, track: str) -> str:
     ranked = board[(board["place"] > 0) & (board["cells_ok"] > 0)]
     if ranked.empty:
         return "No competing defense finished a cell on an implanted scenario."
+    idle = _idle(ranked)
+    ranked = ranked[~idle]
+    if ranked.empty:
+        return "No entry changed a model, so none is called best."
     leaders = ranked[ranked["place"] == ranked["place"].min()]
     best = leaders.iloc[0]
     tied = f", tied with {' and '.join(_entry(line) for _, line in leaders.iloc[1:].iterrows())}" if len(leaders) > 1 else ""
     of = f"{best['scenarios_ok']} of {int(stats.scenarios(rows)['implanted'].sum())} implanted scenarios"
-    said = [f"Best average rank by RA: **{_entry(best)}**{tied}, with RA {_figure(best)} over {of}."]
+    without = " of those that changed a model" if idle.any() else ""
+    said = [f"Best average rank by RA{without}: **{_entry(best)}**{tied}, with RA {_figure(best)} over {of}."]
+    marks = mark_words(best)
+    if marks:
+        said.append(f"Marks: {marks} cells.")
     higher = ranked[(ranked["ra"] > best["ra"]) & (ranked["place"] > best["place"])]
     if len(higher):
         said.append(f"A higher mean RA, with a worse average rank: {_with_figures(higher)}.")
@@ -101,52 +113,64 @@ def summary(rows: pd.DataFrame, track: str) -> str:
     return " ".join(said)
 
 
+def _idle(board: pd.DataFrame) -> pd.Series:
+    """Which entries of a leaderboard changed no model in any finished cell."""
+    return board["no_change"] >= board["cells_ok"]
+
+
 def _count(some: int, of: int) -> str:
     return "none" if some == 0 else "all" if some == of else str(some)
 
 
 def plain_words(rows: pd.DataFrame) -> str:
-    """What worked and what did not, a line per track: who takes ASR below the gate's line, who reaches which control, what was
-    singled out. Counts and means over implanted scenarios, nothing else; Markdown."""
+    """What worked and what did not, a line per track: who takes ASR below the gate's line, who matches which control, what was
+    singled out, who changed nothing. Counts and means over implanted scenarios, nothing else; Markdown."""
     lines = []
     for track in stats.tracks(rows):
         board = stats.leaderboard(rows, track, stats.headline(rows, track))
         ranked = board[(board["role"] == "defense") & (board["cells_ok"] > 0)] if len(board) else board
         if not len(ranked):
-            lines.append(f"- **{markdown(track)}**: {NOTHING if board.empty else 'no competing defense finished a cell.'}\n")
+            lines.append(f"- **{markdown(track)}**: {NOTHING if board.empty else 'No competing defense finished a cell.'}\n")
             continue
-        below = ranked[ranked["asr"] < IMPLANTED_ASR].sort_values("asr", kind="stable")
-        named = ", ".join(
-            f"{_entry(line)} to {100 * line['asr']:.1f} % at ACC {100 * line['acc']:.1f} %" for _, line in below.iterrows()
+        idle = ranked[_idle(ranked)]
+        below = ranked[(ranked["asr"] < IMPLANTED_ASR) & ~_idle(ranked)].sort_values("asr", kind="stable")
+        named = "; ".join(
+            f"{_entry(line)} leaves ASR {100 * line['asr']:.1f} % at ACC {100 * line['acc']:.1f} %" for _, line in below.iterrows()
         )
         said = [
-            f"{_count(len(below), len(ranked))} of {len(ranked)} entries take the mean ASR below {100 * IMPLANTED_ASR:g} %"
-            + (f": {named}" if named else "")
+            f"{_count(len(below), len(ranked)).capitalize()} of {len(ranked)} entries take the mean ASR below "
+            f"{100 * IMPLANTED_ASR:g} %" + (f": {named}." if named else ".")
         ]
         controls = board[(board["role"] == "control") & board["ra"].notna()].sort_values("ra", ascending=False, kind="stable")
-        # The best and the worst control frame the rest; training from scratch is what the clean budget gives without the model.
+        # The best control, and what the clean budget gives without the model.
         scratch = controls[controls["defense"].str.startswith("training-from-scratch")]
-        telling = pd.concat([controls.iloc[:1], scratch.iloc[:1], controls.iloc[-1:]]).drop_duplicates(["defense", "scope"])
-        by = [_count(int((ranked["ra"] >= value).sum()), len(ranked)) for value in telling["ra"]]
-        reached = [
-            f"{markdown(line['defense'])} (RA {100 * line['ra']:.1f} %) by {how_many}"
-            for (_, line), how_many in zip(telling.iterrows(), by, strict=True)
-        ]
-        if reached:
-            said.append(f"in RA the controls are reached: {', '.join(reached)}")
+        telling = pd.concat([controls.iloc[:1], scratch.iloc[:1]]).drop_duplicates(["defense", "scope"])
+        for _, line in telling.iterrows():
+            reached = ranked[ranked["ra"] >= line["ra"]]
+            who = ", ".join(_entry(other) for _, other in reached.iterrows()) if 0 < len(reached) <= 3 else ""
+            count = "No defense matches" if reached.empty else who or f"{len(reached)} of {len(ranked)} entries"
+            verb = "" if reached.empty else " match" if len(reached) > 1 else " matches"
+            said.append(f"{count}{verb} the control {markdown(line['defense'])} (RA {100 * line['ra']:.1f} %).")
+        if len(idle):
+            said.append(f"No model was changed in any cell by {', '.join(_entry(line) for _, line in idle.iterrows())}.")
         told = stats.detectors(rows, track)
         told = told[told["implanted"].astype(bool) & (told["role"] == "defense")] if len(told) else told
         for (defense, scope), mine in told.groupby(stats.ENTRY, sort=False) if len(told) else ():
+            own = ranked[(ranked["defense"] == defense) & (ranked["scope"] == scope)]
+            failed = f"; mechanism failed in {own['mechanism_failed'].iloc[0]} of {own['cells_ok'].iloc[0]} cells" if (
+                len(own) and own["mechanism_failed"].iloc[0]
+            ) else ""
             said.append(
-                f"of what {markdown(defense)} ({markdown(scope)}) singles out, {100 * mine['precision'].mean():.0f} % is poisoned "
-                f"(base rate {100 * mine['base_rate'].mean():.0f} %), and that is {100 * mine['recall'].mean():.0f} % of the poison"
+                f"Isolated set of {markdown(defense)} ({markdown(scope)}): precision {100 * mine['precision'].mean():.0f} % (base "
+                "rate "
+                f"{100 * mine['base_rate'].mean():.0f} %), recall {100 * mine['recall'].mean():.0f} %{failed}."
             )
-        lines.append(f"- **{markdown(track)}**: {'; '.join(said)}.\n")
+        lines.append(f"- **{markdown(track)}**: {' '.join(said)}\n")
     return "".join(lines)
 
 
 def headline(rows: pd.DataFrame, folder: str) -> str:
-    """The front page's words and, folded, its table: every entry of every track, with the ASR an oracle would have reported.
+    """The front page's words and, folded, its table: every entry of every track, with what choices on the test set would report.
 
     ``folder``: of the results, for the links.
     """
@@ -155,8 +179,8 @@ def headline(rows: pd.DataFrame, folder: str) -> str:
         value = float(line[name])
         return _MISSING if math.isnan(value) else f"{100 * value:+.1f}" if signed else f"{100 * value:.1f}"
 
-    columns = ["track", "defense", "scope", "ACC", "ASR", "RA", "dACC", "ASR, had an oracle chosen"]
-    lines = [f"| {' | '.join(columns)} |\n|{' :-- |' * 3}{' --: |' * 5}\n"]
+    columns = ["track", "defense", "scope", "ACC", "ASR", "RA", "dACC", "RA, oracle", "ASR, leaky", "marks"]
+    lines = [f"| {' | '.join(columns)} |\n|{' :-- |' * 3}{' --: |' * 6} :-- |\n"]
     said = []
     shown: set[tuple[str, str]] = set()
     for track, judged, board in stats.judged_boards(rows):
@@ -170,10 +194,16 @@ def headline(rows: pd.DataFrame, folder: str) -> str:
             shown.add(entry)
             place = markdown(track) if competes else "*(reference)*" if line["role"] == "reference" else "*(control)*"
             figures = [*(share(line, name) for name in ("acc", "asr", "ra")), share(line, "d_acc", signed=True)]
-            cells = [place, markdown(entry[0]), markdown(entry[1]), *figures, share(line, "asr_oracle")]
+            hindsight = [share(line, "ra_oracle"), share(line, "asr_leaky")]
+            cells = [place, markdown(entry[0]), markdown(entry[1]), *figures, *hindsight, markdown(mark_words(line))]
             lines.append(f"| {' | '.join(cells)} |\n")
         said.append(f"- **{markdown(track)}**, {judged} selection: {summary(rows, track)}\n")
-    about = f"Percent, means over implanted scenarios ({gate_words(rows)}). Intervals and the rest: [{folder}]({folder}/README.md)."
+    about = (
+        f"Percent, means over implanted scenarios ({gate_words(rows)}). RA, oracle: the model of highest test RA; ASR, leaky: of "
+        "the "
+        f"model of lowest test ASR, as a public board chooses; neither is ranked.{resolution_words(rows)} Intervals and the rest: "
+        f"[{folder}]({folder}/README.md)."
+    )
     return "".join([
         "In plain words:\n\n", plain_words(rows), "\n<details><summary>The figures</summary>\n\n", *lines, "\n", about,
         "\n\n</details>\n\n<details><summary>Best ranks and intervals</summary>\n\n", *said, "\n</details>\n",
@@ -225,9 +255,13 @@ def _reading(rows: pd.DataFrame) -> str:
         "- **DER**: (max(0, drop of ASR) - max(0, drop of ACC) + 1) / 2; printed, never ranked on.\n"
         "- **dACC, dASR**: percentage points against the undefended model of the same scenario and seed.\n"
         "- **Cost**: standard-epoch equivalents, 1 = forward and backward over the training set.\n"
-        f"- **Attack-validity gate**: an attacked model counts when its ASR is at least {100 * IMPLANTED_ASR:g} % and its ACC at "
-        f"most {100 * MAX_ACC_LOSS:g} points below its benign twin's; a scenario (dataset, backbone, attack) counts when more than "
-        "half of its seeds do. Only those enter a mean or a rank; the others are shown, marked.\n"
+        f"- **Attack-validity gate**: {GATE_WORDS}. Only implanted scenarios enter a mean or a rank; the others are shown, "
+        "marked.\n"
+        "- **Marks**: *no change*: no weight of the chosen model differs from the attacked one's. *kept untouched*: no candidate "
+        "was "
+        "within the tolerance, so the attacked model is deployed as it is. *mechanism failed*: what the defense took for poisoned "
+        "is no "
+        "more poisoned than the training set.\n"
         "- **Selection**: how one candidate was picked along a defense's dial. "
         + "; ".join(SELECTION_WORDS[name] for name in stats.selections(rows) if name in SELECTION_WORDS)
         + ". In a track that grants nothing to validate on to a defense that has a dial, everybody is judged by default.\n"
@@ -255,6 +289,17 @@ def _pairs(rows: pd.DataFrame, track: str) -> str:
         f"Paired with {markdown(found['control'].iloc[0])}, attacked model by attacked model: {', '.join(said)}, at 5 % after Holm "
         f"over pairs, which are not independent of each other. {paired_words(found)}\n"
     )
+
+
+def _search_words(folder: Path) -> dict[str, str]:
+    """How far the benchmark searched for every defense alike, as the matrix's copy in the folder says; empty where it cannot be
+    read."""
+    cells = matrix_of(folder).cells if (folder / "matrix.toml").is_file() else ()
+    if not cells:
+        return {}
+    canaries = cells[0].canaries
+    planted = f", canaries: {' and '.join(canary.name for canary in canaries)}" if canaries else ""
+    return {"search": f"at most {cells[0].candidates} candidates a defense over all settings of its knob{planted}"}
 
 
 def _links(names: Sequence[str], folder: str) -> str:
@@ -288,11 +333,13 @@ def write_report(
         text.append(f"{markdown(description)}\n")
     if (folder / "leaderboard.html").is_file():
         text.append("To sort, filter and open every line: [leaderboard.html](leaderboard.html), opened from disk in any browser.\n")
+    if stale(folder):
+        text.append(f"{STALE_WORDS}\n")
     text.append("Generated from [rows.csv](rows.csv); nothing on this page is typed by hand.\n\n## What was run\n")
     ran = {**setting_words(rows), "track": "; ".join(track_words(track) for track in stats.tracks(rows)) or "none",
            "defense": ", ".join(dict.fromkeys(rows.loc[~rows["control"].astype(bool), "defense"])) or "none",
            "control": ", ".join(dict.fromkeys(rows.loc[rows["control"].astype(bool), "defense"])) or "none",
-           "gate": gate_words(rows)}  # fmt: skip
+           "gate": gate_words(rows), **_search_words(folder)}  # fmt: skip
     text.append("| | |\n| :-- | :-- |\n" + "".join(f"| {name} | {markdown(words)} |\n" for name, words in ran.items()))
     for name, words in _FIGURES[:2]:
         text.append(_picture(name, words, have))
@@ -309,7 +356,15 @@ def write_report(
         if len(board):
             blind = ((rows["track"] == track) & (rows["reason"] == NOTHING_TO_VALIDATE_ON)).any()
             why = f" ({NOTHING_TO_VALIDATE_ON})" if blind and judged != "validation" else ""
-            text.append(f"Selection: {judged}{why}; {gate_words(rows)}.\n\n{leaderboard_markdown(board, track)}")
+            said = f"Selection: {judged}{why}; {gate_words(rows)}.{resolution_words(rows)}"
+            text.append(f"{said}\n\n{leaderboard_markdown(board, track)}")
+            stem = f"tables/leaderboard-{tail}-{judged}-stealthy"
+            if f"{stem}.md" in have:
+                quiet = stats.stealthy(rows)
+                text.append(
+                    f"**Stealthy attacks only** ({gate_words(quiet)}; attacks that cost ACC left out): {summary(quiet, track)} "
+                    f"[md]({stem}.md), [csv]({stem}.csv)\n"
+                )
             text.append(f"**Significance.** {rank_words(rows, track, judged)}\n\n{_pairs(rows, track)}")
         text.append(f"**What the defender was given**\n\n{given_markdown(rows, track)}")
         lines = []

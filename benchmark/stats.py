@@ -2,8 +2,9 @@
 
 Vocabulary
     scenario: (dataset, backbone, attack). world: a scenario with one seed, that is, one attacked model.
-    implanted: a world passes the attack-validity gate; a scenario is implanted when more than half of its worlds are. Aggregates
-    take implanted scenarios only, and in them implanted worlds only: no defense is credited for an attack that was never there.
+    implanted: a scenario passes the attack-validity gate (:func:`benchmark.metrics.gate`) on the means over its seeds. Aggregates
+    take
+    implanted scenarios only, and all of their worlds: no defense is credited for an attack that was never there.
     entry: (defense, scope), one line of a table. field: the entries that stand in one track's tables; controls (and the
     undefended model) measured in another track are repeated, and say where they come from.
 
@@ -23,22 +24,28 @@ import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
-from benchmark.selection import NOTHING_TO_VALIDATE_ON
+from benchmark.metrics import COSTS_POINTS, COSTS_SHARE, gate
+from benchmark.selection import NOTHING_TO_VALIDATE_ON, TAU
 from benchmark.tracks import TRACKS
 from defenses.base import Knowledge
 
 __all__ = [
-    "ENTRY", "EXPORTED", "LEVEL", "MIN_BLOCKS", "NO_ATTACK", "RANK_KEY", "SCENARIO", "SCRATCH", "SELECTIONS", "UNDEFENDED", "WORLD",
-    "Interval", "Significance", "average_ranks", "blocks_needed", "detectors", "entries", "field", "given", "headline",
-    "holm", "implanted_worlds", "interval", "judged_boards", "leaderboard", "least_p", "paired", "problems", "scenarios",
-    "selection_gaps", "selections", "significance", "spread", "timing_summary", "tracks",
+    "ENTRY", "EXPORTED", "HINDSIGHT", "LEVEL", "MIN_BLOCKS", "NO_ATTACK", "RANK_KEY", "SCENARIO", "SCRATCH", "SELECTIONS",
+    "UNDEFENDED", "WORLD",
+    "Interval", "Significance", "at_published_knob", "average_ranks", "blocks_needed", "detectors", "entries", "field", "given",
+    "headline",
+    "holm", "implanted_worlds", "interval", "judged_boards", "leaderboard", "least_p", "paired", "problems", "resolves",
+    "scenarios", "selection_gaps", "selections", "significance", "spread", "stealthy", "timing_summary", "tracks",
+    "validation_images",
 ]  # fmt: skip
 
 SCENARIO = ["dataset", "backbone", "attack"]
 WORLD = [*SCENARIO, "seed"]
 ENTRY = ["defense", "scope"]
-SELECTIONS = ("validation", "default", "oracle")
-"""In the order in which they are shown: the honest choice first."""
+SELECTIONS = ("validation", "default", "strongest", "canary", "oracle", "leaky")
+"""In the order in which they are shown: the ranked rule first, those with hindsight last."""
+HINDSIGHT = ("oracle", "leaky")
+"""Choices that take the test set; never ranked."""
 UNDEFENDED = "none"
 """Label of the defense that does nothing: the reference line of every table."""
 NO_ATTACK = "none"
@@ -116,7 +123,8 @@ def selections(rows: pd.DataFrame, track: str | None = None) -> list[str]:
         mine = rows[(rows["track"] == track) & ~_is_control(rows)]
         blind = set(mine.loc[mine["reason"] == NOTHING_TO_VALIDATE_ON, "selection"])
         if any(known.name == track and Knowledge.CLEAN not in known.grants for known in TRACKS):
-            blind.add("validation")  # where every method has one candidate there was no choice to make, and none is claimed
+            # Where every method has one candidate there was no choice to make, and none is claimed.
+            blind |= {"validation", "strongest", "canary"}
         present = set(mine["selection"]) - blind or present
     return [name for name in SELECTIONS if name in present]
 
@@ -158,20 +166,54 @@ def field(rows: pd.DataFrame, track: str) -> pd.DataFrame:
 
 
 def scenarios(rows: pd.DataFrame) -> pd.DataFrame:
-    """One line per scenario, in matrix order: the scenario, ``seeds``, ``implanted_seeds``, ``implanted`` (more than half)."""
-    worlds = rows[rows["attack"] != NO_ATTACK].groupby(WORLD, sort=False)["implanted"].max().astype(bool)
-    counted = worlds.groupby(SCENARIO, sort=False).agg(["size", "sum"]).reset_index()
-    counted = counted.rename(columns={"size": "seeds", "sum": "implanted_seeds"})
-    return counted.assign(implanted=counted["implanted_seeds"] * 2 > counted["seeds"])
+    """One line per scenario, in matrix order.
+
+    Columns: the scenario; ``seeds``, ``implanted_seeds`` (those that pass the gate by themselves); means over seeds of ``asr``,
+    ``asr_benign`` and ``effect`` (NaN: not measured); ``implanted`` and ``adversarial`` (the gate on these means); ``acc_benign``,
+    ``acc_loss``, ``acc_loss_low`` (lower end of its 95 % interval), ``costs_acc`` (that end is above 2 points and above 5 % of the
+    twin's ACC).
+    """
+    attacked = rows[rows["attack"] != NO_ATTACK].drop_duplicates(WORLD)
+    lines = []
+    for place, worlds in attacked.groupby(SCENARIO, sort=False):
+        asr, benign = float(worlds["asr_undefended"].mean()), float(worlds["asr_benign"].mean())
+        verdict = gate(asr, benign)
+        acc, loss = float(worlds["acc_benign"].mean()), worlds["acc_benign"] - worlds["acc_undefended"]
+        low = float(loss.mean()) - 1.96 * _loss_error(loss, worlds["acc_loss_se"])
+        lines.append({
+            **dict(zip(SCENARIO, place, strict=True)), "seeds": len(worlds), "implanted_seeds": int(worlds["implanted"].sum()),
+            "asr": asr, "asr_benign": benign, "effect": asr - benign, "implanted": verdict.implanted,
+            "adversarial": verdict.adversarial, "acc_benign": acc, "acc_loss": float(loss.mean()), "acc_loss_low": low,
+            "costs_acc": low > max(COSTS_POINTS, COSTS_SHARE * acc),
+        })  # fmt: skip
+    columns = [*SCENARIO, "seeds", "implanted_seeds", "asr", "asr_benign", "effect", "implanted", "adversarial", "acc_benign",
+               "acc_loss", "acc_loss_low", "costs_acc"]  # fmt: skip
+    return pd.DataFrame(lines, columns=columns)
+
+
+def _loss_error(loss: pd.Series, errors: pd.Series) -> float:
+    """Standard error of a mean loss over seeds: the test images are the same for every seed, so their noise does not average out;
+    the seeds' own spread does. An error that was not measured counts as 0."""
+    over_images = float(errors.fillna(0.0).pow(2).mean())
+    over_seeds = float(loss.var(ddof=1)) / len(loss) if len(loss) > 1 else 0.0
+    return math.sqrt(over_images + over_seeds)
+
+
+def _of_scenarios(rows: pd.DataFrame, column: str) -> pd.Series:
+    """Which rows belong to a scenario of which ``column`` of :func:`scenarios` holds."""
+    found = scenarios(rows)
+    kept = set(found.loc[found[column].astype(bool), SCENARIO].itertuples(index=False, name=None))
+    return pd.Series([key in kept for key in rows[SCENARIO].itertuples(index=False, name=None)], index=rows.index, dtype=bool)
 
 
 def implanted_worlds(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows that may enter an aggregate, whatever their status: implanted worlds of implanted scenarios."""
-    gate = scenarios(rows)
-    kept = set(gate.loc[gate["implanted"], SCENARIO].itertuples(index=False, name=None))
-    good = rows.groupby(WORLD, sort=False)["implanted"].transform("max").astype(bool)
-    inside = pd.Series([key in kept for key in rows[SCENARIO].itertuples(index=False, name=None)], index=rows.index, dtype=bool)
-    return rows.loc[inside & good]
+    """The rows that may enter an aggregate, whatever their status: those of implanted scenarios, all seeds."""
+    return rows.loc[_of_scenarios(rows, "implanted")]
+
+
+def stealthy(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows without the scenarios whose attack costs accuracy."""
+    return rows.loc[~_of_scenarios(rows, "costs_acc")]
 
 
 def _with_deltas(rows: pd.DataFrame) -> pd.DataFrame:
@@ -228,12 +270,13 @@ def leaderboard(rows: pd.DataFrame, track: str, selection: str) -> pd.DataFrame:
     Columns: ``role``, ``defense``, ``scope``, ``source``, ``place`` (1 = best; 0 = not ranked), ``rank`` (average rank, NaN = not
     ranked), ``cells_ok``, ``cells`` (cells of implanted worlds), ``scenarios_ok``, ``reasons``, ``missing``
     (``refused``, ``failed`` or both), then ``acc``, ``asr``, ``ra``,
-    ``der``, ``d_acc``, ``d_asr``, ``d_ra`` (differences to the undefended twin), each with ``_low`` and ``_high``, then
-    ``pruned``, ``units``, ``cost_epochs`` (means of scenario means). Oracle choices are never ranked.
+    ``der``, ``d_acc``, ``d_asr``, ``d_ra`` (differences to the undefended model), each with ``_low`` and ``_high``, then
+    ``pruned``, ``units``, ``cost_epochs`` (means of scenario means), then how many finished cells are marked ``no_change`` or
+    ``mechanism_failed``, and in how many the untouched model was ``kept``. Choices with hindsight are never ranked.
     """
     table = field(rows, track)
     table = _with_deltas(implanted_worlds(table[table["selection"] == selection]))
-    ranks = {} if selection == "oracle" else average_ranks(rows, track, selection)
+    ranks = {} if selection in HINDSIGHT else average_ranks(rows, track, selection)
     lines = []
     for position, (defense, scope) in enumerate(entries(table)):
         mine = table[(table["defense"] == defense) & (table["scope"] == scope)]
@@ -249,6 +292,9 @@ def leaderboard(rows: pd.DataFrame, track: str, selection: str) -> pd.DataFrame:
             line |= dict(zip((name, f"{name}_low", f"{name}_high"), measured[name], strict=True))
         for name in ("pruned", "units", "cost_epochs"):
             line[name] = float(good.groupby(SCENARIO, sort=False)[name].mean().mean()) if len(good) else math.nan
+        for name in ("no change", "mechanism failed"):
+            line[name.replace(" ", "_")] = int((good["mark"] == name).sum())
+        line["kept"] = int(good["kept"].sum())
         lines.append(line)
     if not lines:
         return pd.DataFrame()
@@ -263,43 +309,71 @@ def leaderboard(rows: pd.DataFrame, track: str, selection: str) -> pd.DataFrame:
 def judged_boards(rows: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
     """Every track, the selection it is judged by, and its :func:`leaderboard` under that selection (empty: nothing implanted).
 
-    Adds ``asr_oracle``: the ASR that choosing with the test set would have reported; NaN where there is no such row.
+    Adds what other choices would have reported: ``ra_oracle``, ``asr_oracle``, ``asr_leaky``; NaN where there is no such row.
     """
     found = []
     for track in tracks(rows):
         judged = headline(rows, track)
-        board, oracle = leaderboard(rows, track, judged), leaderboard(rows, track, "oracle")
+        board = leaderboard(rows, track, judged)
         if len(board):
-            best = {(line["defense"], line["scope"]): float(line["asr"]) for _, line in oracle.iterrows()}
-            lines = zip(board["defense"], board["scope"], strict=True)
-            board = board.assign(asr_oracle=[best.get(entry, math.nan) for entry in lines])
+            for selection, metric in (("oracle", "ra"), ("oracle", "asr"), ("leaky", "asr")):
+                other = leaderboard(rows, track, selection)
+                best = {(line["defense"], line["scope"]): float(line[metric]) for _, line in other.iterrows()}
+                lines = zip(board["defense"], board["scope"], strict=True)
+                board = board.assign(**{f"{metric}_{selection}": [best.get(entry, math.nan) for entry in lines]})
         found.append((track, judged, board))
     return found
 
 
-def selection_gaps(rows: pd.DataFrame, track: str) -> pd.DataFrame:
-    """How much ASR each way of choosing along a dial is worth: one line per competing entry of the track that has a dial.
+def at_published_knob(curves: pd.DataFrame) -> pd.DataFrame:
+    """The candidates of each cell at the published setting of its knob, without the untouched model; all where there is no knob."""
+    published = curves.loc[curves["is_default"].astype(bool)].drop_duplicates("cell").set_index("cell")["knob"]
+    own = curves["cell"].map(published)
+    return curves[~curves["kept"].astype(bool) & ((curves["knob"] == own) | own.isna())]
 
-    Columns: ``defense``, ``scope``, ``cells`` (implanted worlds where all selections stand), ``acc_<selection>``,
-    ``asr_<selection>``, ``ra_<selection>``, and ``gap_validation``, ``gap_default`` = ASR under that selection minus ASR under
-    the oracle, paired by world, each with ``_low`` and ``_high``. Controls with a dial are included.
+
+def validation_images(rows: pd.DataFrame) -> int:
+    """Images of the validation part of the clean budget, the smallest over the rows; 0 where no defense used the budget."""
+    budgets = rows.loc[rows["clean_images"] > 0, "clean_images"]
+    return round(int(budgets.min()) / 5) if len(budgets) else 0
+
+
+def resolves(images: int, tau: float = TAU) -> tuple[bool, float]:
+    """Whether so many validation images can tell a loss of ``tau`` from none, and the standard error of a paired loss when one pair
+    in ten is discordant: it must be at most half of ``tau``."""
+    error = math.sqrt(0.1 / images) if images else math.inf
+    return error <= tau / 2, error
+
+
+def selection_gaps(rows: pd.DataFrame, track: str) -> pd.DataFrame:
+    """How much each way of choosing along a dial is worth: one line per entry of the track that has a dial, controls included.
+
+    Columns: ``defense``, ``scope``, ``cells`` (worlds of implanted scenarios that every selection of the track finished),
+    ``acc_<selection>``, ``asr_<selection>``, ``ra_<selection>``; then, paired by world, each with ``_low`` and ``_high``:
+    ``gap_<selection>`` = RA under the oracle minus RA under that selection, never below 0, and ``leak_<selection>`` = ASR under
+    that
+    selection minus ASR under the leaky rule.
     """
     table = implanted_worlds(rows[(rows["track"] == track)])
-    table = table[(table["status"] == "ok") & table["dial"].notna()]
+    dials = set(table.loc[table["dial"].notna(), "cell"])
+    table = table[(table["status"] == "ok") & table["cell"].isin(dials)]
+    present = selections(rows, track)
     lines = []
     for defense, scope in entries(table):
-        mine = table[(table["defense"] == defense) & (table["scope"] == scope)]
+        mine = table[(table["defense"] == defense) & (table["scope"] == scope) & table["selection"].isin(present)]
         wide = mine.pivot_table(index=WORLD, columns="selection", values=["acc", "asr", "ra"], sort=False).dropna()
-        if wide.empty or not set(SELECTIONS) <= set(wide.columns.get_level_values(1)):
+        if wide.empty or set(wide.columns.get_level_values(1)) != set(present) or not set(HINDSIGHT) <= set(present):
             continue
         flat = wide.set_axis(["_".join(map(str, column)) for column in wide.columns.to_list()], axis=1)
-        for name in ("validation", "default"):
-            flat[f"gap_{name}"] = flat[f"asr_{name}"] - flat["asr_oracle"]
+        for name in present:
+            if name not in HINDSIGHT:
+                flat[f"gap_{name}"] = flat["ra_oracle"] - flat[f"ra_{name}"]
+                flat[f"leak_{name}"] = flat[f"asr_{name}"] - flat["asr_leaky"]
         measured = _stratified(flat.reset_index(), list(flat.columns))
         line: dict[str, object] = {"defense": defense, "scope": scope, "cells": len(flat)}
         for column, part in measured.items():
             line[column] = part.mean
-            if column.startswith("gap_"):
+            if column.startswith(("gap_", "leak_")):
                 line |= {f"{column}_low": part.low, f"{column}_high": part.high}
         lines.append(line)
     return pd.DataFrame(lines)

@@ -21,34 +21,57 @@ import pandas as pd
 
 from benchmark import published, stats
 from benchmark.files import write_text
-from benchmark.metrics import IMPLANTED_ASR, MAX_ACC_LOSS
-from benchmark.selection import LEAKY_TOLERANCE as ORACLE_TOLERANCE
-from benchmark.selection import TAU
+from benchmark.metrics import ADVERSARIAL_ASR, COSTS_POINTS, COSTS_SHARE, IMPLANTED_ASR, IMPLANTED_EFFECT
+from benchmark.selection import LEAKY_TOLERANCE, TAU
 from benchmark.tracks import TRACKS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = [
-    "GIVEN_NOTES", "NOTHING", "SELECTION_WORDS", "bracketed", "console_leaderboard", "csv_text", "gate_words", "given_markdown",
-    "given_words", "latex", "latex_table", "leaderboard_markdown", "markdown", "number_text", "paired_words", "percent_text",
-    "pipe_table", "plain", "problems_markdown", "rank_words", "setting_words", "slug", "track_words", "validity_markdown",
+    "GATE_WORDS", "GIVEN_NOTES", "NOTHING", "SELECTION_WORDS", "bracketed", "console_leaderboard", "csv_text", "gate_words",
+    "given_markdown",
+    "given_words", "latex", "latex_table", "leaderboard_markdown", "mark_words", "markdown", "number_text", "paired_words",
+    "percent_text",
+    "pipe_table", "plain", "problems_markdown", "rank_words", "resolution_words", "scenario_words", "setting_words", "slug",
+    "track_words", "validity_markdown",
     "write_tables",
 ]  # fmt: skip
 
 NOTHING = "No attack was implanted under the attack-validity gate, so there is nothing to rank a defense on."
 SELECTION_WORDS = {
-    "validation": f"validation (the strongest candidate that loses at most {100 * TAU:g} points on held-out clean data)",
+    "validation": "validation (the published default, stepped back along the dial, then over the settings of the knob, until it "
+    "loses "
+    f"at most {100 * TAU:g} points on held-out clean images; at worst the untouched model)",
     "default": "default (the setting the method's authors publish)",
-    "oracle": f"oracle (lowest test ASR within {100 * ORACLE_TOLERANCE:g} % relative test ACC; for comparison only, never ranked)",
+    "strongest": f"strongest (the strongest candidate that loses at most {100 * TAU:g} points on held-out clean images; at worst "
+    "the "
+    "untouched model)",
+    "canary": "canary (the setting that best removes backdoors which the benchmark planted in copies of the model with the "
+    f"defender's clean images, within {100 * TAU:g} points)",
+    "oracle": "oracle (highest test RA: an upper bound for every rule; never ranked)",
+    "leaky": f"leaky (lowest test ASR within {100 * LEAKY_TOLERANCE:g} % relative test ACC, as a public board chooses; never "
+    "ranked)",
 }
+GATE_WORDS = (
+    f"a scenario is implanted when, on the mean over its seeds, the ASR is at least {100 * IMPLANTED_ASR:g} % and at least "
+    f"{100 * IMPLANTED_EFFECT:g} points above the ASR of the benign twin on the same triggered images (the effect). It is "
+    "adversarial, "
+    f"and no backdoor, when the twin's ASR is above {100 * ADVERSARIAL_ASR:g} %. It costs ACC when its loss of accuracy against "
+    "the twin "
+    f"is above {100 * COSTS_POINTS:g} points and above {100 * COSTS_SHARE:g} % of the twin's ACC with 95 % confidence; it stays "
+    "ranked"
+)
+"""The attack-validity gate, as a sentence without its first capital and its full stop."""
 _NOTES = (
     "ACC: accuracy on clean test images. ASR: share of triggered test images, target class excluded, classified as the target. "
     "RA: share of the same images given their true class, so ASR + RA is at most 100. DER: (max(0, drop of ASR) - max(0, drop of "
-    "ACC) + 1) / 2. dACC, dASR: percentage points against the undefended twin. Brackets: 95 % bootstrap intervals over seeds "
+    "ACC) + 1) / 2. dACC, dASR: percentage points against the undefended model. Brackets: 95 % bootstrap intervals over seeds "
     "within scenarios; without brackets there was one seed. Cost: standard-epoch equivalents (1 = forward and backward over the "
-    "training set). Rank: mean over implanted scenarios of the rank by RA, the last place where a cell is missing. Cells: finished "
-    "cells of implanted models; means over fewer cells than another line's do not compare with it, ranks do. Poisoned samples "
+    "training set). Rank: mean over implanted scenarios of the rank by RA, the last place where a cell is missing. Marks: in how "
+    "many "
+    "cells no weight was changed, the untouched model was kept, or a detector found no more poison than chance. Cells: finished "
+    "cells of implanted scenarios; means over fewer cells than another line's do not compare with it, ranks do. Poisoned samples "
     "replace clean ones."
 )
 _MISSING = "\N{EN DASH}"
@@ -161,10 +184,30 @@ def setting_words(rows: pd.DataFrame) -> dict[str, str]:
 
 
 def gate_words(rows: pd.DataFrame) -> str:
-    """How many scenarios count: "n implanted 6 of 8 scenarios (17 of 24 attacked models)"."""
+    """How many scenarios count: "5 of 8 scenarios implanted (1 of them costs ACC), 1 adversarial, 2 not implanted"."""
     found = stats.scenarios(rows)
-    worlds = f"{int(found.loc[found['implanted'], 'implanted_seeds'].sum())} of {int(found['seeds'].sum())} attacked models"
-    return f"n implanted {int(found['implanted'].sum())} of {len(found)} scenarios ({worlds})"
+    implanted, adversarial = found["implanted"].astype(bool), found["adversarial"].astype(bool)
+    costly = int((implanted & found["costs_acc"].astype(bool)).sum())
+    parts = [
+        f"{int(implanted.sum())} of {len(found)} scenarios implanted"
+        + (f" ({costly} of them {'costs' if costly == 1 else 'cost'} ACC)" if costly else "")
+    ]
+    parts += [f"{int(adversarial.sum())} adversarial"] * bool(adversarial.any())
+    failed = int((~implanted & ~adversarial).sum())
+    return ", ".join([*parts, *([f"{failed} not implanted"] if failed else [])])
+
+
+def resolution_words(rows: pd.DataFrame) -> str:
+    """A sentence where the validation part is too small to tell the tolerated loss from none; else nothing."""
+    images = stats.validation_images(rows)
+    enough, error = stats.resolves(images)
+    if enough or not images:
+        return ""
+    return (
+        f" The validation part holds {images} images, too few to tell a loss of {100 * TAU:g} points from none: with one answer "
+        "in ten "
+        f"changed, the standard error of the loss is {100 * error:.1f} points."
+    )
 
 
 def track_words(track: str) -> str:
@@ -176,14 +219,14 @@ def track_words(track: str) -> str:
 def _caption(rows: pd.DataFrame, title: str, track: str, selection: str) -> str:
     said = "; ".join(f"{name}: {words}" for name, words in setting_words(rows).items())
     chosen = SELECTION_WORDS.get(selection, plain(selection))
-    return f"{plain(title)}. Track: {track_words(track)}; selection: {chosen}; {said}; {gate_words(rows)}."
+    return f"{plain(title)}. Track: {track_words(track)}; selection: {chosen}; {said}; {gate_words(rows)}.{resolution_words(rows)}"
 
 
 # -- leaderboards --------------------------------------------------------------------------------------------------------------
 
 _SHARES = (("ACC", "acc", False), ("ASR", "asr", False), ("RA", "ra", False), ("DER", "der", False), ("dACC", "d_acc", True),
            ("dASR", "d_asr", True))  # fmt: skip
-_HEADER = ["#", "Defense", "Scope", *(label for label, _, _ in _SHARES), "Pruned / units", "Cost", "Rank", "Cells"]
+_HEADER = ["#", "Defense", "Scope", *(label for label, _, _ in _SHARES), "Pruned / units", "Cost", "Marks", "Rank", "Cells"]
 
 
 def _name(line: pd.Series, track: str) -> str:
@@ -199,6 +242,19 @@ def _units(line: pd.Series) -> str:
     return _MISSING if math.isnan(units) or units == 0 else f"{_tidy(pruned)} / {_tidy(units)}"
 
 
+def mark_words(line: pd.Series) -> str:
+    """In how many of an entry's finished cells nothing was changed, the model was kept, or a detector failed; else nothing.
+
+    A model that was kept is one that was not changed, so cells that fell back are counted apart.
+    """
+    cells = int(line["cells_ok"])
+    counts = {
+        "no change": int(line["no_change"]) - int(line["kept"]), "kept untouched": int(line["kept"]),
+        "mechanism failed": int(line["mechanism_failed"]),
+    }  # fmt: skip
+    return ", ".join(f"{words} in {count} of {cells}" for words, count in counts.items() if count > 0)
+
+
 def _tidy(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0")
 
@@ -211,10 +267,11 @@ def _board_lines(board: pd.DataFrame, track: str, escape: Callable[[object], str
         cells = f"{line['cells_ok']} / {line['cells']}"
         rank = _MISSING if math.isnan(line["rank"]) else f"{line['rank']:.2f}"
         if line["cells_ok"] == 0:
-            lines.append([*start, escape(line["missing"]), *[_MISSING] * 7, rank, cells])
+            lines.append([*start, escape(line["missing"]), *[_MISSING] * 7, "", rank, cells])
             continue
         shares = [bracketed(line, name, signed=signed, small=small) for _, name, signed in _SHARES]
-        lines.append([*start, *shares, _units(line), number_text(float(line["cost_epochs"])), rank, cells])
+        marks = escape(mark_words(line))
+        lines.append([*start, *shares, _units(line), number_text(float(line["cost_epochs"])), marks, rank, cells])
     return lines
 
 
@@ -406,7 +463,7 @@ def _detectors(found: pd.DataFrame, track: str) -> str:
         names = [_name(line, track) + (" (control)" if line["role"] == "control" else ""), line["scope"]]
         start = [*map(markdown, [*names, *line[stats.SCENARIO]])]
         start[-1] += "<br>" + stats.EXPORTED if line["exported"] else ""
-        start.append(f"{'yes' if line['implanted'] else '**no**'}, {line['implanted_seeds']} of {line['seeds']} seeds")
+        start.append("yes" if line["implanted"] else "**no**")
         base = percent_text(float(line["base_rate"]))
         if line["cells_ok"] == 0:
             lines.append([*start, markdown(line["missing"]), *[_MISSING] * 3, base])
@@ -447,16 +504,16 @@ def _detail(rows: pd.DataFrame, track: str, selection: str) -> str:
     """Defense x attack, one section per dataset and backbone, over all seeds, implanted or not."""
     table = stats.field(rows, track)
     table = table[table["selection"] == selection]
-    gate = {line[:3]: line[3:] for line in stats.scenarios(rows)[[*stats.SCENARIO, "implanted_seeds", "seeds", "implanted"]]
-            .itertuples(index=False, name=None)}  # fmt: skip
+    gate = {tuple(line[stats.SCENARIO]): line for _, line in stats.scenarios(rows).iterrows()}
     parts = []
     for dataset, backbone in dict.fromkeys(zip(table["dataset"], table["backbone"], strict=True)):
         here = table[(table["dataset"] == dataset) & (table["backbone"] == backbone)]
         attacks = list(dict.fromkeys(here["attack"]))
         header = ["Defense", "Scope"]
         for attack in attacks:
-            passed, seeds, implanted = gate.get((dataset, backbone, attack), (0, 0, True))
-            header.append(markdown(attack) + ("" if implanted else f"<br>not implanted ({passed} of {seeds} seeds)"))
+            scenario = gate.get((dataset, backbone, attack))
+            header.append(markdown(attack) + ("" if scenario is None or scenario_words(scenario) == "implanted" else
+                                              f"<br>{scenario_words(scenario)}"))  # fmt: skip
         lines = []
         for defense, scope in stats.entries(here):
             mine = here[(here["defense"] == defense) & (here["scope"] == scope)]
@@ -466,16 +523,25 @@ def _detail(rows: pd.DataFrame, track: str, selection: str) -> str:
     return "\n".join(parts)
 
 
+def scenario_words(line: pd.Series) -> str:
+    """A line of :func:`benchmark.stats.scenarios` in words: "implanted", "implanted, costs ACC", "adversarial", "not implanted"."""
+    if line["adversarial"]:
+        return "adversarial"
+    state = "implanted" if line["implanted"] else "not implanted"
+    return f"{state}, costs ACC" if line["costs_acc"] else state
+
+
 def _each(values: pd.Series) -> str:
     return ", ".join(percent_text(float(value)) for value in values)
 
 
 def validity_markdown(rows: pd.DataFrame) -> str:
-    """One line per scenario; figures of the undefended model, one per seed, in the order of the seeds."""
+    """One line per scenario: means over seeds, the verdict on them, then the undefended models' figures seed by seed."""
     attacked = rows[rows["attack"] != stats.NO_ATTACK]
     worlds = attacked.groupby(stats.WORLD, sort=False).first().reset_index().sort_values("seed", kind="stable")
-    header = ["Dataset", "Backbone", "Attack", "Rate, nominal", "Rate, realised", "Labels", "Seeds", "ACC, benign twin",
-              "ACC", "ASR", "RA", "Implanted", "Gate", "Against the literature", "Notes"]  # fmt: skip
+    header = ["Dataset", "Backbone", "Attack", "Verdict", "ASR", "ASR, benign twin", "Effect", "ACC, loss to the twin", "at least",
+              "Rate, nominal", "Rate, realised", "Labels", "Seeds", "ACC, benign twin", "ACC, by seed", "ASR, by seed",
+              "RA, by seed", "Gate, by seed", "Against the literature", "Notes"]  # fmt: skip
     lines = []
     undefended = attacked[attacked["defense"] == stats.UNDEFENDED]
     for _, line in stats.scenarios(rows).iterrows():
@@ -488,15 +554,16 @@ def validity_markdown(rows: pd.DataFrame) -> str:
         first = mine.iloc[0]
         labels = f"{first['label_mode']}, target {first['target']}" if first["label_mode"] == "all-to-one" else first["label_mode"]
         lines.append([
-            *(markdown(line[name]) for name in stats.SCENARIO), f"{100 * first['rate']:g} %",
+            *(markdown(line[name]) for name in stats.SCENARIO), f"**{scenario_words(line)}**",
+            *(percent_text(float(line[name])) for name in ("asr", "asr_benign", "effect")),
+            *(percent_text(float(line[name]), signed=True) for name in ("acc_loss", "acc_loss_low")), f"{100 * first['rate']:g} %",
             ", ".join(dict.fromkeys(_MISSING if math.isnan(rate) else f"{100 * rate:.2f} %" for rate in mine["realised_rate"])),
             markdown(labels),
             ", ".join(map(str, mine["seed"])), _each(mine["acc_benign"]), _each(mine["acc_undefended"]),
             _each(mine["asr_undefended"]), _each(mine["ra_undefended"]),
-            f"{'**yes**' if line['implanted'] else '**no**'}, {line['implanted_seeds']} of {line['seeds']} seeds",
             markdown(words or _MISSING), markdown(literature or _MISSING), markdown(notes or _MISSING),
         ])  # fmt: skip
-    return pipe_table(header, lines, left=3)
+    return pipe_table(header, lines, left=4)
 
 
 _PROTOCOL_NOTES = (
@@ -537,25 +604,28 @@ def _protocols(rows: pd.DataFrame, track: str, selection: str) -> str:
 
 
 def _gap_table(rows: pd.DataFrame) -> str:
-    header = ["Track", "Defense", "Scope", "Cells", *(f"ACC / ASR / RA, {name}" for name in stats.SELECTIONS),
-              "ASR gap, validation - oracle", "ASR gap, default - oracle"]  # fmt: skip
+    present = stats.selections(rows)
+    rules = [name for name in present if name not in stats.HINDSIGHT]
+    header = ["Track", "Defense", "Scope", "Cells", *(f"ACC / ASR / RA, {name}" for name in present),
+              *(f"RA gap, {name}" for name in rules), *(f"ASR leak, {name}" for name in rules)]  # fmt: skip
     lines, without = [], []
     for track in stats.tracks(rows):
         gaps = stats.selection_gaps(rows, track)
         for _, line in gaps.iterrows():
             triples = [
-                " / ".join(percent_text(float(line[f"{metric}_{name}"])) for metric in ("acc", "asr", "ra"))
-                for name in stats.SELECTIONS
+                " / ".join(percent_text(float(line.get(f"{metric}_{name}", math.nan))) for metric in ("acc", "asr", "ra"))
+                for name in present
             ]
-            lines.append([markdown(track), markdown(line["defense"]), markdown(line["scope"]), str(line["cells"]), *triples,
-                          *(bracketed(line, f"gap_{name}", signed=True) for name in ("validation", "default"))])  # fmt: skip
+            gap = [bracketed(line, f"{kind}_{name}", signed=True) if f"{kind}_{name}" in line else _MISSING
+                   for kind in ("gap", "leak") for name in rules]  # fmt: skip
+            lines.append([markdown(track), markdown(line["defense"]), markdown(line["scope"]), str(line["cells"]), *triples, *gap])
         own = rows[rows["track"] == track]
         shown = set(zip(gaps["defense"], gaps["scope"], strict=True)) if len(gaps) else set()
         without += [f"{defense} ({scope})" for defense, scope in stats.entries(own) if (defense, scope) not in shown]
     text = (
         pipe_table(header, lines, left=3)
         if lines
-        else "No defense with a dial stands on an implanted scenario under all three selections.\n"
+        else "No defense with a dial finished an implanted scenario under every selection.\n"
     )
     if not without:
         return text
@@ -779,7 +849,7 @@ def write_tables(rows: pd.DataFrame, curves: pd.DataFrame, timings: pd.DataFrame
         for selection in stats.selections(rows, track):
             board, name = stats.leaderboard(rows, track, selection), f"{slug(track)}-{selection}"
             caption = _caption(rows, title, track, selection)
-            tests = "" if board.empty or selection == "oracle" else f"\n{rank_words(rows, track, selection)}\n"
+            tests = "" if board.empty or selection in stats.HINDSIGHT else f"\n{rank_words(rows, track, selection)}\n"
             note = f"{markdown(caption)}\n\n{markdown(_NOTES)}\n"
             put(
                 f"leaderboard-{name}.md",
@@ -792,7 +862,7 @@ def write_tables(rows: pd.DataFrame, curves: pd.DataFrame, timings: pd.DataFrame
             )
             detail = (
                 f"# {head}every attack, {markdown(track)}, {selection}\n\nACC / ASR / RA in percent: mean ± sample standard "
-                f"deviation over all seeds. Columns marked *not implanted* are shown and never aggregated.\n\n"
+                f"deviation over all seeds. Columns marked *not implanted* or *adversarial* are shown and never aggregated.\n\n"
                 f"{_detail(rows, track, selection)}\n{note}"
             )
             put(f"attacks-{name}.md", detail)
@@ -802,6 +872,15 @@ def write_tables(rows: pd.DataFrame, curves: pd.DataFrame, timings: pd.DataFrame
                     f"# {head}triggers that need the attacked model, {markdown(track)}, {selection}\n\n{_PROTOCOL_NOTES}\n\n"
                     f"{protocols}"
                 ))  # fmt: skip
+        quiet, judged = stats.stealthy(rows), stats.headline(rows, track)
+        if 0 < stats.scenarios(quiet)["implanted"].sum() < stats.scenarios(rows)["implanted"].sum():
+            board, name = stats.leaderboard(quiet, track, judged), f"{slug(track)}-{judged}-stealthy"
+            caption = _caption(quiet, f"{plain(title)}, without attacks that cost ACC", track, judged)
+            put(f"leaderboard-{name}.md", (
+                f"# {head}leaderboard, {markdown(track)}, {judged}, stealthy attacks only\n\n{leaderboard_markdown(board, track)}\n"
+                f"{markdown(caption)}\n\n{markdown(_NOTES)}\n"
+            ))  # fmt: skip
+            put(f"leaderboard-{name}.csv", _leaderboard_csv(board, quiet, track, judged))
         name = slug(track)
         caption = _caption(rows, f"{plain(title)}: what the defender was given", track, stats.headline(rows, track))
         put(f"given-{name}.md", (
@@ -821,20 +900,21 @@ def write_tables(rows: pd.DataFrame, curves: pd.DataFrame, timings: pd.DataFrame
                 f"{_detectors(singled, track)}\n{gate_words(rows)}.\n"
             ))  # fmt: skip
             put(f"detectors-{name}.csv", csv_text(singled.assign(track=track)[["track", *singled.columns]]))
-    columns = [*stats.WORLD, "rate", "realised_rate", "label_mode", "target", "acc_benign", "acc_undefended", "asr_undefended",
-               "ra_undefended", "implanted", "gate"]  # fmt: skip
+    columns = [*stats.WORLD, "rate", "realised_rate", "label_mode", "target", "acc_benign", "asr_benign", "acc_undefended",
+               "asr_undefended", "ra_undefended", "effect", "acc_loss", "acc_loss_se", "implanted", "gate"]  # fmt: skip
     victims = rows[rows["attack"] != stats.NO_ATTACK].drop_duplicates(stats.WORLD)
     put("attack-validity.csv", csv_text(victims[columns]))
     put("attack-validity.md", (
-        f"# {head}did the attacks work?\n\nThe undefended models, one figure per seed. Gate: ASR at least "
-        f"{100 * IMPLANTED_ASR:g} % and ACC at most {100 * MAX_ACC_LOSS:g} points below the benign twin (same data, "
-        "backbone, recipe and seed, no attack). A scenario is implanted when "
-        f"more than half of its seeds pass; only those seeds enter aggregates. {gate_words(rows)}.\n\n{validity_markdown(rows)}"
+        f"# {head}did the attacks work?\n\nThe undefended models. Gate: {GATE_WORDS}. Only implanted scenarios enter a rank or a "
+        "mean. "
+        f"{gate_words(rows)}.\n\n{validity_markdown(rows)}"
     ))  # fmt: skip
     put("selection-gap.md", (
-        f"# {head}what choosing with the test set is worth\n\nMeans over implanted scenarios. A positive gap is ASR that an "
-        f"honest choice leaves and the oracle, which has seen the test set, does not; 95 % bootstrap intervals, paired by attacked "
-        f"model.\n\n{_gap_table(rows)}"
+        f"# {head}what choosing with the test set is worth\n\nMeans over implanted scenarios. RA gap: RA of the oracle minus RA "
+        "of the "
+        "rule; no rule can have a gap below 0. ASR leak: ASR of the rule minus ASR under the leaky rule, which took the test ASR "
+        "to "
+        f"choose. 95 % bootstrap intervals, paired by attacked model.\n\n{_gap_table(rows)}"
     ))  # fmt: skip
     printed = [(track, one) for track in stats.tracks(rows) for one in published.comparisons(rows, track)]
     if printed:

@@ -9,17 +9,22 @@ masks are pruned.
 Needs: model, clean budget. Edits: gamma of batch-norm channels (beta stays, so a pruned channel becomes a constant), weight row and
 bias of convs without a norm and of the head's hidden units (scope HEAD: these alone, features frozen in evaluation mode).
 Dial: threshold on m, over all layers jointly; m <= threshold is pruned. Default 0.2 (ours, following secondary sources: the
-released script prints a sweep and leaves the choice to the reader).
+released script prints a sweep and leaves the choice to the reader). With ``by="number"`` it is the number of units, those of the
+smallest masks first, as the released script's second sweep.
+Knob: the perturbations' bound eps. At the published 0.4 no mask of a narrow network stays above any threshold and pruning wrecks
+it;
+smaller bounds are tried, too, and the rule that chooses along the dial chooses among them.
 Deviations from the paper: the head's hidden units, which its victims do not have, are masked too. ``project=False`` is the released
-code, where a random start plus one sign step reaches 2 eps; ``project=True`` is the constraint as written.
+code, where a random start plus one sign step reaches 2 eps; ``project=True`` is the constraint as written. Batches are cropped and
+flipped as the victim's recipe says (the released code: always a crop by 4 and flips).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -78,11 +83,16 @@ class ANP(Defense):
             0.2, 0.9, 2000, 128; BackdoorBench runs lr 0.01).
         project: keep the perturbations within eps (authors' code: no).
         grid: thresholds at which models are offered (authors' code: 0 to 0.9 by 0.05).
+        radii: further values of eps to be tried, below it (ours).
+        by: ``threshold``, or ``number`` of units (authors' code has both). number: default of that dial; step, most: it is offered
+        every
+            ``step`` units up to ``most`` or all (authors' code: 20 and 1000; the default of 20 is its first step).
     """
 
     name: ClassVar[str] = "anp"
+    revision: ClassVar[int] = 2  # 2: further radii
+    knob_name: ClassVar[str] = "bound of the perturbations"
     scopes: ClassVar[tuple[Scope, ...]] = (Scope.HEAD, Scope.WHOLE)
-    dial_name: ClassVar[str] = "threshold on the mask"
     writer: ClassVar[Writer | None] = Writer.GAMMA
 
     threshold: float = 0.2
@@ -95,6 +105,11 @@ class ANP(Defense):
     batch: int = 128
     project: bool = False
     grid: tuple[float, ...] = tuple(round(0.05 * step, 2) for step in range(19))
+    radii: tuple[float, ...] = (0.2, 0.1, 0.05)
+    by: Literal["threshold", "number"] = "threshold"
+    number: int = 20
+    step: int = 20
+    most: int = 1000
 
     def __post_init__(self) -> None:
         check(self, "threshold", 0 <= self.threshold <= 1, "in [0, 1]")
@@ -106,10 +121,28 @@ class ANP(Defense):
         check(self, "iterations", 0 <= self.iterations <= 1_000_000, "between 0 and 1000000")
         check(self, "batch", 2 <= self.batch <= 65_536, "between 2 and 65536 samples")
         check(self, "grid", all(0 <= value <= 1 for value in self.grid), "thresholds in [0, 1]")
+        check(self, "radii", all(0 <= value <= 10 for value in self.radii), "values between 0 and 10")
+        check(self, "by", self.by in ("threshold", "number"), "'threshold' or 'number'")
+        check(self, "number", 0 <= self.number <= 1_000_000, "between 0 and 1000000 units")
+        check(self, "step", 1 <= self.step <= 1_000_000, "between 1 and 1000000 units")
+        check(self, "most", 0 <= self.most <= 1_000_000, "between 0 and 1000000 units")
 
     @property
     def needs(self) -> Knowledge:
         return Knowledge.MODEL | Knowledge.CLEAN
+
+    @property
+    def dial_name(self) -> str:  # type: ignore[override]
+        return "threshold on the mask" if self.by == "threshold" else "units pruned"
+
+    @property
+    def knob(self) -> float:
+        return self.eps
+
+    @property
+    def knobs(self) -> tuple[ANP, ...]:
+        smaller = sorted({radius for radius in self.radii if radius < self.eps}, reverse=True)
+        return (self, *(replace(self, eps=radius, radii=()) for radius in smaller))
 
     def learn(self, net: Network, layers: Sequence[UnitLayer], view: DefenderView) -> Tensor:
         """Masks float (units of all layers,) in [0, 1]. The weights of ``net`` stay; its running statistics may drift."""
@@ -156,7 +189,18 @@ class ANP(Defense):
             raise Inapplicable("the clean budget is empty: masks cannot be learned")
         learned = self.learn(view.model, layers, view)
         ends = [0, *accumulate(layer.size for layer in layers)]
-        parts = {layer.name: learned[start:end] for layer, (start, end) in zip(layers, pairwise(ends), strict=True)}
+        names = [layer.name for layer in layers]
+
+        def masks(pruned: Tensor) -> dict[str, Tensor]:
+            return {name: pruned[start:end] for name, (start, end) in zip(names, pairwise(ends), strict=True)}
+
+        if self.by == "number":
+            order = torch.argsort(learned, stable=True)
+            for number in sorted({min(count, len(order)) for count in (self.number, *range(0, self.most + 1, self.step))}):
+                pruned = torch.zeros(len(order), dtype=torch.bool)
+                pruned[order[:number]] = True
+                default = number == min(self.number, len(order))
+                yield pruned_candidate(model, masks(pruned), Writer.GAMMA, float(number), default)
+            return
         for threshold in sorted({self.threshold, *self.grid}):
-            masks = {name: part <= threshold for name, part in parts.items()}
-            yield pruned_candidate(model, masks, Writer.GAMMA, threshold, threshold == self.threshold)
+            yield pruned_candidate(model, masks(learned <= threshold), Writer.GAMMA, threshold, threshold == self.threshold)

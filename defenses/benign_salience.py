@@ -10,8 +10,9 @@ Needs: model, clean budget. Edits: every weight; penalised are entries of convs 
 Dial: none; the last epoch is the result.
 Deviations from the paper: the formulas are read off its abstract and the authors' code, with the code's slips mended. The penalty
 spares entries that are not selected, and shrinks weights below -1 too; the least salient entries are selected, as the text says,
-not the most; salience is taken from the cross-entropy alone. The code penalises the output layer and moves all weights; here the
-scope decides both. Ours: the warm start in evaluation mode on images as they are, ``r_max``, and that neurons of the output layer,
+not the most; salience is taken from the cross-entropy alone. The code penalises the output layer and moves all weights
+(``penalised="last"``); by default the scope decides both, since the text speaks of neurons everywhere. Ours: the warm start in
+evaluation mode on images as they are, ``r_max``, and that neurons of the output layer,
 which are classes, are never penalised.
 """
 
@@ -125,6 +126,7 @@ class BenignSalience(Defense):
     """Settings of the salience, of the penalty and of the fine-tuning under it.
 
     Attributes:
+        penalised: entries of every layer in scope (``scope``, ours) or of the output layer alone (``last``, authors' code).
         granularity: what is ranked and penalised: single entries (``param``, authors' code) or neurons (``neuron``, the text).
         alpha_reg: weight of the penalty, a sum over the selected entries (authors' code).
         eta: memory of the salience's running average, in [0, 1) (authors' code).
@@ -136,6 +138,7 @@ class BenignSalience(Defense):
     name: ClassVar[str] = "benign-salience"
     scopes: ClassVar[tuple[Scope, ...]] = (Scope.HEAD, Scope.WHOLE)
 
+    penalised: Literal["scope", "last"] = "scope"
     granularity: Granularity = "param"
     alpha_reg: float = 0.01
     eta: float = 0.9
@@ -146,6 +149,9 @@ class BenignSalience(Defense):
     batch: int = 128
 
     def __post_init__(self) -> None:
+        check(self, "penalised", self.penalised in ("scope", "last"), "'scope' or 'last'")
+        neurons = self.penalised == "last" and self.granularity == "neuron"
+        check(self, "penalised", not neurons, "'scope' with granularity 'neuron': the output layer's neurons are classes")
         check(self, "granularity", self.granularity in ("param", "neuron"), "'param' or 'neuron'")
         check(self, "alpha_reg", 0 <= self.alpha_reg <= 1000, "between 0 and 1000")
         check(self, "eta", 0 <= self.eta < 1, "in [0, 1)")
@@ -164,7 +170,7 @@ class BenignSalience(Defense):
         return min(self.r_max, self.beta + (1 - self.beta) * epoch / self.epochs)
 
     def entries(self, net: Network, scope: Scope) -> dict[str, nn.Parameter]:
-        """Weights and biases of the convs and linear layers in scope, by name; without the output layer for neurons.
+        """Weights and biases of the penalised convs and linear layers, by name; without the output layer for neurons.
 
         Raises:
             Inapplicable: nothing is left.
@@ -174,7 +180,7 @@ class BenignSalience(Defense):
             for name, module in net.named_modules()
             if isinstance(module, (nn.Conv2d, nn.Linear)) and (scope is Scope.WHOLE or name.startswith("head."))
         ]
-        kept = layers if self.granularity == "param" else layers[:-1]
+        kept = layers[-1:] if self.penalised == "last" else layers if self.granularity == "param" else layers[:-1]
         if not kept:
             raise Inapplicable("no neurons to penalise at scope 'head': it is a single linear layer, whose units are classes")
         return {f"{name}.{key}": entry for name, module in kept for key, entry in module.named_parameters(recurse=False)}

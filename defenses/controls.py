@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -81,6 +81,10 @@ class RandomPruning(Defense):
             if field not in known:
                 raise BadInput(f"{self.name}: {self.like} has no setting {field!r}{nearest(field, known)}")
         return kind(**settings)
+
+    def spec(self) -> dict[str, Any]:
+        """With the imitated method's own settings and revision: where that one changes, so does this."""
+        return {**super().spec(), "imitated": self.imitated().spec()}
 
     @property
     def needs(self) -> Knowledge:

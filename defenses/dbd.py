@@ -7,8 +7,10 @@ hardly move. What fits the head well keeps its label, the rest loses it, and the
 Needs: poisoned training set. Edits: everything; the model is new, of the victim's architecture. Dial: none.
 Deviations from the paper: the numbers are the authors' code's. The extractor's running statistics stay as SimCLR left them while
 the head is trained (the code lets them drift); losses are recorded on images as they are (the code: augmented); the crop is the
-victim's, zero-padded (the code: reflected). Where the victim's head is an MLP, so is this one's. What is reported as isolated is
-the unlabelled side of the last split, half of the set by design.
+victim's, zero-padded (the code: reflected). MixMatch starts with a fresh Adam (the code: one Adam from the head's training on). The
+extractor is the last epoch's (the code's fine-tuning loads epoch 100 of a cosine over 1,000). Where the victim's head is an MLP,
+so is
+this one's. What is reported as isolated is the unlabelled side of the last split, half of the set by design.
 """
 
 from __future__ import annotations
@@ -29,7 +31,10 @@ from models.mixmatch import MixMatch
 from models.spec import check, derive_seed
 from models.training import Recipe, fit, logits
 
-__all__ = ["DBD", "symmetric_cross_entropy"]
+__all__ = ["DBD", "HEAD_START", "symmetric_cross_entropy"]
+
+HEAD_START = 10 / 190
+"""Share of the ramp of Lu that counts as passed when MixMatch starts (authors' code)."""
 
 
 def symmetric_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -57,11 +62,13 @@ class DBD(Defense):
         clean_share: share of the set that keeps its labels; it must not exceed the share that is clean.
         semi_epochs: of MixMatch; the set is split anew before each. iterations: steps per epoch. semi_batch: labelled samples per
             step, and as many unlabelled ones.
-        sharpen, mixup, unlabelled_weight: MixMatch's temperature, Beta parameter and final weight of Lu, which it reaches after
-            ``semi_epochs``, the head's epochs included.
+        sharpen, mixup, unlabelled_weight: MixMatch's temperature, Beta parameter and final weight of Lu. The weight grows linearly
+        from
+            10/190 of it, whatever the length (authors' code: MixMatch begins in epoch 10 of a ramp of 190).
     """
 
     name: ClassVar[str] = "dbd"
+    revision: ClassVar[int] = 2  # 2: the ramp of Lu keeps its shape in shortened schedules
 
     ssl_epochs: int = 1000
     ssl_batch: int = 512
@@ -122,7 +129,7 @@ class DBD(Defense):
         recipe = self.recipe(view, self.semi_epochs, self.semi_batch)
         module = MixMatch(
             net, recipe, self.split, iterations=self.iterations, sharpen=self.sharpen, mixup=self.mixup,
-            weight=self.unlabelled_weight, ramp=self.semi_epochs, head_start=self.head_epochs,
+            weight=self.unlabelled_weight, ramp=self.semi_epochs, head_start=self.semi_epochs * HEAD_START,
         )  # fmt: skip
         fit(module, data, recipe, derive_seed(view.seed, "dbd", "semi"))
         yield Candidate(net.requires_grad_(True).eval(), isolated=~module.labelled)

@@ -4,8 +4,8 @@
 A pruning-aware attacker can hide the backdoor in units that clean inputs use, so pruning alone fails. Fine-tuning alone fails too,
 because clean samples give no gradient to silent units. Hence both, in that order: prune the silent units, then fine-tune the rest.
 
-Needs: model, clean budget. Edits: the units of the last convolution, then every weight (scope HEAD: the head's hidden units, then
-the head). Dial: share of units pruned; default = the share at which :mod:`defenses.pruning` stops.
+Needs: model, clean budget. Edits: the channels that the classifier reads, then every weight (scope HEAD: the head's hidden units,
+then the head). Dial: share of units pruned; default = the share at which :mod:`defenses.pruning` stops.
 Deviations from the paper: those of :mod:`defenses.pruning` and :mod:`defenses.fine_tuning`; pruned units, norm offset included, are
 held at exactly zero after every step.
 """
@@ -18,7 +18,7 @@ from typing import ClassVar
 
 from defenses.base import Candidate, DefenderView, Scope, pruned_candidate
 from defenses.fine_tuning import FineTuning
-from defenses.pruning import Pruning, clean_activations, steps, stop
+from defenses.pruning import Pruning, Site, clean_activations, steps, stop
 from models.spec import check
 from models.units import Writer
 
@@ -30,25 +30,27 @@ class FinePruning(FineTuning):
     """Settings of the fine-tuning, and of the pruning before it.
 
     Attributes:
-        tau, levels: as in :class:`defenses.pruning.Pruning`.
+        tau, levels, site: as in :class:`defenses.pruning.Pruning`.
         shares: further shares to prune and fine-tune at, each in [0, 1); every one costs a whole fine-tuning (ours: none).
     """
 
     name: ClassVar[str] = "fine-pruning"
+    revision: ClassVar[int] = 2  # 2: cuts where the classifier reads
     scopes: ClassVar[tuple[Scope, ...]] = (Scope.HEAD, Scope.WHOLE)
     dial_name: ClassVar[str] = "share of units pruned"
 
     tau: float = 0.04
     levels: tuple[float, ...] = Pruning.levels
     shares: tuple[float, ...] = ()
+    site: Site = Pruning.site
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        Pruning(self.tau, self.levels)
+        Pruning(self.tau, self.levels, self.site)
         check(self, "shares", all(0 <= share < 1 for share in self.shares), "shares in [0, 1)")
 
     def candidates(self, view: DefenderView) -> Iterator[Candidate]:
-        activations = clean_activations(view)
+        activations = clean_activations(view, self.site)
         ladder = steps(activations, self.levels)
         default = stop(view, ladder, self.tau)
         wanted = {default: ladder[default], **steps(activations, self.shares)}

@@ -60,7 +60,8 @@ class HID(Defense):
         rounds: of head, pruning, split and semi-supervised training; it ends sooner once less than ``settled`` of the samples
             change sides (ours).
         hidden: sizes of the head's hidden layers (ours). head_epochs, head_lr, head_batch: of Adam on cached features (ours).
-        alpha, rule, u, share, max_pairs, grid: as in :class:`defenses.holder_pruning.HolderPruning`.
+        alpha, rule, u, share, max_pairs, grid: as in :class:`defenses.holder_pruning.HolderPruning`; ``rule="none"`` leaves the
+            pruning out, so that what it adds can be seen (ours).
         clean_share: of every label's samples, those that may be taken for clean (ours, as DBD's half of the set).
         semi_epochs: passes of MixMatch over the clean samples, each round (ours). semi_batch, semi_lr: labelled samples per step,
             as many unlabelled ones, and Adam's rate (DBD's authors' code).
@@ -69,6 +70,7 @@ class HID(Defense):
     """
 
     name: ClassVar[str] = "hid"
+    revision: ClassVar[int] = 2  # 2: the note says what every round pruned
     dial_name: ClassVar[str] = "share of units pruned"
 
     ssl_epochs: int = 1000
@@ -82,7 +84,7 @@ class HID(Defense):
     head_lr: float = 1e-3
     head_batch: int = 256
     alpha: float = HolderPruning.alpha
-    rule: Literal["density", "mean-std", "top-p"] = "density"
+    rule: Literal["density", "mean-std", "top-p", "none"] = "density"
     u: float = HolderPruning.u
     share: float = HolderPruning.share
     max_pairs: int = HolderPruning.max_pairs
@@ -102,7 +104,7 @@ class HID(Defense):
         check(self, "head_epochs", 0 <= self.head_epochs <= 10_000, "between 0 and 10000")
         check(self, "head_lr", 0 <= self.head_lr <= 10, "between 0 and 10")
         check(self, "head_batch", 1 <= self.head_batch <= 65_536, "between 1 and 65536 samples")
-        check(self, "rule", self.rule in ("density", "mean-std", "top-p"), "one of density, mean-std, top-p")
+        check(self, "rule", self.rule in ("density", "mean-std", "top-p", "none"), "one of density, mean-std, top-p, none")
         check(self, "clean_share", 0 < self.clean_share <= 1, "a share in (0, 1]")
         check(self, "sharpen", 0 < self.sharpen <= 1, "in (0, 1]")
         check(self, "mixup", 0 < self.mixup <= 100, "positive, at most 100")
@@ -120,8 +122,9 @@ class HID(Defense):
 
     @property
     def pruner(self) -> HolderPruning:
-        """The inner step, under these settings."""
-        return HolderPruning(alpha=self.alpha, rule=self.rule, u=self.u, share=self.share, max_pairs=self.max_pairs, grid=self.grid)
+        """The inner step, under these settings; without one, whose rule it has does not matter."""
+        rule = "density" if self.rule == "none" else self.rule
+        return HolderPruning(alpha=self.alpha, rule=rule, u=self.u, share=self.share, max_pairs=self.max_pairs, grid=self.grid)
 
     @property
     def semi(self) -> Recipe:
@@ -136,12 +139,14 @@ class HID(Defense):
         frozen = copy.deepcopy(net).to(default_device()).eval().requires_grad_(False)
         return self.pruner.estimate(frozen, prunable(frozen, Scope.HEAD), data.subset(drawn.sort().values))
 
-    def pruned(self, net: Network, data: ImageSet, seed: int) -> Network:
+    def pruned(self, net: Network, data: ImageSet, seed: int) -> Candidate:
         """``net`` pruned as the rule says."""
+        if self.rule == "none":
+            return Candidate(net)
         defaults = replace(self.pruner, grid=())
-        return next(defaults.offered(net, self.constants(net, data, seed))).model
+        return next(defaults.offered(net, self.constants(net, data, seed)))
 
-    def split(self, net: Network, data: ImageSet, seed: int) -> tuple[Network, Tensor]:
+    def split(self, net: Network, data: ImageSet, seed: int) -> tuple[Candidate, Tensor]:
         """A fresh head on ``net``'s features, trained on the labels as given and pruned; and who is taken for clean, bool (N,)."""
         z = embeddings(net, data)
         head = mlp(z.shape[1], self.hidden, data.num_classes, derive_seed(seed, "head"))
@@ -149,7 +154,7 @@ class HID(Defense):
         fit_head(head, z, data.labels, epochs=self.head_epochs, lr=self.head_lr, batch=self.head_batch, seed=own)
         pruned = self.pruned(Network(net.normalise, net.features, head).eval(), data, seed)
         with torch.no_grad():
-            logits = pruned.head(z)
+            logits = pruned.model.head(z)
         return pruned, clean_split(logits, data.labels, self.clean_share)
 
     def semi_supervised(self, net: Network, recipe: Recipe, clean: Tensor) -> MixMatch:
@@ -167,19 +172,25 @@ class HID(Defense):
         recipe = replace(self.semi, crop=view.recipe.crop, flip=view.recipe.flip, precision=view.recipe.precision)
         net = view.extract(self.extractor)
         clean, done = torch.zeros(len(data), dtype=torch.bool), 0
+        counts: list[int] = []
         for number in range(self.rounds):
             seed = derive_seed(view.seed, "hid", "round", number)
             proposed, found = self.split(net, data, seed)
             moved = float((found != clean).double().mean())
             if number and moved < self.settled:
                 break
-            net, clean, done = proposed, found, number + 1
+            net, clean, done = proposed.model, found, number + 1
+            counts.append(proposed.pruned)
             if min(int(clean.sum()), int((~clean).sum())) < 2:
                 break
             module = self.semi_supervised(net, recipe, clean)
             fit(module, data, recipe, derive_seed(seed, "semi"))
         net = net.requires_grad_(True).eval()
-        scores = self.constants(net, data, derive_seed(view.seed, "hid", "last"))
-        note = f"{done} rounds; {int(clean.sum())} of {len(data)} samples taken for clean"
-        for candidate in self.pruner.offered(net, scores):
+        units = sum(layer.size for layer in prunable(net, Scope.HEAD))
+        steps = "nothing pruned by setting" if self.rule == "none" else f"pruned {' and '.join(map(str, counts))} of {units} units"
+        note = f"{done} rounds; {steps}; {int(clean.sum())} of {len(data)} samples taken for clean"
+        if self.rule == "none":
+            yield Candidate(net, isolated=~clean, note=note)
+            return
+        for candidate in self.pruner.offered(net, self.constants(net, data, derive_seed(view.seed, "hid", "last"))):
             yield replace(candidate, isolated=~clean, note=note)

@@ -9,9 +9,11 @@ fine-tuning follows.
 Needs: model, and for the FGSM pairs the poisoned training set with its given labels (``pairs="train"``, as in the paper) or the
 clean budget; with ``estimator="weight-bound"`` the model alone. Edits: the head's hidden units (scope WHOLE: every unit).
 Dial: share of units pruned, per layer; default = what ``rule`` prunes.
-Deviations from the paper: its text was not available in full. From public text: the estimator, FGSM, alpha = 0.5, pruning of high
-constants, a threshold "by analysing the density distribution". Ours: eps, the density rule made automatic (no labels, no attack
-success), and the options.
+Deviations from the paper: its text was not available in full. From public text: the estimator, FGSM, alpha = 0.5, pruning of the p
+units of highest constant (its Algorithm 2), and in an appendix a threshold "by analysing the density distribution". Ours: eps, p (a
+tenth of a layer), and the options. The density rule made automatic (``rule="density"``; no labels, no attack success) was the
+default
+before: where a density has no valley it prunes nothing, so that the method left nearly every model as it was.
 
 Alpha cannot matter where all distances are equal: at one fixed ``eps`` without clipping, ``||a - b||`` is the same for every pair,
 so ``H(alpha) = H(1) * const``, and no scale-free rule (all but ``fixed``) can tell one alpha from another. Clipping, several
@@ -119,7 +121,8 @@ class HolderPruning(Defense):
         estimator: where FGSM perturbs, the head's input (``feature-fgsm``; ours) or the image (``pixel-fgsm``), or no data at all
             (``weight-bound``: the Lipschitz bound L. On a bounded domain of diameter D a unit is Hölder with L D^(1 - alpha); D is
             common to a layer, so it never changes the ranking and is set to 1).
-        rule: default of the dial: ``density`` (our automatic reading of the paper), ``mean-std`` (CLP's), ``top-p``, ``fixed``.
+        rule: default of the dial: ``top-p`` (paper, Algorithm 2), ``density`` (our automatic reading of its appendix), ``mean-std``
+            (CLP's), ``fixed``.
         u: of mean-std, and of density where no valley exists (CLP: 3). share: of top-p (ours). threshold: of fixed.
         eps: FGSM step; None = 0.1 * median feature norm / sqrt(d) in feature space, 8/255 in pixels (ours).
         radii: multiples of eps; the constant is the largest over all of them (ours: one).
@@ -130,13 +133,14 @@ class HolderPruning(Defense):
     """
 
     name: ClassVar[str] = "holder-pruning"
+    revision: ClassVar[int] = 2  # 2: the published rule, top-p, is the default
     scopes: ClassVar[tuple[Scope, ...]] = (Scope.HEAD, Scope.WHOLE)
     dial_name: ClassVar[str] = "share of units pruned"
     writer: ClassVar[Writer | None] = Writer.OUTPUT
 
     alpha: float = 0.5
     estimator: Literal["feature-fgsm", "pixel-fgsm", "weight-bound"] = "feature-fgsm"
-    rule: Literal["density", "mean-std", "top-p", "fixed"] = "density"
+    rule: Literal["density", "mean-std", "top-p", "fixed"] = "top-p"
     u: float = 3.0
     share: float = 0.1
     threshold: float | None = None

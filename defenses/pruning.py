@@ -1,21 +1,29 @@
 """Activation pruning: the first half of Liu, Dolan-Gavitt and Garg, "Fine-Pruning", RAID 2018, arXiv 1805.12185.
 
-A backdoor is thought to live in units that clean inputs leave silent. The units of the last convolution are sorted by their mean
-activation on clean samples and pruned in ascending order. Pruning goes on until accuracy on held-out clean samples gives way.
+A backdoor is thought to live in units that clean inputs leave silent. The last channels are sorted by their mean activation on
+clean
+samples and pruned in ascending order. Pruning goes on until accuracy on held-out clean samples gives way.
 
-Needs: model, clean budget. Edits: the units of the last convolution (of the head's hidden layers at scope HEAD).
+Needs: model, clean budget. Edits: the channels that the classifier reads (``site="last-conv"``: the units of the last convolution;
+at
+scope HEAD the head's hidden layers).
 Dial: share of those units pruned; default = the largest whose validation accuracy is within ``tau`` of the victim's.
 Deviations from the paper: the released code fixes the number of pruned units by hand for each network; the tolerance ``tau`` and
-the stop on a validation part of the same clean budget are ours (BackdoorBench stops on test accuracy). In residual nets "the last
-convolution" is the last one larger than 1x1, with its norm, measured before the shortcut is added: the shortcut itself stays. With
-several hidden layers in the head, each is sorted by itself.
+the stop on a validation part of the same clean budget are ours (BackdoorBench stops on test accuracy). The paper prunes the last
+convolution of networks without shortcuts, where it is what the classifier reads. In a residual network it is not: the last block's
+shortcut is added behind it and carries a trigger past what is pruned. So the cut is made where the classifier reads, as in
+BackdoorBench's code, on activations after ReLU and before pooling. ``last-conv`` is the paper to the letter: in residual networks
+the last
+convolution larger than 1x1, with its norm, measured before the shortcut is added. With several hidden layers in the head, each is
+sorted
+by itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,17 +33,21 @@ from models.backbone import Network
 from models.images import to_float
 from models.spec import check
 from models.training import accuracy, default_device
-from models.units import Masks, Scores, UnitLayer, Writer, capture, largest_within, prune
+from models.units import Masks, Scores, UnitLayer, Writer, capture, embedding_layer, largest_within, prune
 
-__all__ = ["Pruning", "clean_activations", "last_layers", "lowest", "mean_activations", "steps", "stop"]
+__all__ = ["Pruning", "Site", "clean_activations", "last_layers", "lowest", "mean_activations", "steps", "stop"]
+
+Site = Literal["classifier-input", "last-conv"]
 
 
-def last_layers(net: Network, scope: Scope) -> tuple[UnitLayer, ...]:
-    """The last convolution's units (WHOLE), or all hidden layers of the head (HEAD).
+def last_layers(net: Network, scope: Scope, site: Site) -> tuple[UnitLayer, ...]:
+    """The channels that the classifier reads, or the last convolution's units (WHOLE); all hidden layers of the head (HEAD).
 
     Raises:
         Inapplicable: there are none.
     """
+    if scope is Scope.WHOLE and site == "classifier-input":
+        return (embedding_layer(net),)
     layers = prunable(net, scope)
     if scope is Scope.HEAD:
         return layers
@@ -76,7 +88,7 @@ def lowest(activations: Scores, share: float) -> Masks:
     return masks
 
 
-def clean_activations(view: DefenderView) -> Scores:
+def clean_activations(view: DefenderView, site: Site) -> Scores:
     """Mean activation of the units this method prunes, on the clean budget: float64 (units,) by layer name.
 
     Raises:
@@ -85,7 +97,7 @@ def clean_activations(view: DefenderView) -> Scores:
     net = view.model.to(default_device())
     if not len(view.clean) or not len(view.validation):
         raise Inapplicable("both parts of the clean budget must hold samples: one to measure activations on, one to stop on")
-    return mean_activations(net, last_layers(net, view.scope), view.clean.images)
+    return mean_activations(net, last_layers(net, view.scope, site), view.clean.images)
 
 
 def steps(activations: Scores, shares: Sequence[float]) -> dict[float, Masks]:
@@ -112,20 +124,24 @@ class Pruning(Defense):
     Attributes:
         tau: tolerated drop of validation accuracy, a share in [0, 1] (ours: 0.04, one tolerance for all methods).
         levels: shares at which models are offered, ascending, each in [0, 1) (ours).
+        site: of the cut at scope WHOLE: ``classifier-input`` (BackdoorBench's code) or ``last-conv`` (paper).
     """
 
     name: ClassVar[str] = "pruning"
+    revision: ClassVar[int] = 2  # 2: cuts where the classifier reads
     scopes: ClassVar[tuple[Scope, ...]] = (Scope.HEAD, Scope.WHOLE)
     dial_name: ClassVar[str] = "share of units pruned"
     writer: ClassVar[Writer | None] = Writer.OUTPUT
 
     tau: float = 0.04
     levels: tuple[float, ...] = tuple(round(0.05 * step, 2) for step in range(20))
+    site: Site = "classifier-input"
 
     def __post_init__(self) -> None:
         check(self, "tau", 0 <= self.tau <= 1, "a share in [0, 1]")
         ascending = list(self.levels) == sorted(set(self.levels))
         inside = all(0 <= level < 1 for level in self.levels)
+        check(self, "site", self.site in ("classifier-input", "last-conv"), "'classifier-input' or 'last-conv'")
         check(self, "levels", ascending and inside and 0 in self.levels, "ascending shares in [0, 1), beginning with 0")
 
     @property
@@ -133,7 +149,7 @@ class Pruning(Defense):
         return Knowledge.MODEL | Knowledge.CLEAN
 
     def candidates(self, view: DefenderView) -> Iterator[Candidate]:
-        ladder = steps(clean_activations(view), self.levels)
+        ladder = steps(clean_activations(view, self.site), self.levels)
         default = stop(view, ladder, self.tau)
         model = view.model
         for share, masks in ladder.items():

@@ -3,7 +3,9 @@
 score -> order -> threshold policy -> mask -> writer. A method brings its score; everything else stands here once.
 
 Units are the channels of every batch norm, of every conv that feeds no batch norm, and the hidden units of the head. Output units
-are classes and never prunable. Which convs a norm normalises is read from the data flow (``torch.fx``), so that pre-activation
+are classes and never prunable. What the classifier reads, the channels of the embedding, is a layer of its own
+(:func:`embedding_layer`)
+for methods that cut there. Which convs a norm normalises is read from the data flow (``torch.fx``), so that pre-activation
 nets, whose norms stand before the conv and may normalise a residual sum, are paired by meaning and not by the order of
 registration. ``pairing="registration"`` is the other convention, "the last conv registered before this norm", as in CLP's and
 BackdoorBench's released code; it is right for conv-norm nets and wrong on 7 of the 16 norms of PreAct-ResNet-18.
@@ -23,10 +25,11 @@ import torch
 from scipy.stats import gaussian_kde
 from torch import Tensor, fx, nn
 
-from models.backbone import Network
+from models.backbone import GlobalAverage, Network
 
 __all__ = [
-    "Leaves", "Masks", "Pairing", "Policy", "Scope", "Scores", "UnitLayer", "Writer", "capture", "density_valley", "fixed", "hold",
+    "EMBEDDING", "Leaves", "Masks", "Pairing", "Policy", "Scope", "Scores", "UnitLayer", "Writer", "capture", "density_valley",
+    "embedding_layer", "fixed", "hold",
     "largest_within", "mean_std", "prune", "select", "top_share", "unit_layers", "weight_bounds",
 ]  # fmt: skip
 
@@ -39,6 +42,10 @@ Policy = Callable[[Tensor], Tensor]
 """Scores of one layer, float (units,) -> mask, bool (units,)."""
 
 
+EMBEDDING = "embedding"
+"""Name of the layer whose units are the channels of the embedding: no module, but the columns of the head's first weight."""
+
+
 class Scope(enum.Enum):
     """Which weights a defense may edit: those of the head, or the whole network's."""
 
@@ -48,7 +55,8 @@ class Scope(enum.Enum):
 
 class Writer(enum.Enum):
     """What pruning writes into a norm: GAMMA = 0 alone (the channel becomes the constant beta; ANP, RNP), GAMMA_BETA = 0 (the
-    channel becomes 0; CLP). Units of convs and linear layers have no such choice: row and bias become 0 (OUTPUT)."""
+    channel becomes 0; CLP). Units of convs and linear layers have no such choice: row and bias become 0 (OUTPUT). A channel of the
+    embedding is cut by a zero column of the weight that reads it, whatever the writer."""
 
     GAMMA = "gamma"
     GAMMA_BETA = "gamma+beta"
@@ -60,13 +68,14 @@ class UnitLayer:
     """One layer's prunable units.
 
     Attributes:
-        name: dotted path of the module in the network. kind: ``norm``, ``conv`` or ``linear``. size: number of units.
+        name: dotted path of the module in the network, or ``embedding``. kind: ``norm``, ``conv``, ``linear`` or ``input`` (of the
+            classifier). size: number of units.
         head: whether it stands in the head.
         writers: dotted paths of the convs whose (summed) output a norm normalises; for a conv or linear layer, itself.
     """
 
     name: str
-    kind: Literal["norm", "conv", "linear"]
+    kind: Literal["norm", "conv", "linear", "input"]
     size: int
     head: bool
     writers: tuple[str, ...]
@@ -142,6 +151,13 @@ def unit_layers(net: Network, scope: Scope = Scope.WHOLE, pairing: Pairing = "da
     return tuple(layers)
 
 
+def embedding_layer(net: Network) -> UnitLayer:
+    """The channels of the embedding as units: what the classifier reads, after every shortcut has been added."""
+    first = net.head[0]
+    assert isinstance(first, nn.Linear)
+    return UnitLayer(EMBEDDING, "input", first.in_features, False, ())
+
+
 # -- scores shared by several methods ------------------------------------------------------------------------------------------
 
 
@@ -175,8 +191,14 @@ def weight_bounds(net: Network, layers: Sequence[UnitLayer], *, norm_epsilon: bo
 
 @contextmanager
 def capture(net: Network, layers: Sequence[UnitLayer]) -> Iterator[dict[str, Tensor]]:
-    """While open, every forward pass leaves each unit's output after ReLU: (N, units, H, W) or (N, units), by layer name."""
+    """While open, every forward pass leaves each unit's output after ReLU: (N, units, H, W) or (N, units), by layer name.
+
+    Of the embedding's channels it is the map before the global average, where the features end in one.
+    """
     seen: dict[str, Tensor] = {}
+
+    def keep_map(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen[EMBEDDING] = torch.relu(inputs[0])
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -184,7 +206,12 @@ def capture(net: Network, layers: Sequence[UnitLayer]) -> Iterator[dict[str, Ten
 
         return hook
 
-    handles = [net.get_submodule(layer.name).register_forward_hook(keep(layer.name)) for layer in layers]
+    handles = [net.get_submodule(layer.name).register_forward_hook(keep(layer.name)) for layer in layers if layer.kind != "input"]
+    if any(layer.kind == "input" for layer in layers):
+        pools = [module for module in net.features.modules() if isinstance(module, GlobalAverage)]
+        handles.append(
+            pools[-1].register_forward_pre_hook(keep_map) if pools else net.features.register_forward_hook(keep(EMBEDDING))
+        )
     try:
         yield seen
     finally:
@@ -297,6 +324,11 @@ def select(scores: Scores, policy: Policy) -> Masks:
 def hold(net: Network, masks: Mapping[str, Tensor], writer: Writer) -> None:
     """Writes the masks into ``net`` in place; called again after an optimiser step, it keeps pruned units pruned."""
     for name, mask in masks.items():
+        if name == EMBEDDING:
+            first = net.head[0]
+            assert isinstance(first, nn.Linear)
+            first.weight[:, mask.to(first.weight.device)] = 0
+            continue
         module = net.get_submodule(name)
         assert isinstance(module, (nn.BatchNorm2d, nn.Conv2d, nn.Linear))
         pruned = mask.to(module.weight.device)

@@ -10,8 +10,8 @@
   const CROWD = 45; // points of a plane beyond which it has no arrows
   const LIMIT = 60; // lines of a block before "show all"
   const SHARES = [["acc", "ACC"], ["asr", "ASR"], ["ra", "RA"], ["d_acc", "dACC"]];
-  const SELECTIONS = ["validation", "default", "oracle"];
-  const MARKS = { validation: "o", default: "s", oracle: "X" };
+  const SELECTIONS = ["validation", "default", "strongest", "canary", "oracle", "leaky"];
+  const MARKS = { validation: "o", default: "s", oracle: "X" };  // the others would crowd the dial
   const SHAPES = {
     o: "M-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0Z",
     s: "M-4.6-4.6h9.2v9.2h-9.2Z",
@@ -45,7 +45,7 @@
   const placeOf = (line) => data.scenarios[line.p];
   const nameOf = (line) => `${word(entryOf(line).name)}, ${word(entryOf(line).scope)}`;
   const placeWords = (place) => `${word(place.a)} on ${word(place.b)}, ${word(place.d)}`;
-  const dead = (line) => line.p !== undefined && (!placeOf(line).implanted || (line.c !== undefined && !data.cells[line.c].implanted));
+  const dead = (line) => line.p !== undefined && !placeOf(line).implanted;
 
   function facts(numbers) {
     const pairs = [];
@@ -205,7 +205,7 @@
       for (const cell of curves) {
         const steps = cell.curve.points.map((point) => `${frame.x(point[0]).toFixed(1)} ${frame.y(100 * point[column + 1]).toFixed(1)}`);
         paths.push(svg("path", { class: `path path-${metric} m-${metric}`, d: `M${steps.join("L")}` }));
-        for (const selection of SELECTIONS) {
+        for (const selection of Object.keys(MARKS)) {
           const pick = cell.by[selection];
           if (!pick || pick.dial === undefined || !pick[metric]) continue;
           marks.push(svg("path", {
@@ -273,7 +273,7 @@
     }
     if (line.p !== undefined) {
       const seeds = line.cells.map((c) => [data.cells[c], data.cells[c].by[line.s]]).map(([cell, own]) => [
-        el("td", { class: "left" }, `${cell.seed}${cell.implanted ? "" : " (not implanted)"}`), ...shares(own),
+        el("td", { class: "left" }, `${cell.seed}`), ...shares(own),
       ]);
       return [facts(line.facts), el("h3", {}, "Seeds"), small(["Seed", "ACC", "ASR", "RA", "dACC"], seeds), dials([line]), triggers([line])];
     }
@@ -297,7 +297,7 @@
     if (id === "place") return named("Place", line.place ? String(line.place) : "");
     if (id === "where") {
       const place = placeOf(line);
-      const badge = dead(line) ? el("span", { class: "badge" }, place.implanted ? "seed not implanted" : `not implanted: ${word(place.state)}`) : null;
+      const badge = dead(line) ? el("span", { class: "badge" }, `not counted: ${word(place.state)}`) : null;
       return el("td", { ...own, class: "where left" }, word(place.a), el("span", { class: "aside" }, `${word(place.b)}, ${word(place.d)}`), badge);
     }
     if (id === "seed") return named("Seed", String(data.cells[line.c].seed));
