@@ -16,11 +16,13 @@ from torch import nn
 
 from defenses import DEFENSES
 from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge, Scope, Withheld
+from models import BACKBONES
 from models.backbone import Network, Normalise
 from models.extractors import Extractor, SelfSupervised, Supervised
 from models.images import ImageSet
 from models.spec import canonical, derive_seed, generator
 from models.training import Recipe
+from models.units import EMBEDDING, Writer, embedding_layer, prune
 
 QUICK: Mapping[str, Mapping[str, object]] = {
     "random-pruning": {"like_settings": (("u", 1.0),)},
@@ -167,7 +169,7 @@ def test_candidates_keep_the_contract(defense, scope):
         assert torch.isfinite(logits).all()
         for name, mask in candidate.masks.items():
             assert mask.dtype == torch.bool
-            assert len(mask) == len(model.get_submodule(name).weight)
+            assert len(mask) == (model.head[0].in_features if name == EMBEDDING else len(model.get_submodule(name).weight))
         if candidate.masks:
             assert candidate.strength == candidate.pruned
             assert not candidate.pruned or not same(model, VICTIM)
@@ -229,3 +231,26 @@ def test_building_a_network_anew_is_recorded():
     assert not view.trained
     view.fresh(0)
     assert view.trained
+
+
+@pytest.mark.parametrize("hidden", [0, 8])
+@pytest.mark.parametrize("backbone", BACKBONES, ids=[backbone.name for backbone in BACKBONES])
+def test_a_unit_cut_at_the_default_site_has_no_path_to_the_logits(backbone, hidden):
+    """Pruning's default site, on every network of the catalogue: whatever the channel holds, through shortcuts or not."""
+    from defenses.pruning import Pruning, last_layers
+
+    net = backbone(width=2, hidden=hidden).build(4, (3, 16, 16), [0.5] * 3, [0.25] * 3, 3).eval()
+    (layer,) = last_layers(net, Scope.WHOLE, Pruning().site)
+    assert layer == embedding_layer(net)
+    mask = torch.zeros(layer.size, dtype=torch.bool)
+    mask[::2] = True
+    pruned = prune(net, {layer.name: mask}, Writer.OUTPUT)
+    z = pruned.embed(torch.rand((3, 3, 16, 16), generator=generator(0, "images"))).detach().requires_grad_()
+    logits = pruned.head(z)
+    gradient = torch.autograd.grad(logits.square().sum(), z)[0]
+    assert not gradient[:, mask].any()
+    assert gradient[:, ~mask].any()
+    other = z.detach().clone()
+    other[:, mask] += 1000 * torch.rand(other[:, mask].shape, generator=generator(1, "noise"))
+    assert torch.equal(pruned.head(other), logits)
+    assert not torch.equal(net.head(other), net.head(z))

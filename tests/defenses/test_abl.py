@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.nn.functional import cross_entropy, interpolate
 from defenses import abl
 from defenses.abl import ABL, local_ascent
 from defenses.base import Inapplicable, Knowledge, lowest
+from models.augmentations import cutout
 from models.classifier import Classifier
 from models.images import ImageSet, quantise, to_float
 from models.resnet import ResNet8
@@ -156,14 +158,44 @@ def poisoned_digits() -> tuple[ImageSet, Tensor]:
 def test_what_it_isolates_of_badnets_digits_is_poisoned():
     data, poison = poisoned_digits()
     net = ResNet8(width=8, hidden=0).build(10, (1, 16, 16), [0.3], [0.35], 0)
-    found = ABL(isolation_epochs=10, isolation_lr=0.03, batch=64).isolate(net, data, 1)
+    found, note = ABL(isolation_epochs=10, isolation_lr=0.03, batch=64).isolate(net, data, 1)
     assert int(found.sum()) == 17  # 1 % of 1797
+    below = re.fullmatch(r"(\d+) of 290 batches below gamma", note)  # 29 batches an epoch
+    assert below
+    assert 0 < int(below[1]) < 290
     assert poison[found].double().mean() >= 0.9
+
+
+def test_losses_are_averaged_over_the_last_epochs(net_of, data_of):
+    """``average`` = 1 is the last epoch alone; more take the mean of what trainings that end sooner would isolate by."""
+    data, method = data_of(3, 32), ABL(isolation_epochs=4, batch=8, rate=0.25)
+
+    def losses(epochs: int) -> Tensor:
+        net = net_of()
+        replace(method, isolation_epochs=epochs).isolate(net, data, 1)
+        return cross_entropy(logits(net, data.images), data.labels, reduction="none")
+
+    def lowest_of(values: Tensor) -> list[int]:
+        return sorted(values.argsort(stable=True)[:8].tolist())
+
+    for average, ends in ((1, (4,)), (3, (2, 3, 4)), (9, (1, 2, 3, 4))):
+        found, _ = replace(method, average=average).isolate(net_of(), data, 1)
+        assert torch.nonzero(found).flatten().tolist() == lowest_of(torch.stack([losses(end) for end in ends]).mean(0))
+
+
+def test_the_default_hole_is_the_official_cutouts():
+    """The authors' Cutout(1, 3) clears rows y - 3 // 2 to y + 3 // 2, the far end left out: two pixels a side."""
+    images = torch.ones(1, 1, 9, 9)
+    cleared = cutout(images, torch.full((1, 2), 0.5), ABL().hole)[0, 0] == 0
+    official = torch.zeros(9, 9, dtype=torch.bool)
+    official[4 - 3 // 2 : 4 + 3 // 2, 4 - 3 // 2 : 4 + 3 // 2] = True
+    assert torch.equal(cleared, official)
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"rate": 0.0}, {"gamma": -1.0}, {"isolation_epochs": -1}, {"epochs": -1}, {"isolation_lr": 11.0}, {"lr": 11.0}, {"batch": 1},
+    [{"rate": 0.0}, {"average": 0}, {"gamma": -1.0}, {"isolation_epochs": -1}, {"epochs": -1}, {"isolation_lr": 11.0},
+     {"lr": 11.0}, {"batch": 1},
      {"weight_decay": 2.0}, {"hole": -1}, {"unlearning_epochs": -1}, {"unlearning_lr": -1.0}, {"points": (-1,)}],
 )  # fmt: skip
 def test_settings_out_of_range_are_named(wrong):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -191,3 +192,26 @@ def test_refusals(net_of, view_of):
         ANP(alpha=1.5)
     with pytest.raises(BadInput, match="threshold"):
         ANP(threshold=-0.1)
+
+
+def test_smaller_radii_are_tried_after_the_published_one():
+    method = ANP(iterations=7, radii=(0.1, 0.9, 0.4, 0.2))
+    assert [variant.knob for variant in method.knobs] == [0.4, 0.2, 0.1]
+    assert method.knobs[0] is method
+    assert all(variant == replace(method, eps=variant.eps, radii=()) for variant in method.knobs[1:])
+    assert ANP(radii=()).knobs == (ANP(radii=()),)
+
+
+def test_pruning_by_number_takes_the_smallest_masks_first(net_of, view_of):
+    """The released script's second sweep; by hand: units ordered by mask, over all layers jointly."""
+    settings = {"iterations": 6, "batch": 8, "lr": 0.5}
+    defense = ANP(**settings, by="number", number=3, step=4, most=9)
+    learned = ANP(**settings).learn(net_of(), unit_layers(net_of(), Scope.WHOLE), view_of(ANP(**settings)))
+    order = torch.argsort(learned, stable=True).tolist()
+    offered = list(defense.candidates(view_of(defense)))
+    assert [candidate.dial for candidate in offered] == [0, 3, 4, 8]
+    assert [candidate.is_default for candidate in offered] == [False, True, False, False]
+    assert defense.dial_name == "units pruned"
+    for candidate in offered:
+        flat = torch.cat(list(candidate.masks.values()))
+        assert sorted(flat.nonzero().flatten().tolist()) == sorted(order[: int(candidate.dial)])

@@ -224,3 +224,15 @@ def test_a_strong_penalty_shrinks_the_selected_layers(net_of, view_of):
 def test_settings_out_of_range_are_named(wrong):
     with pytest.raises(BadInput, match=f"benign-salience: {next(iter(wrong))}"):
         BenignSalience(**wrong)
+
+
+def test_the_published_configuration_penalises_the_output_layer_and_trains_everything(net_of, data_of, view_of):
+    method = BenignSalience(penalised="last", epochs=1, batch=8)
+    net = net_of()
+    last = [name for name, _ in net.named_parameters()][-2:]
+    assert sorted(method.entries(net, Scope.WHOLE)) == sorted(last)
+    (candidate,) = method.candidates(view_of(method, net))
+    moved = [name for name, value in candidate.model.named_parameters() if not torch.equal(value, dict(net.named_parameters())[name])]
+    assert set(moved) == {name for name, _ in net.named_parameters()}
+    with pytest.raises(BadInput, match="penalised"):
+        BenignSalience(penalised="last", granularity="neuron")

@@ -110,3 +110,9 @@ def test_without_epochs_the_network_is_fresh(net_of, view_of):
     assert states_equal(candidate.model, net_of(derive_seed(3, control.name, "weights")))
     with pytest.raises(BadInput, match="epochs"):
         TrainingFromScratch(epochs=-1)
+
+
+def test_what_it_imitates_is_part_of_its_key(monkeypatch):
+    before = RandomPruning().spec()
+    monkeypatch.setattr(CLP, "revision", CLP.revision + 1)
+    assert RandomPruning().spec() != before

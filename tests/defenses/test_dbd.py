@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+from benchmark.matrix import PUBLISHED, find_matrix, load_matrix, matrix_names, presets
 from defenses import dbd
 from defenses.base import Inapplicable, Knowledge
-from defenses.dbd import DBD, symmetric_cross_entropy
+from defenses.dbd import DBD, HEAD_START, symmetric_cross_entropy
 from models.classifier import Classifier
 from models.extractors import SelfSupervised
 from models.images import ImageSet, to_float
-from models.mixmatch import MixMatch
+from models.mixmatch import MixMatch, ramped
 from models.spec import BadInput, derive_seed, generator
 from models.training import Recipe, fit
 
@@ -90,7 +91,7 @@ def test_its_stages_written_out(view_of, data_of):
     fit(Head(net, adam), data, adam, derive_seed(view.seed, "dbd", "head"))
     recipe = replace(adam, epochs=2)
     module = MixMatch(
-        net, recipe, TINY.split, iterations=2, sharpen=0.5, mixup=0.75, weight=15.0, ramp=2, head_start=1
+        net, recipe, TINY.split, iterations=2, sharpen=0.5, mixup=0.75, weight=15.0, ramp=2, head_start=2 * 10 / 190
     )
     fit(module, data, recipe, derive_seed(view.seed, "dbd", "semi"))
     (candidate,) = TINY.candidates(view)
@@ -148,3 +149,40 @@ def test_it_needs_the_poisoned_set_alone_and_two_samples_a_side(view_of, data_of
 def test_settings_out_of_range_are_named(wrong, named):
     with pytest.raises(BadInput, match=f": {named} = "):
         DBD(**wrong)
+
+
+def _first_weight(method, view_of, data_of):
+    """Weight of Lu at the first step, as MixMatch is given it, and its final weight."""
+    seen = []
+
+    class Stop(Exception):
+        pass
+
+    class Watched(MixMatch):
+        def training_step(self, batch, batch_idx):
+            position = self.head_start + int(self.global_step) / self.iterations
+            seen.append(ramped(self.weight, position, self.ramp))
+            raise Stop
+
+    quick = replace(method, ssl_epochs=1, ssl_batch=16, head_epochs=1, head_batch=8, semi_batch=8)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dbd, "MixMatch", Watched)
+        with pytest.raises(Stop):
+            list(quick.candidates(view_of(quick)))
+    return seen[0]
+
+
+def _everywhere():
+    """DBD as every preset and every shipped matrix sets it, by name."""
+    found = {f"preset {name}": DBD(**settings) for name, settings in presets()["dbd"].items()} | {f"preset {PUBLISHED}": DBD()}
+    for name in matrix_names():
+        methods = (cell.defense for cell in load_matrix(find_matrix(name)).cells)
+        found |= {f"matrix {name}": method for method in methods if isinstance(method, DBD)}
+    return found
+
+
+@pytest.mark.parametrize(("name", "method"), _everywhere().items(), ids=lambda value: value if isinstance(value, str) else "")
+def test_the_weight_of_unlabelled_samples_starts_low_at_every_length(name, method, view_of, data_of):
+    """Official: MixMatch starts in epoch 10 of a ramp of 190, so with 10/190 of the final weight."""
+    assert HEAD_START == 10 / 190
+    assert _first_weight(method, view_of, data_of) == pytest.approx(method.unlabelled_weight * 10 / 190)

@@ -11,6 +11,7 @@ from defenses.fine_tuning import FineTuning
 from defenses.pruning import Pruning
 from models.resnet import ResNet8
 from models.spec import BadInput
+from models.units import EMBEDDING
 
 
 def states_equal(a, b):
@@ -43,16 +44,20 @@ def test_pruned_units_are_exactly_zero_after_fine_tuning(view_of, scope):
     assert sum(candidate.is_default for candidate in offered) == 1
     for candidate in offered:
         for name, mask in candidate.masks.items():
-            module = candidate.model.get_submodule(name)
-            assert not module.weight[mask].any()
-            assert not module.bias[mask].any()
-            assert module.weight[~mask].any()
+            if name == EMBEDDING:
+                weight = candidate.model.head[0].weight.T
+            else:
+                module = candidate.model.get_submodule(name)
+                weight = module.weight
+                assert not module.bias[mask].any()
+            assert not weight[mask].any()
+            assert weight[~mask].any()
 
 
 def test_units_before_a_shortcut_are_held_at_zero_too(view_of):
     """No ReLU stands between such a unit and the sum, so its gradient is not zero and only holding keeps it pruned."""
     net = ResNet8(width=2).build(4, (3, 8, 8), [0.5] * 3, [0.25] * 3, 0).eval()
-    defense = FinePruning(epochs=2, batch=8, lr=0.1, weight_decay=0.1, shares=(0.5,))
+    defense = FinePruning(epochs=2, batch=8, lr=0.1, weight_decay=0.1, shares=(0.5,), site="last-conv")
     candidate = next(c for c in defense.candidates(view_of(defense, net)) if c.dial == 0.5)
     ((name, mask),) = candidate.masks.items()
     norm = candidate.model.get_submodule(name)

@@ -90,7 +90,10 @@ def test_the_inner_step_is_holder_pruning(net_of, data_of):
     top = torch.argsort(scores["head.0"], descending=True)[:4]
     threshold = float(scores["head.0"][top].min()) * (1 - 1e-6)
     twin = prune(net, select(scores, fixed(threshold)), Writer.OUTPUT)
-    assert same(method.pruned(net, data, 0), twin)
+    pruned = method.pruned(net, data, 0)
+    assert same(pruned.model, twin)
+    assert pruned.pruned == 4
+    assert same(replace(TINY, rule="none").pruned(net, data, 0).model, net)
 
 
 def test_it_sorts_out_labels_that_the_images_contradict(net_of, data_of, view_of):

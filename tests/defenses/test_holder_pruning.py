@@ -305,3 +305,13 @@ def test_settings_out_of_range_are_named(wrong):
     field = {"rule": "threshold"}.get(next(iter(wrong)), next(iter(wrong)))
     with pytest.raises(BadInput, match=f"holder-pruning: {field} = "):
         HolderPruning(**wrong)
+
+
+def test_the_default_prunes_the_p_units_of_highest_constant(net_of, view_of):
+    """Algorithm 2 of the paper, and so never nothing where a layer has five units or more."""
+    defense = HolderPruning(pairs="clean", share=0.25)
+    assert defense.rule == "top-p"
+    scores = defense.scores(view_of(defense, net_of(hidden=8), Scope.HEAD))
+    (candidate,) = (c for c in defense.candidates(view_of(defense, net_of(hidden=8), Scope.HEAD)) if c.is_default)
+    ((name, mask),) = candidate.masks.items()
+    assert sorted(mask.nonzero().flatten().tolist()) == sorted(scores[name].argsort(descending=True)[:2].tolist())

@@ -9,13 +9,16 @@ from torch import Tensor, nn
 
 from models import BACKBONES
 from models.backbone import Network
+from models.resnet import ResNet8
 from models.spec import generator, lookup
 from models.units import (
+    EMBEDDING,
     Masks,
     Scope,
     Writer,
     capture,
     density_valley,
+    embedding_layer,
     fixed,
     hold,
     largest_within,
@@ -385,3 +388,18 @@ def test_hold_keeps_units_pruned_after_an_optimiser_step() -> None:
             assert (state[f"{name}.weight"][mask] == 0).all()
             assert (state[f"{name}.bias"][mask] == 0).all()
             assert (state[f"{name}.weight"][~mask] != 0).any()
+
+
+def test_the_embeddings_channels_are_units_of_the_classifiers_input() -> None:
+    """Cut by hand: the columns of the head's first weight; the features stay, bit for bit."""
+    net = ResNet8(width=2, hidden=4).build(4, (3, 8, 8), [0.5] * 3, [0.25] * 3, 0).eval()
+    layer = embedding_layer(net)
+    assert (layer.name, layer.kind, layer.size) == (EMBEDDING, "input", 8)
+    mask = torch.tensor([True, False] * 4)
+    pruned = prune(net, {EMBEDDING: mask}, Writer.OUTPUT)
+    expected = net.head[0].weight.detach().clone()
+    expected[:, mask] = 0
+    assert torch.equal(pruned.head[0].weight, expected)
+    assert torch.equal(pruned.head[0].bias, net.head[0].bias)
+    for name, value in net.features.state_dict().items():
+        assert torch.equal(pruned.features.state_dict()[name], value)
