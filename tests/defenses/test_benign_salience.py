@@ -232,7 +232,8 @@ def test_the_published_configuration_penalises_the_output_layer_and_trains_every
     last = [name for name, _ in net.named_parameters()][-2:]
     assert sorted(method.entries(net, Scope.WHOLE)) == sorted(last)
     (candidate,) = method.candidates(view_of(method, net))
-    moved = [name for name, value in candidate.model.named_parameters() if not torch.equal(value, dict(net.named_parameters())[name])]
+    before = dict(net.named_parameters())
+    moved = [name for name, value in candidate.model.named_parameters() if not torch.equal(value, before[name])]
     assert set(moved) == {name for name, _ in net.named_parameters()}
     with pytest.raises(BadInput, match="penalised"):
         BenignSalience(penalised="last", granularity="neuron")
