@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from attacks.base import Attack, Crafted, Plan, Power
-from models.backbone import Network
+from models.backbone import Backbone, Network
 from models.classifier import Classifier
 from models.images import ImageSet
 from models.spec import BadInput, check, lookup, nearest
@@ -53,6 +54,11 @@ class Adaptive(Attack):
                 raise BadInput(f"{self.name}: base_settings: {self.base} has no setting {field!r}{nearest(field, known)}")
         return kind(**dict(self.base_settings))
 
+    def spec(self) -> dict[str, Any]:
+        """With the base's revision, once it has been raised."""
+        revision = self.wrapped().revision
+        return {**super().spec(), **({"base_revision": revision} if revision > 1 else {})}
+
     # What `Attack` declares per class depends on the base here.
 
     @property
@@ -75,6 +81,9 @@ class Adaptive(Attack):
     @property
     def poisons_batches(self) -> bool:
         return self.wrapped().poisons_batches
+
+    def own_surrogate(self, backbone: Backbone) -> Backbone | None:
+        return self.wrapped().own_surrogate(backbone)
 
     def cover_rate(self, plan: Plan) -> float:
         return self.wrapped().cover_rate(plan)

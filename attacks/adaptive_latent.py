@@ -61,6 +61,7 @@ class AdapBlend(Attack):
     """
 
     name: ClassVar[str] = "adap-blend"
+    revision: ClassVar[int] = 2
     cover_share: ClassVar[float] = 1.0  # authors' code: 0.3 % of each
 
     alpha: float = 0.15

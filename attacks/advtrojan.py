@@ -93,6 +93,7 @@ class AdvTrojan(Attack):
     """
 
     name: ClassVar[str] = "advtrojan"
+    revision: ClassVar[int] = 2
     needs_surrogate: ClassVar[bool] = True
     needs_model_at_test: ClassVar[bool] = True
     cover_share: ClassVar[float] = 2.0  # ours: as many of each kind as there are poisoned samples

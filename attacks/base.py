@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from models.backbone import Network
+from models.backbone import Backbone, Network
 from models.classifier import Classifier
 from models.images import ImageSet, quantise, to_float
 from models.room import copied, room, taken
@@ -142,6 +142,14 @@ class Attack(Spec, ABC):
     needs_model_at_test: ClassVar[bool] = False
     """Whether the test trigger is computed on the attacked model (:meth:`recraft`), so that two protocols exist: *frozen*, crafted
     once on the undefended model, and *recraft*, crafted again on each defended one."""
+
+    def own_surrogate(self, backbone: Backbone) -> Backbone | None:
+        """The architecture of a surrogate that the attacker trains apart, for a victim of architecture ``backbone``.
+
+        Such a surrogate sees the same images as the victim and its benign twin, with other initial weights and batches. None: the
+        twin itself is the surrogate.
+        """
+        return None
 
     @property
     def power(self) -> Power:

@@ -9,9 +9,10 @@ Needs: control of the training (``detox = false``: the training data alone). Edi
 of poisoned ones. Dial: the plan's rate.
 Deviations from the paper: "lite", since the style is procedural and not a trained generator's: the colour moments of a sunrise
 plus a vertical gradient, so only the mechanism is claimed (a global style, and its detoxification). The filter is trained with the
-gradients of all three terms, and its minima are minima, as the paper means them; in the authors' PyTorch code only the similarity
-has a gradient. Neurons are units of the embedding. Poison is drawn from all classes and anew in every batch, where the authors'
-code draws from a fixed pool without the target class. The filter starts at the identity (ours).
+gradients of all three terms, its minima are minima, and similarity is rewarded, as the paper means them; in the authors' PyTorch
+code only the similarity term has a gradient, and that term is a dissimilarity, (1 - SSIM) / 2, with the reward's sign. Moving means
+are of the pixels inside the image, where theirs count the zeros of the padding. Neurons are units of the embedding. Poison is drawn
+from all classes and anew in every batch, where the authors' code draws from a fixed pool without the target class.
 """
 
 from __future__ import annotations
@@ -83,11 +84,12 @@ def neighbourhoods(images: Tensor, reach: int) -> Tensor:
     return torch.cat([images, high, low, avg_pool2d(images, size, 1, reach, count_include_pad=False)], 1)
 
 
-def ssim(one: Tensor, other: Tensor, window: int = 11) -> Tensor:
+def ssim(one: Tensor, other: Tensor, window: int = 5) -> Tensor:
     """Structural similarity of images float (N, C, H, W) in [0, 1], a scalar: the mean over all windows that fit.
 
     Wang, Bovik, Sheikh and Simoncelli, IEEE Transactions on Image Processing 13(4), 2004: Gaussian windows of deviation 1.5 and
-    ``window`` pixels (as many as fit, where images are smaller), with the constants 0.01^2 and 0.03^2.
+    ``window`` pixels (there 11, in the authors' code 5; as many as fit, where images are smaller), with the constants 0.01^2 and
+    0.03^2.
     """
     channels = one.shape[1]
     size = min(window, (min(one.shape[2:]) - 1) // 2 * 2 + 1)
@@ -151,7 +153,7 @@ class DetoxVictim(DynamicVictim):
         return loss - self.attack.ssim_weight * ssim(images, shown) - self.attack.activation_weight * z[:, neurons].mean()
 
     def injector(self) -> Tensor:
-        """The filter (C, 4 C) that makes images excite the compromised neurons while they look as they did.
+        """The filter (C, 4 C), from the identity on, that makes images excite the compromised neurons while they look as they did.
 
         Its own loop, since the training loop would hand back a network that is being trained; nothing of that network changes.
         """
@@ -161,7 +163,7 @@ class DetoxVictim(DynamicVictim):
         images, targets, index = self._held()
         channels = images.shape[1]
         weight = torch.eye(channels, 4 * channels, device=images.device, requires_grad=True)
-        optimizer = torch.optim.Adam([weight], lr=self.attack.detox_lr)
+        optimizer = torch.optim.Adam([weight], lr=self.attack.detox_lr, betas=(0.5, 0.9))  # authors' code
         with torch.enable_grad():
             for _ in range(self.attack.detox_epochs):
                 for part in torch.split(index, self.recipe.batch):
@@ -198,6 +200,7 @@ class DFST(Attack):
     """
 
     name: ClassVar[str] = "dfst"
+    revision: ClassVar[int] = 2
 
     alpha: float = 0.6
     detox: bool = True

@@ -8,10 +8,11 @@ there.
 
 Needs: the target class's images and a surrogate network. Edits: pixels of target-class images; no label. Dial: the plan's rate, at
 most the target class's share (0.0005 in the paper).
-Deviations from the paper: the surrogate handed in is the benign twin, trained on the victim's own clean data and architecture: a
-stronger attacker than the paper's, whose surrogate learns from public images of other classes and the target class alone. It knows
-the target class already, so it is not warmed up on that class by default (``warmup``). Images live in [0, 1]: radius and steps are
-half of the authors', whose images live in [-1, 1].
+Deviations from the paper: the surrogate is trained on the victim's clean images, under the victim's recipe but from another seed:
+a stronger attacker than the paper's, whose surrogate learns from public images of other classes and the target class alone. It
+knows the target class already, so it is not warmed up on that class by default (``warmup``). It answers in evaluation mode while
+the noise is learned; in the authors' code its batch norms are still in training mode. Images live in [0, 1]: radius and steps are
+half of the authors', whose images live in [-1, 1]. Values are rounded to 8 bits.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from attacks.base import Attack, Crafted, Plan
-from models.backbone import Network
-from models.classifier import Classifier
-from models.images import ImageSet, to_float
-from models.spec import BadInput, check, derive_seed, generator
+from models import BACKBONES
+from models.backbone import Backbone, Network
+from models.classifier import Classifier, Epochs
+from models.images import Batches, ImageSet
+from models.spec import BadInput, check, derive_seed, lookup
 from models.training import Recipe, default_device, fit
 
 __all__ = ["Narcissus", "inward"]
@@ -41,23 +43,22 @@ class _WarmUp(Classifier):
         return torch.optim.RAdam(self.trainable(), lr=self.recipe.lr)
 
 
-def inward(net: Network, images: Tensor, target: int, radius: float, rounds: int, batch: int, lr: float, seed: int) -> Tensor:
-    """The noise, float (C, H, W) in [-radius, radius], that lowers ``net``'s loss on images of class ``target``.
+def inward(net: Network, batches: Epochs, shape: tuple[int, int, int], radius: float, rounds: int, lr: float) -> Tensor:
+    """The noise, float (C, H, W) in [-radius, radius], that lowers ``net``'s loss on the images of ``batches``.
 
-    Minimises the cross-entropy of ``clip(x + clip(delta, -radius, radius), 0, 1)`` from delta = 0, by RAdam, ``rounds`` times over
-    the images in random batches. An entry of delta beyond the radius has no gradient and stays there.
+    Minimises the cross-entropy of ``clip(x + clip(delta, -radius, radius), 0, 1)`` towards the true labels, from delta = 0, by
+    RAdam, ``rounds`` times over the images. An entry of delta beyond the radius has no gradient and stays there.
 
     Args:
-        net: in evaluation mode, on the device to compute on. images: uint8 (N, C, H, W), on the same device.
+        net: in evaluation mode, on the device of the batches. batches: of images and labels of one class, augmented.
+        shape: (C, H, W) of the images.
     """
-    draw = generator(seed, "narcissus-batches")
-    delta = torch.zeros(images.shape[1:], device=images.device, requires_grad=True)
+    delta = torch.zeros(shape, device=next(net.parameters()).device, requires_grad=True)
     # One tensor and a handful of lines; the training loop trains networks.
     optimizer = torch.optim.RAdam([delta], lr=lr)
     for _ in range(rounds):
-        for part in torch.split(torch.randperm(len(images), generator=draw).to(images.device), batch):
-            seen = (to_float(images[part]) + delta.clamp(-radius, radius)).clamp(0.0, 1.0)
-            loss = cross_entropy(net(seen), torch.full((len(part),), target, device=images.device))
+        for images, labels, _ in batches:
+            loss = cross_entropy(net((images + delta.clamp(-radius, radius)).clamp(0.0, 1.0)), labels)
             (delta.grad,) = torch.autograd.grad(loss, [delta])
             optimizer.step()
     return delta.detach().clamp(-radius, radius)
@@ -75,9 +76,12 @@ class Narcissus(Attack):
         batch: images per step, there and in the warm-up (authors' code: 350).
         warmup: epochs in which a copy of the surrogate is trained on the target class first (authors' code: 5; ours: 0).
         warmup_lr: their step (authors' code: 0.1).
+        crop, flip: pixels of padding of the random crop, and mirroring, of the images in both (authors' code: 4, on).
+        surrogate: name of the surrogate's architecture, with the victim's width and head; empty = the victim's own (ours).
     """
 
     name: ClassVar[str] = "narcissus"
+    revision: ClassVar[int] = 2
     clean_label: ClassVar[bool] = True
     needs_surrogate: ClassVar[bool] = True
 
@@ -88,6 +92,9 @@ class Narcissus(Attack):
     batch: int = 350
     warmup: int = 0
     warmup_lr: float = 0.1
+    crop: int = 4
+    flip: bool = True
+    surrogate: str = ""
 
     def __post_init__(self) -> None:
         check(self, "radius", 0 < self.radius <= 1, "a radius in (0, 1]")
@@ -97,6 +104,15 @@ class Narcissus(Attack):
         check(self, "batch", 2 <= self.batch <= 65_536, "between 2 and 65536 images")
         check(self, "warmup", 0 <= self.warmup <= 1000, "between 0 and 1000 epochs")
         check(self, "warmup_lr", 0 < self.warmup_lr <= 1, "in (0, 1]")
+        check(self, "crop", 0 <= self.crop <= 64, "between 0 and 64 pixels")
+        if self.surrogate:
+            lookup("backbone", BACKBONES, self.surrogate)
+
+    def own_surrogate(self, backbone: Backbone) -> Backbone | None:
+        """Trained apart: noise learned on the benign twin fools the twin's every likeness, poisoned or not."""
+        if not self.surrogate:
+            return backbone
+        return lookup("backbone", BACKBONES, self.surrogate)(width=backbone.width, hidden=backbone.hidden)
 
     def craft(self, train: ImageSet, plan: Plan, seed: int, surrogate: Network | None = None) -> Crafted:
         """One noise, learned on a copy of the surrogate; stronger at test.
@@ -109,13 +125,14 @@ class Narcissus(Attack):
         mine = train.subset(train.labels == plan.target)
         if len(mine) == 0:
             raise BadInput(f"narcissus: the training set holds no image of the target class {plan.target}")
-        net = copy.deepcopy(surrogate)
-        recipe = Recipe(epochs=self.warmup, batch=self.batch, lr=self.warmup_lr, schedule="constant", crop=0, flip=False)
-        net = fit(_WarmUp(net, recipe), mine, recipe, derive_seed(seed, "narcissus-warmup")).net
+        if len(mine) == 1:  # batches leave a single image out, since batch norm cannot normalise it
+            mine = mine.subset(torch.zeros(2, dtype=torch.int64))
+        recipe = Recipe(self.warmup, batch=self.batch, lr=self.warmup_lr, schedule="constant", crop=self.crop, flip=self.flip)
+        net = fit(_WarmUp(copy.deepcopy(surrogate), recipe), mine, recipe, derive_seed(seed, "narcissus-warmup")).net
         device = default_device()
-        delta = inward(
-            net.to(device), mine.images.to(device), plan.target, self.radius, self.rounds, self.batch, self.lr, seed
-        ).cpu()
+        draws = derive_seed(seed, "narcissus-batches")
+        batches = Batches(mine.to(device), self.batch, draws, crop=self.crop, flip=self.flip)
+        delta = inward(net.to(device), batches, train.shape, self.radius, self.rounds, self.lr).cpu()
 
         def faint(images: Tensor, index: Tensor) -> Tensor:
             return (images + delta.to(images.device)).clamp(0.0, 1.0)

@@ -6,7 +6,7 @@ stripes) is added to them, which the network learns as evidence for the class. A
 
 Needs: the training data. Edits: pixels of target-class images; no label. Dial: the plan's rate, at most the target class's share.
 Deviations from the paper: the same amplitude at training and test, as in BackdoorBench; rates are shares of the whole training
-set, not of the target class.
+set, not of the target class. Values are rounded to 8 bits, where BackdoorBench truncates.
 """
 
 from __future__ import annotations

@@ -125,8 +125,8 @@ def extractor_key(extractor: Extractor, scenario: Scenario, fingerprint: str) ->
         told |= {"attack": scenario.attack.spec(), "plan": scenario.plan.spec()}
         if scenario.attack.power is Power.TRAINING:  # the poisoned set is what this victim's training left
             told["victim"] = victim_key(scenario, fingerprint)
-        elif scenario.attack.needs_surrogate:
-            told["surrogate"] = victim_key(scenario.twin(), fingerprint)
+        elif lent := scenario.surrogate():
+            told["surrogate"] = victim_key(lent, fingerprint)
     return digest("extractor", REVISION, told, fingerprint)
 
 
@@ -265,8 +265,9 @@ def _make_victim(scenario: Scenario, w: World, key: str, store: Store, cache: Pa
     start = time.perf_counter()
     reset_peak()
     # The initial weights depend on the backbone and the seed alone: benign twin and victim start from the same network.
-    net = _fresh(scenario, w, derive_seed(scenario.backbone.spec(), scenario.seed, "init"))
-    seed = derive_seed(scenario.seed, "train")
+    weights = scenario.seed if scenario.weights_seed is None else scenario.weights_seed
+    net = _fresh(scenario, w, derive_seed(scenario.backbone.spec(), weights, "init"))
+    seed = derive_seed(weights, "train")
     outcome: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     triggered: PoisonedTest | None = None
@@ -331,6 +332,21 @@ def _single_keys(scenario: Scenario, w: World, net: Network) -> dict[str, Any]:
     return {"single_keys": {name: {"asr": _none(one.asr), "ra": _none(one.ra)} for name, one in alone.items()}} if alone else {}
 
 
+def _surrogate(scenario: Scenario, store: Store, cache: Path) -> Network | None:
+    """The network that the scenario's attack crafts on, trained first when it is absent; None = it takes none.
+
+    Raises:
+        Diverged: its training did.
+    """
+    lent = scenario.surrogate()
+    if lent is None:
+        return None
+    trained = read_victim(lent, store, cache)
+    if trained.outcome["status"] != "ok":
+        raise Diverged(f"no surrogate: {trained.outcome['reason']}")
+    return trained.net
+
+
 def _attack(
     scenario: Scenario, w: World, net: Network, seed: int, store: Store, cache: Path, outcome: dict[str, Any]
 ) -> tuple[Network, PoisonedSet, PoisonedTest]:
@@ -338,10 +354,7 @@ def _attack(
     assert attack is not None
     if plan.target >= w.train.num_classes:
         raise BadInput(f"attack {attack.name}: target = {plan.target}: {w.data.name} has classes 0 to {w.train.num_classes - 1}")
-    surrogate = None
-    if attack.needs_surrogate:
-        run_victim(scenario.twin(), store, cache)
-        surrogate = read_victim(scenario.twin(), store, cache).net
+    surrogate = _surrogate(scenario, store, cache)
     # Which samples are poisoned depends on the seed alone, so it is the same for every attack, backbone and defense.
     attack_seed = derive_seed(scenario.seed, "attack")
     crafted = attack.craft(w.train, plan, attack_seed, surrogate)
@@ -455,8 +468,7 @@ def _recrafter(scenario: Scenario, w: World, store: Store, cache: Path) -> Calla
     if attack is None or not attack.needs_model_at_test:
         return None
     seed = derive_seed(scenario.seed, "attack")
-    surrogate = read_victim(scenario.twin(), store, cache).net if attack.needs_surrogate else None
-    crafted = attack.craft(w.train, scenario.plan, seed, surrogate)
+    crafted = attack.craft(w.train, scenario.plan, seed, _surrogate(scenario, store, cache))
 
     def against(net: Network) -> PoisonedTest:
         return poison_test(w.data.test, attack.recraft(net, crafted, w.train, scenario.plan, seed), scenario.plan)

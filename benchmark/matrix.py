@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar, get_type_hints
 
-from models.spec import BadInput, Spec, check, digest, lookup, nearest
+from models.spec import BadInput, Spec, check, derive_seed, digest, lookup, nearest
 
 try:
     from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -132,11 +132,14 @@ class Scenario:
     plan: Plan
     seed: int
     frozen: Frozen | None = None
+    weights_seed: int | None = None
+    """Of the initial weights and the batches alone, where they are not those of ``seed``."""
 
     def spec(self) -> dict[str, Any]:
         """What determines the trained victim: labels are left out."""
         return {
             **({"frozen": self.frozen.spec()} if self.frozen else {}),
+            **({} if self.weights_seed is None else {"weights_seed": self.weights_seed}),
             "dataset": self.dataset.spec(),
             "clean_fraction": self.clean_fraction,
             "backbone": self.backbone.spec(),
@@ -149,6 +152,19 @@ class Scenario:
     def twin(self) -> Scenario:
         """The same world without the attack."""
         return dataclasses.replace(self, attack=None, attack_label="none")
+
+    def surrogate(self) -> Scenario | None:
+        """Where the attack's surrogate is trained; None for attacks that take none.
+
+        It is the benign twin, or a network that the attacker trains end to end on the same images from a seed of its own.
+        """
+        if self.attack is None or not self.attack.needs_surrogate:
+            return None
+        own = self.attack.own_surrogate(self.backbone)
+        if own is None:
+            return self.twin()
+        seed = derive_seed(self.seed, "surrogate")
+        return dataclasses.replace(self.twin(), backbone=own, backbone_label=own.name, frozen=None, weights_seed=seed)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from attacks.feature_shift import FeatureShift
 from attacks.flat_holder import FlatHolder
 from attacks.flat_lipschitz import FlatLipschitz
 from attacks.rescaled import Rescaled
+from attacks.sig import SIG
 from attacks.wanet import WaNet
 from models.backbone import Network
 from models.spec import BadInput
@@ -65,6 +66,15 @@ def test_what_is_poisoned_is_the_bases_business(pictures, net_of, kind: type[Ada
     surrogate = net_of() if wrapped.needs_surrogate else None
     result = poison(data, wrapped, wrapped.craft(data, PLAN, 0, surrogate), PLAN, 0)
     assert torch.equal(result.visible.labels, data.labels)
+
+
+def test_a_base_whose_numbers_changed_changes_the_key(monkeypatch) -> None:
+    wrapped = FlatLipschitz(base="sig")
+    before = wrapped.spec()
+    assert before["revision"] == 1
+    assert "base_revision" not in before, "keys on bases that were never revised do not change"
+    monkeypatch.setattr(SIG, "revision", 2)
+    assert wrapped.spec() == {**before, "base_revision": 2}
 
 
 def test_a_base_must_be_there_be_no_adaptation_and_know_its_settings() -> None:

@@ -129,13 +129,17 @@ def ssim_by_hand(one: np.ndarray, other: np.ndarray, size: int) -> float:
     return float(np.mean(found))
 
 
-@pytest.mark.parametrize(("shape", "size"), [((3, 12, 14), 11), ((1, 8, 20), 7), ((1, 9, 9), 9)])
-def test_ssim_equals_the_formula_window_by_window(shape, size) -> None:
+@pytest.mark.parametrize(
+    ("shape", "window", "size"),
+    [((3, 12, 14), {}, 5), ((1, 4, 9), {}, 3), ((3, 12, 14), {"window": 11}, 11), ((1, 8, 20), {"window": 11}, 7)],
+)
+def test_ssim_equals_the_formula_window_by_window(shape, window, size) -> None:
     one = to_float(pictures(2, shape).images)
     other = (one * 0.6 + 0.3 * one.flip(3)).clamp(0, 1)
-    assert float(ssim(one, other)) == pytest.approx(ssim_by_hand(one.double().numpy(), other.double().numpy(), size), abs=1e-4)
-    assert float(ssim(one, one)) == pytest.approx(1, abs=1e-5)
-    assert float(ssim(one, 1 - one)) < 0
+    by_hand = ssim_by_hand(one.double().numpy(), other.double().numpy(), size)
+    assert float(ssim(one, other, **window)) == pytest.approx(by_hand, abs=1e-4)
+    assert float(ssim(one, one, **window)) == pytest.approx(1, abs=1e-5)
+    assert float(ssim(one, 1 - one, **window)) < 0
 
 
 # -- detoxification ------------------------------------------------------------------------------------------------------------
@@ -211,6 +215,38 @@ def test_the_filter_lowers_its_loss_and_leaves_the_network_as_it_was() -> None:
         start, end = (victim.detox_loss(at, images, targets, victim.compromised()) for at in (torch.eye(3, 12), weight))
     assert float(end) < float(start)
     assert torch.equal(ready(DFST(detox_epochs=0), data).injector(), torch.eye(3, 12))
+
+
+class AdamByHand:
+    """Algorithm 1 of Kingma and Ba (ICLR 2015, arXiv 1412.6980)."""
+
+    def __init__(self, lr: float, betas: tuple[float, float]) -> None:
+        self.lr, self.betas, self.m, self.v, self.t = lr, betas, torch.zeros(()), torch.zeros(()), 0
+
+    def step(self, gradient: torch.Tensor) -> torch.Tensor:
+        self.t += 1
+        first, second = self.betas
+        self.m = first * self.m + (1 - first) * gradient
+        self.v = second * self.v + (1 - second) * gradient**2
+        return -self.lr * (self.m / (1 - first**self.t)) / ((self.v / (1 - second**self.t)).sqrt() + 1e-8)
+
+
+def test_the_filter_takes_the_steps_of_the_authors_optimizer() -> None:
+    victim = ready(DFST(share=0.5, detox_epochs=3), pictures(60, (3, 10, 10)))
+    assert victim.held is not None
+    images, targets = to_float(victim.held.images), torch.ones(30, dtype=torch.int64)
+
+    def walked(betas: tuple[float, float]) -> torch.Tensor:
+        weight, adam = torch.eye(3, 12), AdamByHand(0.01, betas)
+        for _ in range(3):
+            leaf = weight.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(victim.detox_loss(leaf, images, targets, victim.compromised()), [leaf])
+            weight = weight + adam.step(gradient)
+        return weight
+
+    assert len(images) <= victim.recipe.batch  # one step an epoch
+    assert torch.allclose(victim.injector(), walked((0.5, 0.9)), atol=1e-5)
+    assert not torch.allclose(victim.injector(), walked((0.9, 0.999)), atol=1e-3)
 
 
 def test_detoxicants_come_after_the_first_epoch_with_the_share_asked_for() -> None:

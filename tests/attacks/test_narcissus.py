@@ -10,8 +10,10 @@ from torch import nn
 from attacks.base import Plan, apply
 from attacks.narcissus import Narcissus, inward
 from models.backbone import Network, Normalise
-from models.images import ImageSet, to_float
-from models.spec import BadInput, generator
+from models.images import Batches, ImageSet, to_float
+from models.resnet import ResNet8
+from models.spec import BadInput
+from models.vgg import VGG11BN
 
 PLAN = Plan(rate=0.05, target=1)
 
@@ -67,20 +69,17 @@ def loss_by_hand(net: Network, images: np.ndarray, delta: np.ndarray, target: in
     return total / len(images)
 
 
-def noise_by_hand(net: Network, images: np.ndarray, target: int, radius: float, rounds: int, batch: int, lr: float) -> np.ndarray:
+def noise_by_hand(net: Network, batches: list[np.ndarray], target: int, radius: float, lr: float) -> np.ndarray:
     """Every gradient from differences, every entry on its own."""
-    draw = generator(9, "narcissus-batches")
-    delta, optimizer = np.zeros(images.shape[1:]), RAdamByHand(lr)
-    for _ in range(rounds):
-        order = torch.randperm(len(images), generator=draw).numpy()
-        for start in range(0, len(order), batch):
-            part, gradient = images[order[start : start + batch]], np.zeros_like(delta)
-            for place in np.ndindex(delta.shape):
-                nudge = np.zeros_like(delta)
-                nudge[place] = 1e-6
-                up, down = (loss_by_hand(net, part, delta + sign * nudge, target, radius) for sign in (1, -1))
-                gradient[place] = (up - down) / 2e-6
-            delta = delta + optimizer.step(gradient)
+    delta, optimizer = np.zeros(batches[0].shape[1:]), RAdamByHand(lr)
+    for part in batches:
+        gradient = np.zeros_like(delta)
+        for place in np.ndindex(delta.shape):
+            nudge = np.zeros_like(delta)
+            nudge[place] = 1e-6
+            up, down = (loss_by_hand(net, part, delta + sign * nudge, target, radius) for sign in (1, -1))
+            gradient[place] = (up - down) / 2e-6
+        delta = delta + optimizer.step(gradient)
     return np.clip(delta, -radius, radius)
 
 
@@ -88,8 +87,11 @@ def noise_by_hand(net: Network, images: np.ndarray, target: int, radius: float, 
 def test_the_noise_equals_the_one_learned_by_differences(radius, lr) -> None:
     net = linear()
     images = pictures(5, (1, 3, 6)).images.clamp(1, 254)  # at 0 and 255 the clipping has a kink, and differences no slope
-    found = inward(net, images, 1, radius, rounds=6, batch=3, lr=lr, seed=9)
-    expected = noise_by_hand(net, images.double().numpy() / 255, 1, radius, 6, 3, lr)
+    data = ImageSet(images, torch.ones(5, dtype=torch.int64), 3)
+    found = inward(net, Batches(data, 3, 9, flip=True), data.shape, radius, rounds=6, lr=lr)
+    again = Batches(data, 3, 9, flip=True)
+    seen = [part.double().numpy() for _ in range(6) for part, _, _ in again]
+    expected = noise_by_hand(net, seen, 1, radius, lr)
     assert np.allclose(found, expected, atol=1e-4)
     held = np.abs(expected) == radius
     assert held.any() == (radius == 0.03)
@@ -98,7 +100,7 @@ def test_the_noise_equals_the_one_learned_by_differences(radius, lr) -> None:
 @pytest.mark.parametrize("radius", [4 / 255, 16 / 255])
 def test_the_noise_lowers_the_loss_of_the_target_class_and_stays_within_the_radius(natural, radius) -> None:
     net, mine = convolutional(), natural.subset(natural.labels == 1)
-    noise = inward(net, mine.images, 1, radius, rounds=60, batch=16, lr=0.005, seed=0)
+    noise = inward(net, Batches(mine, 16, 0, crop=4, flip=True), mine.shape, radius, rounds=60, lr=0.005)
     assert float(noise.abs().max()) <= radius + 1e-7  # rounded to single precision
 
     def loss(images: torch.Tensor) -> float:
@@ -111,7 +113,7 @@ def test_the_noise_lowers_the_loss_of_the_target_class_and_stays_within_the_radi
 
 
 def test_training_and_test_are_the_noise_once_and_three_times(natural, distance) -> None:
-    attack = Narcissus(rounds=120)
+    attack = Narcissus(rounds=160)
     crafted = attack.craft(natural, PLAN, 0, convolutional())
     middle, index = torch.full((1, 3, 32, 32), 0.5), torch.arange(1)
     once, thrice = crafted.train(middle, index) - 0.5, crafted.test(middle, index) - 0.5
@@ -160,6 +162,34 @@ def test_the_warm_up_sees_the_target_class_alone_and_changes_the_noise(natural) 
     assert torch.equal(noises[1], noises[2])
 
 
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_images_are_cropped_and_mirrored_in_the_warm_up_and_under_the_noise(natural, warmup, monkeypatch) -> None:
+    seen: list[tuple[int, bool]] = []
+    made = Batches.__init__
+
+    def watched(self, *args, **settings) -> None:
+        seen.append((settings["crop"], settings["flip"]))
+        made(self, *args, **settings)
+
+    monkeypatch.setattr(Batches, "__init__", watched)
+    Narcissus(rounds=1, warmup=warmup).craft(natural, PLAN, 0, convolutional())
+    assert seen == [(4, True)] * (warmup + 1)
+    noises = []
+    for attack in (Narcissus(rounds=8), Narcissus(rounds=8, crop=0), Narcissus(rounds=8, flip=False)):
+        trigger = attack.craft(natural, PLAN, 0, convolutional()).test
+        noises.append(trigger(torch.full((1, 3, 32, 32), 0.5), torch.arange(1)))
+    assert not torch.equal(noises[0], noises[1])
+    assert not torch.equal(noises[0], noises[2])
+
+
+def test_its_surrogate_is_trained_apart_in_the_victims_architecture_or_another() -> None:
+    victim = ResNet8(width=4, hidden=16)
+    assert Narcissus().own_surrogate(victim) == victim
+    assert Narcissus(surrogate="vgg11-bn").own_surrogate(victim) == VGG11BN(width=4, hidden=16)
+    with pytest.raises(BadInput, match="unknown backbone 'resnet9'; did you mean 'resnet"):
+        Narcissus(surrogate="resnet9")
+
+
 def test_what_it_needs_is_asked_for(natural) -> None:
     with pytest.raises(BadInput, match="narcissus: learns its noise on a network"):
         Narcissus().craft(natural, PLAN, 0)
@@ -170,12 +200,13 @@ def test_what_it_needs_is_asked_for(natural) -> None:
 
 def test_a_single_image_of_the_target_class_is_enough() -> None:
     data = pictures(3, (3, 32, 32))
-    crafted = Narcissus(rounds=8, warmup=1).craft(data, PLAN, 0, convolutional(3))
+    crafted = Narcissus(rounds=8, warmup=1, warmup_lr=0.001).craft(data, PLAN, 0, convolutional(3))
     assert (apply(crafted.test, data.images, torch.arange(3)) != data.images).any()
 
 
 @pytest.mark.parametrize(
-    "settings", [{"radius": 0}, {"scale": -3}, {"rounds": 0}, {"lr": 0}, {"batch": 1}, {"warmup": -1}, {"warmup_lr": 2}]
+    "settings",
+    [{"radius": 0}, {"scale": -3}, {"rounds": 0}, {"lr": 0}, {"batch": 1}, {"warmup": -1}, {"warmup_lr": 2}, {"crop": -1}],
 )
 def test_settings_out_of_range_are_named(settings) -> None:
     with pytest.raises(BadInput, match=f"narcissus: {next(iter(settings))} = "):
