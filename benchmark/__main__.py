@@ -191,12 +191,22 @@ def list_() -> None:
 
 
 @app.command()
-def show(matrix: MatrixOption = "quick", results: ResultsOption = RESULTS) -> None:
-    """Print the leaderboards of stored rows."""
-    from benchmark.present import leaderboard
+def show(
+    matrix: MatrixOption = "quick",
+    only: Annotated[
+        Optional[str],  # noqa: UP045 - typer reads the annotation at run time
+        typer.Option("--only", help="Explain rows instead, e.g. attack=blended,defense=anp,seed=0: why they count and were chosen."),
+    ] = None,
+    results: ResultsOption = RESULTS,
+) -> None:
+    """Print the leaderboards of stored rows; with --only, why a scenario counts and why a candidate was chosen."""
+    from benchmark.present import explained, leaderboard
 
     for folder in _stored(matrix, results):
-        leaderboard(folder, console)
+        if only is None:
+            leaderboard(folder, console)
+        else:
+            explained(folder, only, console)
 
 
 @app.command()

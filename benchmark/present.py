@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from benchmark.tracking import CellLog
 
 __all__ = [
-    "catalogue", "cell_logs", "draw_exhibits", "draw_page", "draw_plots", "draw_report", "draw_tables", "leaderboard", "present",
+    "catalogue", "cell_logs", "draw_exhibits", "draw_page", "draw_plots", "draw_report", "draw_tables", "explained",
+    "leaderboard", "present",
 ]  # fmt: skip
 
 FRONT = "quick"
@@ -115,6 +116,15 @@ def leaderboard(folder: Path, console: Console) -> None:
     bad = rows[(rows["status"] == "failed") & (rows["selection"] == "default")]
     if len(bad):
         console.print(f"[red]{len(bad)} failed cells[/]; first: {bad.iloc[0]['defense']}: {bad.iloc[0]['reason']}", highlight=False)
+
+
+def explained(folder: Path, only: str, console: Console) -> None:
+    """Prints why the rows that ``only`` names count, and why their candidates were chosen."""
+    from benchmark.explain import explain
+
+    rows, curves, _ = _frames(folder)
+    for paragraph in explain(rows, curves, only):
+        console.print(paragraph, highlight=False, markup=False)
 
 
 def _fingerprint(folder: Path) -> str:
