@@ -195,7 +195,7 @@ def show(
     matrix: MatrixOption = "quick",
     only: Annotated[
         Optional[str],  # noqa: UP045 - typer reads the annotation at run time
-        typer.Option("--only", help="Explain rows instead, e.g. attack=blended,defense=anp,seed=0: why they count and were chosen."),
+        typer.Option("--only", help="Explain rows instead, e.g. attack=blended,defense=anp,seed=0: why they count, were chosen."),
     ] = None,
     results: ResultsOption = RESULTS,
 ) -> None:

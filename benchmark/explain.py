@@ -117,6 +117,8 @@ def _row(row: pd.Series, offered: pd.DataFrame) -> str:
 def _why(row: pd.Series, offered: pd.DataFrame) -> str:
     """Why this candidate: the rule, walked through over the stored candidates."""
     rule, chosen, tau = str(row["selection"]), _setting(row), f"{100 * TAU:g}"
+    if not offered["is_default"].any():
+        return f"Chosen: {chosen}."  # its candidates are not stored
     if len(offered) == 1:
         return "There is one model and nothing to choose."
     if rule == "default":

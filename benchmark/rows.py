@@ -135,10 +135,10 @@ class Curve(Key):
     """One candidate of a cell, along its dial."""
 
     dial_name: str
-    knob: float
+    knob: float = math.nan
     dial: float
     is_default: bool
-    kept: bool
+    kept: bool = False
     """The untouched model, which the benchmark adds to every post-training defense."""
     strength: float
     pruned: int
@@ -146,11 +146,11 @@ class Curve(Key):
     asr: float
     ra: float
     val_acc: float
-    val_loss: float
-    val_loss_se: float
-    canary_asr: float
+    val_loss: float = math.nan
+    val_loss_se: float = math.nan
+    canary_asr: float = math.nan
     """ASR of the canaries after this setting was applied to their copies, mean over canaries."""
-    canary_loss: float
+    canary_loss: float = math.nan
     """The largest loss of validation accuracy among these copies, against the copy before the defense."""
 
 

@@ -24,8 +24,8 @@ ROW = Row(
     val_loss=0.017, val_loss_se=0.017, cost_epochs=12.0,
 )  # fmt: skip
 POINT = Curve(
-    **KEY, dial_name="threshold", knob=0.4, dial=0.2, is_default=True, kept=False, strength=50, pruned=50, acc=0.1, asr=0.0, ra=0.1,
-    val_acc=0.25, val_loss=0.714, val_loss_se=0.059, canary_asr=0.1, canary_loss=0.6,
+    **KEY, dial_name="threshold", knob=0.4, dial=0.2, is_default=True, kept=False, strength=50, pruned=50, acc=0.1, asr=0.0,
+    ra=0.1, val_acc=0.25, val_loss=0.714, val_loss_se=0.059, canary_asr=0.1, canary_loss=0.6,
 )  # fmt: skip
 KEPT = replace(POINT, knob=math.nan, dial=math.nan, is_default=False, kept=True, strength=0, val_loss=0.0, val_loss_se=0.0,
                canary_asr=0.97, canary_loss=0.0)  # fmt: skip
