@@ -94,7 +94,8 @@ def alpha(source: Source) -> Shown:
     table = table.assign(mode=[_mode(defense) for defense in defenses], alpha=[defense.alpha for defense in defenses])
     if table["alpha"].nunique() < 2:
         raise Missing("it takes Hölder pruning at two exponents or more")
-    curves = source.curves[source.curves["cell"].isin(table["cell"])]
+    curves = stats.at_published_knob(source.curves)
+    curves = curves[curves["cell"].isin(table["cell"])]
     lines: list[dict[str, Any]] = []
     panels, said, sides = [], [], []
     for (mode, scope_), group in table.groupby(["mode", "scope"], sort=False):

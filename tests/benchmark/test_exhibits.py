@@ -23,6 +23,7 @@ from benchmark.exhibits import EXHIBITS, caption, command, source_of, table_late
 from benchmark.matrix import Cell, Matrix, find_matrix, load_matrix, matrix_names
 from benchmark.rows import Curve, Row, Timing
 from benchmark.store import Entry
+from defenses.base import Knowledge
 from defenses.holder_pruning import HolderPruning
 
 Triple = tuple[float, float, float]
@@ -66,9 +67,11 @@ def made_up(
     for cell in matrix.cells:
         if cell.scenario.seed > 1 or not keep(cell):
             continue
-        acc, asr, ra = before(cell)
-        victim = {"status": "ok", "acc": acc, "asr": asr, "ra": ra, "val_acc": acc, "realised_rate": cell.scenario.plan.rate,
-                  "train_size": 1000, "seconds": 5.0}  # fmt: skip
+        own = before(cell)
+        victim = {**dict(zip(("acc", "asr", "ra"), own, strict=True)), "status": "ok", "val_acc": own[0],
+                  "realised_rate": cell.scenario.plan.rate, "train_size": 1000, "seconds": 5.0, "asr_benign": 0.02,
+                  "acc_loss": twin(cell) - own[0], "acc_loss_se": 0.001}  # fmt: skip
+        clean = Knowledge.CLEAN in cell.grants
         dial = cell.defense.dial_name != ""
         crafted = cell.scenario.attack is not None and cell.scenario.attack.needs_model_at_test
         candidates = []
@@ -77,10 +80,18 @@ def made_up(
             candidates.append({
                 "dial": place if dial else None, "is_default": place == 0.5, "strength": place,
                 "pruned": round(40 * place) if dial else 0, "note": "", "acc": acc, "asr": asr, "ra": ra, "val_acc": acc,
-                "forward": 10, "backward": 0,
+                "forward": 10, "backward": 0, "units": 40, "val_loss": own[0] - acc if clean else None,
                 **({"isolated": 50, "precision": precision, "recall": 0.25} if cell.track.name == "train" else {}),
                 **({"asr_recraft": min(1.0, asr + again), "ra_recraft": 0.0} if crafted else {}),
             })
+        if Knowledge.MODEL in cell.defense.needs and cell.defense_label != "none":
+            candidates.append({
+                **dict.fromkeys(("dial", "knob")), "is_default": False, "starts": False, "kept": True, "changed": False,
+                "strength": 0.0, "pruned": 0, "note": "", **dict(zip(("acc", "asr", "ra"), own, strict=True)), "val_acc": own[0],
+                "forward": 0, "backward": 0, "units": 40, "val_loss": 0.0 if clean else None,
+            })  # fmt: skip
+        for number, candidate in enumerate(candidates if cell.canaried else ()):
+            candidate |= {"canary_asr": [1 - 0.1 * number, 0.9], "canary_loss": [0.0, 0.0]}
         outcome = {
             "status": "ok", "reason": "", "candidates": candidates, "units": 40, "used": cell.defense.needs.words, "trained": False,
             "extractor_forward": 0, "extractor_backward": 0, "clean_images": round(1000 * (cell.budget or 0.2)),
@@ -153,7 +164,7 @@ def test_every_exhibit_answers_from_its_own_matrix(show: str, matrix: str) -> No
     assert len(table) == len(shown.frame) + 2
     assert len({line.count(" | ") for line in table}) == 1
     words = caption(exhibit, source, shown)
-    for part in ("dataset: digits", "backbone: ", "attack (poisoning rate): ", "seed: 0, 1", "n implanted", "judged by"):
+    for part in ("dataset: digits", "backbone: ", "attack (poisoning rate): ", "seed: 0, 1", "scenarios implanted", "judged by"):
         assert part in words
     paper = table_latex(shown, words, exhibit.name)
     assert all(rule in paper for rule in (r"\toprule", r"\midrule", r"\bottomrule", r"\caption{"))
@@ -234,7 +245,7 @@ def test_alphas_agreement_counts_points_one_by_one() -> None:
         points: dict[float, dict[tuple[object, ...], Triple]] = {}
         for _, point in source.curves.iterrows():
             defense = known[point["defense"]]
-            if not isinstance(defense, HolderPruning):
+            if not isinstance(defense, HolderPruning) or point["kept"]:
                 continue
             if point["scope"] == line["scope"] and answers_axes._mode(defense) == line["mode"]:
                 key = (point["backbone"], point["attack"], point["seed"], point["dial"])
@@ -297,12 +308,12 @@ def test_selection_measures_the_gap_or_finds_none(turned: bool) -> None:
 
     shown = answers_axes.selection(made_up("selection", figures, keep=called("pruning", "anp", "anp (500 steps)")))
     line = shown.frame[shown.frame["defense"] == "anp"].iloc[0]
-    # The oracle turns the dial to 1; validation allows a loss of 4 points, the place 0.5, which is the default too.
+    # The oracle turns the dial to 1; validation starts at the default, the place 0.5, which loses 4 points and stays.
     assert line["gap_default"] == pytest.approx(0.25 if turned else 0.0)
     assert line["gap_validation"] == pytest.approx(0.25 if turned else 0.0)
     assert ("for all 5 defenses, most for pruning" in shown.answer) is turned
-    assert ("does not take the ASR of any of 5 defenses" in shown.answer) is not turned
-    assert "ASR of anp (500 steps) (whole): default" in shown.answer
+    assert ("raises RA above that of the rule *default* for none of 5 defenses" in shown.answer) is not turned
+    assert "ASR of anp (500 steps) (whole): validation" in shown.answer
 
 
 @pytest.mark.parametrize("ahead", [True, False])
@@ -383,7 +394,7 @@ def test_adaptive_compares_with_strength_zero(slope: float, words: str) -> None:
 def test_adaptive_leaves_out_strengths_that_do_not_implant() -> None:
     def before(cell: Cell) -> Triple:
         assert isinstance(cell.scenario.attack, Adaptive)
-        return (0.97, 0.97, 0.02) if cell.scenario.attack.strength == 0 else (0.9, 0.97, 0.02)
+        return (0.97, 0.97, 0.02) if cell.scenario.attack.strength == 0 else (0.97, 0.3, 0.6)
 
     shown = answers_axes.adaptive(made_up("adaptive", before=before, keep=called("clp")))
     assert "flat-holder does not implant at both strength 0 and another" in shown.answer
@@ -402,7 +413,7 @@ def test_natural_tells_a_kept_trigger_from_one_found_again(again: float, words: 
 
 def test_performance_tells_losses_from_no_change() -> None:
     def figures(cell: Cell, place: float) -> Triple:
-        lost = 0.1 + 0.01 * cell.scenario.seed if cell.defense_label == "anp" else 0.0
+        lost = 0.03 + 0.01 * cell.scenario.seed if cell.defense_label == "anp" else 0.0  # within the tolerance
         return (0.97 - lost, 0.1, 0.8) if cell.defense_label != "none" else undefended(cell)
 
     shown = answers_boards.performance(made_up("quick", figures, keep=called("anp", "clp")))
@@ -457,14 +468,24 @@ def test_validity_counts_scenarios_and_claims_no_reference_it_has_not() -> None:
         return (0.97, 0.3, 0.6) if cell.scenario.frozen else undefended(cell)
 
     shown = answers_boards.validity(made_up("quick", before=before, keep=called()))
-    assert "ASR below the line: badnets on vgg11-bn-w8 on clean, with labels (30.0 %)" in shown.answer
+    assert "ASR below 50 %: badnets on vgg11-bn-w8 on clean, with labels (30.0 %)" in shown.answer
+    assert shown.answer.startswith("5 of 6 scenarios implanted, 1 not implanted.")
+    assert set(shown.frame["verdict"]) == {"implanted", "not implanted"}
     assert "None has a published figure" in shown.answer
     assert "minus victims trained end to end: -67.0 points" in shown.answer
     source = made_up("quick", keep=called())
     rows = source.rows.assign(literature=["PASS", *["WARN"] * (len(source.rows) - 1)])
     told = answers_boards.validity(dataclasses.replace(source, rows=rows)).answer
     assert "published figures of the same protocol: PASS 1, WARN" in told
-    assert answers_boards.validity(source).answer.startswith("All ")
+    assert answers_boards.validity(source).answer.startswith("6 of 6 scenarios implanted.")
+    twins = dataclasses.replace(source, rows=source.rows.assign(asr_benign=0.9))
+    assert "0 of 6 scenarios implanted, 6 adversarial" in answers_boards.validity(twins).answer
+    assert "Adversarial, since the twin answers the trigger, too: badnets on vgg11-bn-w8" in answers_boards.validity(twins).answer
+    costly = answers_boards.validity(made_up("quick", keep=called(), twin=lambda cell: 0.999)).answer
+    assert "costs ACC" not in costly.lower().replace("it costs acc when", "")
+    dear = answers_boards.validity(made_up("quick", keep=called(), before=lambda cell: (0.88, 0.97, 0.02))).answer
+    assert dear.startswith("6 of 6 scenarios implanted (6 of them cost acc).")
+    assert "Costs ACC: badnets on vgg11-bn-w8" in dear
 
 
 def test_benign_accuracy_is_one_number_or_the_rows_do_not_belong_together() -> None:
@@ -500,10 +521,12 @@ def test_pruned_states_units_and_schedules() -> None:
     assert "dbd (cpu; " in shown.answer
     line = shown.frame[shown.frame["defense"] == "pruning"].iloc[0]
     assert (line["units"], line["default"], line["default_share"]) == (40.0, 20.0, 0.5)
-    assert "less than one unit" not in shown.answer  # half of 40 everywhere
+    assert "prunes nothing" not in shown.answer  # half of 40 everywhere
+    assert (line["default_none"], line["cells"]) == (0, 12)
     source = made_up("quick", keep=called("pruning"))
     idle = dataclasses.replace(source, rows=source.rows.assign(pruned=(source.rows["selection"] == "oracle").astype(int)))
-    assert "all 2 prune less than one unit there: pruning (head), pruning (whole)" in answers_boards.pruned(idle).answer
+    told = answers_boards.pruned(idle).answer
+    assert "Cells in which the published default prunes nothing: pruning (head) in 12 of 12, pruning (whole) in 12 of 12." in told
     unknown = dataclasses.replace(source, rows=source.rows.assign(units=0))
     assert "rows prune units of an unknown number" in answers_boards.pruned(unknown).answer
 
@@ -606,3 +629,59 @@ def test_no_two_lines_of_a_figure_look_alike() -> None:
         named = {(line.get_color(), str(line._unscaled_dash_pattern)) for line in drawn.legends[0].get_lines()}
     assert len(looks) == 20
     assert named == looks
+
+
+@pytest.mark.parametrize(
+    ("ahead", "words"), [(0.1, "so the pruning helps"), (-0.1, "so the pruning harms"), (0.0, "not told apart from none")]
+)
+def test_hid_is_put_beside_hid_without_its_pruning(ahead: float, words: str) -> None:
+    source = made_up("quick", steady({"hid": 0.5 + ahead, "hid without pruning": 0.5}), keep=called("hid", "hid without pruning"))
+    note = "2 rounds; pruned 0 and 3 of 1024 units; 600 of 1150 samples taken for clean"
+    rows = source.rows.assign(note=[note if name == "hid" else "" for name in source.rows["defense"]])
+    told = answers_boards.pruned(dataclasses.replace(source, rows=rows)).answer
+    assert words in told
+    assert "RA of hid minus RA of hid without pruning" in told
+    assert "Its Hölder step pruned nothing in 10 of 20 rounds." in told  # a victim on given features is not met
+
+
+def test_defenses_that_found_no_more_poison_than_chance_are_named() -> None:
+    source = made_up("quick", keep=called("abl", "dbd"), precision=0.02)
+    told = answers_boards.detectors(source).answer
+    assert "Cells marked *mechanism failed*" in told
+    assert "abl (whole) in 10 of 10" in told
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_canaries_close_a_share_of_the_gap_or_none(better: bool) -> None:
+    """By hand: the dial's places 0, .25, .5, .75, 1 have RA .1 to .5 (if better) and lose no accuracy; validation stays at the
+    default,
+    .5; the canaries' ASR falls along the dial, so they pick the last place, as the oracle does, or the worst one."""
+
+    def figures(cell: Cell, place: float) -> Triple:
+        ra = 0.1 + 0.4 * (place if better else 1 - place)
+        return (0.97, 0.9 - ra, ra) if cell.defense_label != "none" else undefended(cell)
+
+    source = made_up("quick", figures, keep=called("anp"))
+    shown = answers_axes.canary(source)
+    assert set(shown.frame["defense"]) == {"anp"}
+    line = shown.frame.iloc[0]
+    assert line["gap"] == pytest.approx(0.2)
+    # The first canary ranks the untouched model best (its ASR was made to fall on), the second ranks all alike: ties to the
+    # gentler.
+    kept = 0.02
+    assert line["ra_canary"] == pytest.approx(kept)
+    assert line["closed"] == pytest.approx((kept - 0.3) / 0.2)
+    assert "lower for 2" in shown.answer
+    assert "canaries close -140 %" in shown.answer
+
+
+def test_the_share_of_a_gap_is_a_ratio_of_means_and_nothing_where_there_is_no_gap() -> None:
+    table = pd.DataFrame({
+        "dataset": "d", "backbone": "b", "attack": ["x", "x", "y", "y"], "seed": [0, 1, 0, 1], "validation": [0.1, 0.3, 0.5, 0.5],
+        "canary": [0.2, 0.4, 0.5, 0.6], "oracle": [0.5, 0.5, 0.5, 0.7],
+    })  # fmt: skip
+    found = answers_axes.closed(table)
+    gap, won = ((0.3 + 0.1) / 2, (0.1 + 0.05) / 2)
+    assert found.mean == pytest.approx(won / gap)
+    assert found.low < found.mean < found.high
+    assert math.isnan(answers_axes.closed(table.assign(oracle=table["validation"], canary=table["validation"])).mean)

@@ -38,7 +38,7 @@ def told(*rows: Row, curves: pd.DataFrame = CURVES, only: str = "defense=anp") -
 
 def test_the_scenario_is_explained_by_its_figures() -> None:
     text = told(ROW)
-    assert "implanted: ASR 99.0 (at least 50), of which the poison explains 97.0 points (at least 50; the twin's ASR is 2.0)" in text
+    assert "implanted: ASR 99.0 (at least 50), of which the poison explains 97.0 points (at least 50; the twin" in text
     assert "It counts." in text
     assert "costs +1.0 points of ACC" in text
 
@@ -48,7 +48,7 @@ def test_a_scenario_that_does_not_count_says_why() -> None:
     assert "adversarial: the benign twin answers the trigger, too: its ASR is 90.0, above 20" in told(twin)
     assert "never ranked" in told(twin)
     old = replace(ROW, asr_benign=math.nan, effect=math.nan)
-    assert "was not measured" in told(old)
+    assert "what the benign twin answers was not measured" in told(old)
     costly = replace(ROW, acc_undefended=0.88)
     assert "implanted, costs ACC" in told(costly)
 

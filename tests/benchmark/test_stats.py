@@ -30,7 +30,8 @@ def row(attack: str, seed: int, defense: str, ra: float = 0.0, **more: object) -
         "scope": "whole", "defense": defense, "cell": f"{attack}{seed}{defense}", "target": 0,
         "label_mode": "all-to-one", "realised_rate": 0.1,
         "control": defense in ("none", "random"), "selection": "validation", "status": "ok", "acc": 0.9, "asr": 0.95 - ra, "ra": ra,
-        "der": 0.5, "acc_undefended": 0.95, "asr_undefended": 1.0, "ra_undefended": 0.0, "acc_benign": 0.96,
+        "der": 0.5, "acc_undefended": 0.95, "asr_undefended": 0.3 if attack == "sig" else 1.0, "ra_undefended": 0.0,
+        "acc_benign": 0.96, "asr_benign": 0.02,
         "implanted": attack != "sig", "pruned": 10, "units": 100, "cost_epochs": 1.5,
     }  # fmt: skip
     return Row(**{**settings, **more})  # type: ignore[arg-type]
@@ -75,20 +76,90 @@ def test_interval_of_no_spread_one_seed_and_nothing():
     assert all(math.isnan(part) for part in stats.interval([]))
 
 
-def test_gate_counts_scenarios_by_majority_and_worlds_one_by_one():
-    rows = frame(
-        [row("badnets", seed, "d", 0.5, implanted=seed != 2) for seed in range(3)]
-        + [row("sig", seed, "d", implanted=seed == 0) for seed in (0, 1)]
-    )
+def test_a_scenario_is_judged_on_the_mean_over_its_seeds():
+    asr = {"badnets": (1.0, 0.9, 0.4), "sig": (0.7, 0.1)}
+    rows = frame([row(name, seed, "d", asr_undefended=value, implanted=value >= 0.5) for name, values in asr.items()
+                  for seed, value in enumerate(values)])  # fmt: skip
     found = stats.scenarios(rows)
     assert found[["attack", "seeds", "implanted_seeds", "implanted"]].to_numpy().tolist() == [
         ["badnets", 3, 2, True],
         ["sig", 2, 1, False],
     ]
-    assert set(stats.implanted_worlds(rows)[["attack", "seed"]].itertuples(index=False, name=None)) == {
-        ("badnets", 0),
-        ("badnets", 1),
-    }
+    assert found["asr"].to_list() == pytest.approx([2.3 / 3, 0.4])
+    assert found["effect"].to_list() == pytest.approx([2.3 / 3 - 0.02, 0.38])
+    # All seeds of an implanted scenario count, the weak one too.
+    counted = set(stats.implanted_worlds(rows)[["attack", "seed"]].itertuples(index=False, name=None))
+    assert counted == {("badnets", 0), ("badnets", 1), ("badnets", 2)}
+
+
+def test_a_trigger_that_the_twin_answers_is_adversarial_and_not_ranked():
+    rows = pd.concat([table(), frame([row("narcissus", seed, "good", 0.9, asr_benign=0.99) for seed in (0, 1)])])
+    line = stats.scenarios(rows).set_index("attack").loc["narcissus"]
+    assert bool(line["adversarial"])
+    assert not line["implanted"]
+    assert "narcissus" not in set(stats.implanted_worlds(rows)["attack"])
+    # ASR and effect high on the mean, and the twin still answers a quarter of the images.
+    some = frame([row("x", seed, "good", asr_benign=0.25) for seed in (0, 1)])
+    assert stats.scenarios(some)[["adversarial", "implanted"]].to_numpy().tolist() == [[True, False]]
+
+
+def test_an_attack_that_costs_accuracy_stays_ranked_is_marked_and_left_out_of_the_stealthy_board():
+    costly = frame([row("dear", seed, name, ra, acc_undefended=0.88, acc_benign=0.96, acc_loss_se=0.004)
+                    for seed in (0, 1) for name, ra in (("good", 0.1), ("weak", 0.2), ("twin", 0.1))])  # fmt: skip
+    rows = pd.concat([table(acc_loss_se=0.004), costly], ignore_index=True)
+    found = stats.scenarios(rows).set_index("attack")
+    assert found["costs_acc"].to_dict() == {"badnets": False, "wanet": False, "sig": False, "dear": True}
+    assert bool(found.loc["dear", "implanted"])
+    assert found.loc["dear", "acc_loss"] == pytest.approx(0.08)
+    assert found.loc["dear", "acc_loss_low"] == pytest.approx(0.08 - 1.96 * 0.004)  # no spread over seeds
+    assert stats.average_ranks(rows, "t", "validation") != stats.average_ranks(table(), "t", "validation")
+    quiet = stats.stealthy(rows)
+    assert set(quiet["attack"]) == {"badnets", "wanet", "sig"}
+    assert stats.average_ranks(quiet, "t", "validation") == stats.average_ranks(table(), "t", "validation")
+
+
+def test_the_standard_error_of_the_loss_adds_the_seeds_spread_to_the_images_noise():
+    """By hand: the images are the same for every seed, so their noise is not divided by the number of seeds; the spread is."""
+    losses, errors = [0.02, 0.06, 0.04], [0.01, 0.02, 0.03]
+    rows = frame([row("x", seed, "d", acc_benign=0.96, acc_undefended=0.96 - loss, acc_loss_se=error)
+                  for seed, (loss, error) in enumerate(zip(losses, errors, strict=True))])  # fmt: skip
+    images = sum(error**2 for error in errors) / 3
+    seeds = sum((loss - 0.04) ** 2 for loss in losses) / 2 / 3
+    line = stats.scenarios(rows).iloc[0]
+    assert line["acc_loss_low"] == pytest.approx(0.04 - 1.96 * math.sqrt(images + seeds))
+    assert not line["costs_acc"]  # 4 points on the mean, but not surely above 5 % of 96
+
+
+def test_rows_in_which_the_twin_was_not_measured_are_judged_by_the_asr_alone():
+    found = stats.scenarios(table(asr_benign=math.nan))
+    assert found["implanted"].to_list() == [True, True, False]
+    assert found["effect"].isna().all()
+
+
+def test_marks_are_counted_over_finished_cells():
+    rows = frame([
+        row("badnets", 0, "d", mark="no change", kept=True), row("badnets", 1, "d", mark="no change"),
+        row("badnets", 2, "d", mark="mechanism failed"), row("badnets", 3, "d", status="failed", mark="no change"),
+    ])  # fmt: skip
+    board = stats.leaderboard(rows, "t", "validation").iloc[0]
+    assert (board["no_change"], board["kept"], board["mechanism_failed"], board["cells_ok"]) == (2, 1, 1, 3)
+
+
+def test_whether_the_validation_part_resolves_the_tolerance():
+    assert stats.validation_images(table(clean_images=288)) == 58
+    enough, error = stats.resolves(58)
+    assert not enough
+    assert error == pytest.approx(math.sqrt(0.1 / 58))
+    assert stats.resolves(250)[0]
+    assert not stats.resolves(249)[0]
+    assert stats.validation_images(table()) == 0
+
+
+def test_a_dial_is_drawn_at_the_published_setting_of_the_knob_without_the_untouched_model():
+    curves = pd.DataFrame({"cell": list("aaabb"), "knob": [0.4, 0.1, math.nan, math.nan, math.nan],
+                           "is_default": [True, False, False, True, False], "kept": [False, False, True, False, True],
+                           "dial": [1.0, 2.0, math.nan, 3.0, math.nan]})  # fmt: skip
+    assert stats.at_published_knob(curves)["dial"].to_list() == [1.0, 3.0]
 
 
 def test_no_attack_is_no_scenario():
@@ -161,7 +232,7 @@ def test_controls_are_lent_to_every_track_once_and_never_ranked():
 
 
 def test_nothing_implanted_gives_empty_results():
-    rows = table(implanted=False)
+    rows = table(implanted=False, asr_undefended=0.4)
     assert stats.leaderboard(rows, "t", "validation").empty
     assert stats.average_ranks(rows, "t", "validation") == {}
     assert stats.selection_gaps(rows, "t").empty
@@ -169,10 +240,14 @@ def test_nothing_implanted_gives_empty_results():
 
 
 def test_selection_gap_is_paired_and_by_hand():
-    asr = {"oracle": (0.0, 0.2), "validation": (0.1, 0.4), "default": (0.5, 0.5)}
+    ra = {"oracle": (0.9, 0.7), "validation": (0.8, 0.5), "default": (0.4, 0.4), "leaky": (0.6, 0.7)}
+    asr = {"oracle": (0.1, 0.2), "validation": (0.1, 0.4), "default": (0.5, 0.5), "leaky": (0.0, 0.2)}
+    kept = {("validation", 1)}  # the untouched model has no place on the dial, and its row counts all the same
     rows = [
-        row("badnets", seed, "good", asr=values[seed], selection=name, dial=0.5) for name, values in asr.items() for seed in (0, 1)
-    ]
+        row("badnets", seed, "good", ra[name][seed], asr=asr[name][seed], selection=name, cell=f"good{seed}",
+            dial=math.nan if (name, seed) in kept else 0.5)
+        for name in ra for seed in (0, 1)
+    ]  # fmt: skip
     rows += [row("badnets", seed, "plain", selection=name) for name in asr for seed in (0, 1)]  # no dial: no gap
     gaps = stats.selection_gaps(frame(rows), "t")
     assert list(gaps["defense"]) == ["good"]
@@ -180,7 +255,8 @@ def test_selection_gap_is_paired_and_by_hand():
     assert gap["gap_validation"] == pytest.approx((0.1 + 0.2) / 2)
     assert gap["gap_default"] == pytest.approx((0.5 + 0.3) / 2)
     assert (gap["gap_validation_low"], gap["gap_validation_high"]) == pytest.approx((0.1, 0.2))
-    assert gap["asr_oracle"] == pytest.approx(0.1)
+    assert gap["leak_validation"] == pytest.approx((0.1 + 0.2) / 2)
+    assert gap["ra_oracle"] == pytest.approx(0.8)
     assert gap["cells"] == 2
 
 
