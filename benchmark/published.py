@@ -74,7 +74,7 @@ class Comparison:
         measured: one mapping per finished seed, metric to share. oracle: the same under the oracle, where the literature chose on
             the test ASR; else empty.
         implanted: whether the scenario counts in the tables. same_protocol: whether the undefended victim follows the literature's
-            protocol, as :func:`benchmark.literature.protocol_differs` sees it.
+            protocol, as :func:`benchmark.literature.differences` finds.
     """
 
     place: tuple[str, str, str]
