@@ -73,8 +73,10 @@ def _scenario(gate: pd.Series, row: pd.Series) -> str:
     seeds = int(gate["seeds"])
     mean = f"mean over {seeds} seeds" if seeds > 1 else "one seed"
     if math.isnan(twin):
-        why = f"ASR {percent_text(asr)} ({mean}) against at least {100 * IMPLANTED_ASR:g}; what the benign twin answers was not "
-        "measured"
+        why = (
+            f"ASR {percent_text(asr)} ({mean}) against at least {100 * IMPLANTED_ASR:g}; what the benign twin answers was not "
+            "measured"
+        )
     elif gate["adversarial"]:
         why = (
             f"the benign twin answers the trigger, too: its ASR is {percent_text(twin)}, above {100 * ADVERSARIAL_ASR:g} "

@@ -17,7 +17,8 @@ def row(attack: str, seed: int, defense: str, ra: float = 0.0, **more: object) -
         "scope": "whole", "defense": defense, "cell": f"{attack}{seed}{defense}", "target": 0, "label_mode": "all-to-one",
         "realised_rate": 0.1, "control": defense in ("none", "random"), "selection": "validation", "status": "ok", "acc": 0.9,
         "asr": 0.95 - ra, "ra": ra, "der": 0.5, "acc_undefended": 0.95, "asr_undefended": 1.0, "ra_undefended": 0.0,
-        "acc_benign": 0.96, "implanted": True, "gate": "implanted", "pruned": 10, "units": 100, "cost_epochs": 0.125,
+        "acc_benign": 0.96, "asr_benign": 0.02, "implanted": True, "gate": "implanted", "pruned": 10, "units": 100, "cost_epochs":
+        0.125,
     }  # fmt: skip
     return Row(**{**settings, **more})  # type: ignore[arg-type]
 
@@ -57,7 +58,7 @@ def test_summary_names_ties_and_incomplete_entries():
 
 
 def test_summary_when_nothing_is_implanted_or_finished():
-    assert report.summary(frame([row("badnets", 0, "good", implanted=False)]), "model+clean") == tables.NOTHING
+    assert report.summary(frame([row("badnets", 0, "good", asr_undefended=0.3)]), "model+clean") == tables.NOTHING
     refused = frame([row("badnets", 0, "good", status="refused", reason="why")])
     assert report.summary(refused, "model+clean") == "No competing defense finished a cell on an implanted scenario."
 
@@ -117,7 +118,7 @@ def test_report_takes_the_files_it_is_given(tmp_path: Path):
 
 
 def test_report_when_nothing_is_implanted(tmp_path: Path):
-    text = report.write_report(tmp_path, frame([row("badnets", 0, "good", implanted=False)]), "t").read_text()
+    text = report.write_report(tmp_path, frame([row("badnets", 0, "good", asr_undefended=0.3)]), "t").read_text()
     assert tables.NOTHING in text
     assert "No cell was refused and none failed." in text
 
@@ -150,12 +151,28 @@ def test_plain_words_count_by_hand():
     text = report.plain_words(frame(rows))
     # ASR is 0.95 - RA: strong 0.13 on average, weak 0.73; RA 0.82 and 0.22 against controls of 0.5 and 0.12.
     assert text == (
-        "- **model+clean**: 1 of 2 entries take the mean ASR below 50 %: strong (whole) to 13.0 % at ACC 90.0 %; in RA the "
-        "controls are reached: training-from-scratch (RA 50.0 %) by 1, random (RA 12.0 %) by all.\n"
+        "- **model+clean**: 1 of 2 entries take the mean ASR below 50 %: strong (whole) leaves ASR 13.0 % at ACC 90.0 %. strong "
+        "(whole) matches the control training-from-scratch (RA 50.0 %).\n"
     )
     nobody = report.plain_words(frame(rows_with(weak=0.1, none=0.0)))
-    assert nobody == "- **model+clean**: none of 1 entries take the mean ASR below 50 %.\n"
-    assert report.plain_words(frame([row("badnets", 0, "good", implanted=False)])).endswith(f"{tables.NOTHING}\n")
+    assert nobody == "- **model+clean**: None of 1 entries take the mean ASR below 50 %.\n"
+    assert report.plain_words(frame([row("badnets", 0, "good", asr_undefended=0.3)])).endswith(f"{tables.NOTHING}\n")
+    behind = report.plain_words(frame([*rows_with(weak=0.1), *(row("badnets", seed, "random", 0.5) for seed in (0, 1, 2))]))
+    assert "No defense matches the control random (RA 50.0 %)." in behind
+
+
+def test_who_changed_nothing_is_never_called_best():
+    rows = [*rows_with(weak=0.2), *(row("badnets", seed, "idle", 0.8, mark="no change") for seed in (0, 1, 2))]
+    assert report.summary(frame(rows), "model+clean").startswith(
+        "Best average rank by RA of those that changed a model: **weak (whole)**"
+    )
+    text = report.plain_words(frame(rows))
+    assert "None of 2 entries take the mean ASR below 50 %." in text
+    assert "No model was changed in any cell by idle (whole)." in text
+    alone = frame([row("badnets", 0, "idle", 0.8, mark="no change")])
+    assert report.summary(alone, "model+clean") == "No entry changed a model, so none is called best."
+    once = [*rows_with(weak=0.2), *(row("badnets", s, "some", 0.8, mark="no change" if s else "", kept=s == 2) for s in (0, 1, 2))]
+    assert "Marks: no change in 1 of 3, kept untouched in 1 of 3 cells." in report.summary(frame(once), "model+clean")
 
 
 def test_plain_words_say_what_was_singled_out():
@@ -165,7 +182,10 @@ def test_plain_words_say_what_was_singled_out():
         for how in ("default", "validation")
     ]
     text = report.plain_words(frame(rows))
-    assert "of what finder (whole) singles out, 50 % is poisoned (base rate 10 %), and that is 20 % of the poison" in text
+    assert "Isolated set of finder (whole): precision 50 % (base rate 10 %), recall 20 %." in text
+    failed = frame([row("badnets", 0, "finder", 0.7, isolated=10, precision=0.1, recall=0.2, train_images=100, selection=how,
+                        mark="mechanism failed") for how in ("default", "validation")])  # fmt: skip
+    assert "recall 20 %; mechanism failed in 1 of 1 cells." in report.plain_words(failed)
 
 
 def test_a_pages_words_about_a_matrix_stand_between_its_own_markers(tmp_path: Path):
@@ -191,5 +211,5 @@ def test_a_matrix_of_attacks_alone_shows_the_attacked_models_and_no_board(tmp_pa
     assert "## In plain words" not in text
     assert "## Track" not in text
     shown = text.split("## The attacked models")[1]
-    assert "| badnets | 10 % |" in shown
+    assert "| badnets | **implanted** |" in shown
     assert "no reference: another network" in shown

@@ -23,7 +23,8 @@ def row(attack: str, seed: int, defense: str, ra: float = 0.0, **more: object) -
         "scope": "whole", "defense": defense, "cell": f"{attack}{seed}{defense}", "target": 0, "label_mode": "all-to-one",
         "realised_rate": 0.1, "control": defense in ("none", "random"), "selection": "validation", "status": "ok", "acc": 0.9,
         "asr": 0.95 - ra, "ra": ra, "der": 0.5, "acc_undefended": 0.95, "asr_undefended": 1.0, "ra_undefended": 0.0,
-        "acc_benign": 0.96, "implanted": True, "gate": "implanted", "pruned": 10, "units": 100, "cost_epochs": 0.125,
+        "acc_benign": 0.96, "asr_benign": 0.02, "acc_loss_se": 0.005, "implanted": True, "gate": "implanted", "pruned": 10,
+        "units": 100, "cost_epochs": 0.125,
     }  # fmt: skip
     return Row(**{**settings, **more})  # type: ignore[arg-type]
 
@@ -31,7 +32,7 @@ def row(attack: str, seed: int, defense: str, ra: float = 0.0, **more: object) -
 def field(seeds: int = 2, **more: object) -> list[Row]:
     return [
         row(attack, seed, name, ra + 0.02 * seed, selection=selection, **more)
-        for selection in ("default", "validation", "oracle")
+        for selection in ("default", "validation", "oracle", "leaky")
         for name, ra in (("good", 0.7), ("weak", 0.2), ("none", 0.0), ("random", 0.1))
         for attack in ("badnets", "wanet")
         for seed in range(seeds)
@@ -71,8 +72,8 @@ def test_leaderboard_line_by_hand(tmp_path):
     assert good[3] == "90.0 [90.0, 90.0]"
     assert good[5].startswith("71.0 [70.")  # (0.70 + 0.72) / 2
     assert good[7] == "-5.0 [-5.0, -5.0]"
-    assert good[9:] == ["10 / 100", "0.125", "1.00", "4 / 4"]
-    assert "n implanted 2 of 2 scenarios (4 of 4 attacked models)" in text
+    assert good[9:] == ["10 / 100", "0.125", "", "1.00", "4 / 4"]
+    assert "2 of 2 scenarios implanted." in text
     assert "badnets (10 %)" in text
     assert "none (undefended)" in text
     assert text.index("| weak |") < text.index("Reference and controls, not ranked") < text.index("| random |")
@@ -81,7 +82,7 @@ def test_leaderboard_line_by_hand(tmp_path):
 def test_oracle_has_no_places(tmp_path):
     text = run(field(), tmp_path)["leaderboard-model-clean-oracle.md"]
     good = next(cells(line) for line in text.splitlines() if "| good |" in line)
-    assert (good[0], good[11]) == ("", "\N{EN DASH}")
+    assert (good[0], good[12]) == ("", "\N{EN DASH}")
     assert "never ranked" in text
 
 
@@ -116,11 +117,38 @@ def test_single_seed_prints_no_bracket(tmp_path):
 
 
 def test_nothing_implanted_is_a_sentence(tmp_path):
-    written = run(field(implanted=False), tmp_path)
+    written = run(field(asr_undefended=0.3, implanted=False), tmp_path)
     assert tables.NOTHING in written["leaderboard-model-clean-validation.md"]
     assert written["leaderboard-model-clean-validation.tex"] == f"% {tables.NOTHING}\n"
-    assert "not implanted (0 of 2 seeds)" in written["attacks-model-clean-validation.md"]
-    assert "**no**, 0 of 2 seeds" in written["attack-validity.md"]
+    assert "badnets<br>not implanted" in written["attacks-model-clean-validation.md"]
+    assert "**not implanted**" in written["attack-validity.md"]
+    twins = run(field(asr_benign=0.9), tmp_path / "twins")
+    assert tables.NOTHING in twins["leaderboard-model-clean-validation.md"]
+    assert "badnets<br>adversarial" in twins["attacks-model-clean-validation.md"]
+    assert "0 of 2 scenarios implanted, 2 adversarial." in twins["attack-validity.md"]
+
+
+def test_marks_and_the_board_of_stealthy_attacks(tmp_path):
+    idle = {"mark": "no change"}
+    rows = [row(r.attack, r.seed, r.defense, r.ra, selection=r.selection,
+                **{**(idle if r.defense == "weak" else {}), **({"acc_undefended": 0.8} if r.attack == "wanet" else {})})
+            for r in field()]  # fmt: skip
+    written = run(rows, tmp_path)
+    board = written["leaderboard-model-clean-validation.md"]
+    assert next(cells(line) for line in board.splitlines() if "| weak |" in line)[11] == "no change in 4 of 4"
+    assert "2 of 2 scenarios implanted (1 of them costs ACC)." in board
+    quiet = written["leaderboard-model-clean-validation-stealthy.md"]
+    assert next(cells(line) for line in quiet.splitlines() if "| weak |" in line)[11] == "no change in 2 of 2"
+    assert "1 of 1 scenarios implanted." in quiet
+    assert "wanet<br>implanted, costs ACC" in written["attacks-model-clean-validation.md"]
+    assert not any("stealthy" in name for name in run(field(), tmp_path / "other"))
+
+
+def test_a_validation_part_that_cannot_tell_the_tolerance_says_so(tmp_path):
+    text = run(field(clean_images=288), tmp_path)["leaderboard-model-clean-validation.md"]
+    assert "The validation part holds 58 images, too few to tell a loss of 4 points from none" in text
+    assert "the standard error of the loss is 4.2 points" in text
+    assert "The validation part" not in run(field(clean_images=2500), tmp_path / "o")["leaderboard-model-clean-validation.md"]
 
 
 def test_missing_cells_print_their_reason(tmp_path):
@@ -186,25 +214,27 @@ def test_validity_lists_every_seed(tmp_path):
         for seed in (0, 1)
     ]
     line = next(cells(line) for line in run(rows, tmp_path)["attack-validity.md"].splitlines() if "| badnets |" in line)
-    assert line[3:8] == ["10 %", "9.94 %", "all-to-one, target 0", "0, 1", "90.0, 91.0"]
-    assert line[9] == "30.0, 70.0"
-    assert line[11:] == ["**no**, 1 of 2 seeds", "seed 0: gate of 0; seed 1: gate of 1", "\N{EN DASH}", "\N{EN DASH}"]
+    assert line[3:7] == ["**not implanted**", "50.0", "2.0", "48.0"]
+    assert line[7] == "-4.5"  # a gain: 95.0 where the twins have 90.0 and 91.0
+    assert line[9:14] == ["10 %", "9.94 %", "all-to-one, target 0", "0, 1", "90.0, 91.0"]
+    assert line[15] == "30.0, 70.0"
+    assert line[17:] == ["seed 0: gate of 0; seed 1: gate of 1", "\N{EN DASH}", "\N{EN DASH}"]
 
 
 def test_validity_tells_the_literature_from_the_gate_and_shows_the_notes_of_the_undefended(tmp_path):
-    failed = "not implanted: ASR 1.0 < 50; ACC 9.0 points below the benign twin"
+    failed = "not implanted: ASR 1.0 < 50"
     gates = ["implanted; literature: PASS (published ACC 93.0, ASR 95.0)", f"{failed}; no literature reference: another network"]
     rows = [row("badnets", 0, name, gate=gates[0], note=f"of {name}") for name in ("good", "none")]
     rows += [row("wanet", seed, "none", gate=gates[1], note=f"seed {seed}" * seed) for seed in (0, 1)]
     text = run(rows, tmp_path)["attack-validity.md"]
     badnets, wanet = (next(cells(line) for line in text.splitlines() if f"| {name} |" in line) for name in ("badnets", "wanet"))
-    assert badnets[12:] == ["implanted", "PASS (published ACC 93.0, ASR 95.0)", "of none"]
-    assert wanet[12] == failed.replace("<", "&lt;")
-    assert wanet[13:] == ["no reference: another network", "seed 0: ; seed 1: seed 1"]
+    assert badnets[17:] == ["implanted", "PASS (published ACC 93.0, ASR 95.0)", "of none"]
+    assert wanet[17] == failed.replace("<", "&lt;")
+    assert wanet[18:] == ["no reference: another network", "seed 0: ; seed 1: seed 1"]
 
 
 def test_frozen_and_recraft_stand_side_by_side_where_a_trigger_needs_the_model(tmp_path):
-    rows = [row("natural", seed, "good", 0.4 + 0.2 * seed, asr=0.2, asr_recraft=0.6 + 0.2 * seed, ra_recraft=0.1, implanted=False)
+    rows = [row("natural", seed, "good", 0.4 + 0.2 * seed, asr=0.2, asr_recraft=0.6 + 0.2 * seed, ra_recraft=0.1, asr_benign=1.0)
             for seed in (0, 1)]  # fmt: skip
     rows += [row("badnets", 0, "good"), row("natural", 0, "weak", status="failed", reason="why")]
     lines = run(rows, tmp_path)["protocols-model-clean-validation.md"].splitlines()
@@ -216,12 +246,14 @@ def test_frozen_and_recraft_stand_side_by_side_where_a_trigger_needs_the_model(t
 
 
 def test_selection_gap_table(tmp_path):
-    asr = {"oracle": 0.1, "validation": 0.2, "default": 0.4}
-    rows = [row("badnets", seed, "good", selection=name, asr=value, dial=1.0) for name, value in asr.items() for seed in (0, 1)]
+    ra = {"oracle": 0.8, "validation": 0.7, "default": 0.5, "leaky": 0.6}
+    asr = {"oracle": 0.1, "validation": 0.2, "default": 0.4, "leaky": 0.05}
+    rows = [row("badnets", seed, "good", ra[name], selection=name, asr=asr[name], dial=1.0, cell=f"good{seed}")
+            for name in ra for seed in (0, 1)]  # fmt: skip
     rows += [row("badnets", seed, "plain", selection=name) for name in asr for seed in (0, 1)]
     text = run(rows, tmp_path)["selection-gap.md"]
     good = next(cells(line) for line in text.splitlines() if "| good |" in line)
-    assert good[-2:] == ["+10.0 [+10.0, +10.0]", "+30.0 [+30.0, +30.0]"]
+    assert good[-4:] == ["+10.0 [+10.0, +10.0]", "+30.0 [+30.0, +30.0]", "+15.0 [+15.0, +15.0]", "+35.0 [+35.0, +35.0]"]
     assert "no dial, no finished cell, or nothing to validate on): plain (whole)." in text
 
 
@@ -244,7 +276,7 @@ def test_hostile_names_break_nothing(tmp_path):
     parsed = list(csv.reader(io.StringIO(board)))
     assert len({len(line) for line in parsed}) == 1
     assert all(line[0].startswith("'=") for line in parsed[1:])
-    for start, columns in (("leaderboard", 13), ("given", 10)):
+    for start, columns in (("leaderboard", 14), ("given", 10)):
         tex = next(text for name, text in written.items() if name.startswith(start) and name.endswith(".tex"))
         body = tex[tex.index(r"\midrule") : tex.index(r"\bottomrule")]
         for line in body.splitlines()[1:]:
@@ -323,7 +355,7 @@ def test_given_numbers_that_differ_are_a_range_and_words_a_choice(tmp_path):
 
 
 def test_given_is_there_when_nothing_is_implanted(tmp_path):
-    assert "| edits |" in run(kinds(implanted=False), tmp_path)["given-model-clean.md"]
+    assert "| edits |" in run(kinds(asr_undefended=0.3), tmp_path)["given-model-clean.md"]
 
 
 # -- samples singled out -------------------------------------------------------------------------------------------------------
@@ -338,15 +370,15 @@ def test_detector_lines_by_hand(tmp_path):
     rows = [row("badnets", seed, "abl", isolated=10 + seed, precision=0.5 + 0.2 * seed, recall=0.25, **told) for seed in (0, 1)]
     note = f"training-control attack: {tables.stats.EXPORTED}"
     rows += [row("badnets", 0, "abl", track="train"),
-             row("wanet", 0, "abl", isolated=0, recall=0.0, implanted=False, note=note, **told),
-             row("wanet", 1, "abl", isolated=5, precision=1.0, recall=0.5, implanted=False, **told),
+             row("wanet", 0, "abl", isolated=0, recall=0.0, asr_undefended=0.3, note=note, **told),
+             row("wanet", 1, "abl", isolated=5, precision=1.0, recall=0.5, asr_undefended=0.3, **told),
              row("sig", 0, "abl", **{**told, "status": "failed", "reason": "why"})]  # fmt: skip
     written = run(rows, tmp_path)
     lines = [cells(line)[4:] for line in written["detectors-train.md"].splitlines() if line.startswith("| abl |")]
     assert lines == [
-        ["badnets", "yes, 2 of 2 seeds", "10.5", "5.3", "60.0±14.1", "25.0±0.0", "10.0"],
-        [f"wanet<br>{tables.stats.EXPORTED}", "**no**, 0 of 2 seeds", "2.5", "1.2", "100.0 (1 of 2 seeds)", "25.0±35.4", "10.0"],
-        ["sig", "yes, 1 of 1 seeds", "failed", DASH, DASH, DASH, "10.0"],
+        ["badnets", "yes", "10.5", "5.3", "60.0±14.1", "25.0±0.0", "10.0"],
+        [f"wanet<br>{tables.stats.EXPORTED}", "**no**", "2.5", "1.2", "100.0 (1 of 2 seeds)", "25.0±35.4", "10.0"],
+        ["sig", "yes", "failed", DASH, DASH, DASH, "10.0"],
     ]
     assert f"Attacks marked *{tables.stats.EXPORTED}*" in written["detectors-train.md"]
     first = next(csv.DictReader(io.StringIO(written["detectors-train.csv"])))
@@ -411,13 +443,13 @@ def test_console_fits_a_hundred_columns():
         console.print(table)
     text = out.getvalue()
     assert max(map(len, text.splitlines())) <= 100
-    assert "n implanted 2 of 2 scenarios" in text
+    assert "2 of 2 scenarios implanted" in text
     assert "71.0" in text
     assert next(line for line in text.splitlines() if "weak" in line).split("│")[1].strip() == "2"
 
 
 def test_console_says_when_nothing_is_implanted():
     out = io.StringIO()
-    for table in tables.console_leaderboard(frame(field(implanted=False))):
+    for table in tables.console_leaderboard(frame(field(asr_undefended=0.3))):
         Console(file=out, width=100).print(table)
     assert "No attack was implanted" in out.getvalue()
