@@ -124,8 +124,7 @@ def gate(asr: float, asr_benign: float) -> Gate:
 
     Args:
         asr, asr_benign: of one attacked model and its twin, or their means over the seeds of a scenario, in [0, 1]. Where the twin
-        was
-            not measured (NaN; rows of an earlier version) the ASR decides alone.
+            was not measured (NaN; rows of an earlier version) the ASR decides alone.
     """
     effect = asr - asr_benign
     if asr_benign > ADVERSARIAL_ASR + _EXACT:

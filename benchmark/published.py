@@ -71,8 +71,8 @@ class Comparison:
             it, else at the next lower and higher one (rates not stated are kept); on the same architecture where there is one, else
             on every one.
         selection: of ``measured``: the one the track is judged by.
-        measured: one mapping per finished seed, metric to share. oracle: the same under the oracle, where the literature chose on
-            the test ASR; else empty.
+        measured: one mapping per finished seed, metric to share. leaky: the same under the leaky rule, where the literature chose
+            on the test ASR; else empty.
         implanted: whether the scenario counts in the tables. same_protocol: whether the undefended victim follows the literature's
             protocol, as :func:`benchmark.literature.differences` finds.
     """
@@ -84,7 +84,7 @@ class Comparison:
     printed: tuple[Printed, ...]
     selection: str
     measured: tuple[dict[str, float], ...]
-    oracle: tuple[dict[str, float], ...]
+    leaky: tuple[dict[str, float], ...]
     implanted: bool
     same_protocol: bool
     preset: str
@@ -170,7 +170,7 @@ def comparisons(rows: pd.DataFrame, track: str) -> list[Comparison]:
             on_test = any(figure.chosen_on == TEST_ASR for figure in theirs)
             found.append(Comparison(
                 place, rate, entry, str(chosen["role"].iloc[0]), theirs, judged, _values(chosen),
-                _values(mine[mine["selection"] == "oracle"]) if on_test else (), place in live,
+                _values(mine[mine["selection"] == "leaky"]) if on_test else (), place in live,
                 bool(chosen["acc_literature"].notna().all()), " or ".join(dict.fromkeys(chosen["preset"])),
             ))  # fmt: skip
     return found

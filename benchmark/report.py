@@ -118,10 +118,6 @@ def _idle(board: pd.DataFrame) -> pd.Series:
     return board["no_change"] >= board["cells_ok"]
 
 
-def _count(some: int, of: int) -> str:
-    return "none" if some == 0 else "all" if some == of else str(some)
-
-
 def plain_words(rows: pd.DataFrame) -> str:
     """What worked and what did not, a line per track: who takes ASR below the gate's line, who matches which control, what was
     singled out, who changed nothing. Counts and means over implanted scenarios, nothing else; Markdown."""
@@ -132,25 +128,24 @@ def plain_words(rows: pd.DataFrame) -> str:
         if not len(ranked):
             lines.append(f"- **{markdown(track)}**: {NOTHING if board.empty else 'No competing defense finished a cell.'}\n")
             continue
-        idle = ranked[_idle(ranked)]
-        below = ranked[(ranked["asr"] < IMPLANTED_ASR) & ~_idle(ranked)].sort_values("asr", kind="stable")
+        idle, active = ranked[_idle(ranked)], ranked[~_idle(ranked)]
+        below = active[active["asr"] < IMPLANTED_ASR].sort_values("asr", kind="stable")
         named = "; ".join(
             f"{_entry(line)} leaves ASR {100 * line['asr']:.1f} % at ACC {100 * line['acc']:.1f} %" for _, line in below.iterrows()
         )
-        said = [
-            f"{_count(len(below), len(ranked)).capitalize()} of {len(ranked)} entries take the mean ASR below "
-            f"{100 * IMPLANTED_ASR:g} %" + (f": {named}." if named else ".")
-        ]
+        verb = "takes" if len(below) == 1 else "take"
+        count = f"{len(below)} of {len(ranked)} entries {verb}" if len(below) else "No entry takes"
+        said = [f"{count} the mean ASR below {100 * IMPLANTED_ASR:g} %" + (f": {named}." if named else ".")]
         controls = board[(board["role"] == "control") & board["ra"].notna()].sort_values("ra", ascending=False, kind="stable")
         # The best control, and what the clean budget gives without the model.
         scratch = controls[controls["defense"].str.startswith("training-from-scratch")]
         telling = pd.concat([controls.iloc[:1], scratch.iloc[:1]]).drop_duplicates(["defense", "scope"])
         for _, line in telling.iterrows():
-            reached = ranked[ranked["ra"] >= line["ra"]]
+            reached = active[active["ra"] >= line["ra"]]
             who = ", ".join(_entry(other) for _, other in reached.iterrows()) if 0 < len(reached) <= 3 else ""
-            count = "No defense matches" if reached.empty else who or f"{len(reached)} of {len(ranked)} entries"
-            verb = "" if reached.empty else " match" if len(reached) > 1 else " matches"
-            said.append(f"{count}{verb} the control {markdown(line['defense'])} (RA {100 * line['ra']:.1f} %).")
+            verb = "match" if len(reached) > 1 else "matches"
+            count = "No defense" if reached.empty else who or f"{len(reached)} of {len(ranked)} entries"
+            said.append(f"{count} {verb} the control {markdown(line['defense'])} (RA {100 * line['ra']:.1f} %).")
         if len(idle):
             said.append(f"No model was changed in any cell by {', '.join(_entry(line) for _, line in idle.iterrows())}.")
         told = stats.detectors(rows, track)
@@ -161,9 +156,8 @@ def plain_words(rows: pd.DataFrame) -> str:
                 len(own) and own["mechanism_failed"].iloc[0]
             ) else ""
             said.append(
-                f"Isolated set of {markdown(defense)} ({markdown(scope)}): precision {100 * mine['precision'].mean():.0f} % (base "
-                "rate "
-                f"{100 * mine['base_rate'].mean():.0f} %), recall {100 * mine['recall'].mean():.0f} %{failed}."
+                f"Isolated set of {markdown(defense)} ({markdown(scope)}): precision {100 * mine['precision'].mean():.0f} % "
+                f"(base rate {100 * mine['base_rate'].mean():.0f} %), recall {100 * mine['recall'].mean():.0f} %{failed}."
             )
         lines.append(f"- **{markdown(track)}**: {' '.join(said)}\n")
     return "".join(lines)
@@ -200,9 +194,8 @@ def headline(rows: pd.DataFrame, folder: str) -> str:
         said.append(f"- **{markdown(track)}**, {judged} selection: {summary(rows, track)}\n")
     about = (
         f"Percent, means over implanted scenarios ({gate_words(rows)}). RA, oracle: the model of highest test RA; ASR, leaky: of "
-        "the "
-        f"model of lowest test ASR, as a public board chooses; neither is ranked.{resolution_words(rows)} Intervals and the rest: "
-        f"[{folder}]({folder}/README.md)."
+        f"the model of lowest test ASR, as a public board chooses; neither is ranked.{resolution_words(rows)} Intervals and the "
+        f"rest: [{folder}]({folder}/README.md)."
     )
     return "".join([
         "In plain words:\n\n", plain_words(rows), "\n<details><summary>The figures</summary>\n\n", *lines, "\n", about,
@@ -258,10 +251,8 @@ def _reading(rows: pd.DataFrame) -> str:
         f"- **Attack-validity gate**: {GATE_WORDS}. Only implanted scenarios enter a mean or a rank; the others are shown, "
         "marked.\n"
         "- **Marks**: *no change*: no weight of the chosen model differs from the attacked one's. *kept untouched*: no candidate "
-        "was "
-        "within the tolerance, so the attacked model is deployed as it is. *mechanism failed*: what the defense took for poisoned "
-        "is no "
-        "more poisoned than the training set.\n"
+        "was within the tolerance, so the attacked model is deployed as it is. *mechanism failed*: what the defense took for "
+        "poisoned is no more poisoned than the training set.\n"
         "- **Selection**: how one candidate was picked along a defense's dial. "
         + "; ".join(SELECTION_WORDS[name] for name in stats.selections(rows) if name in SELECTION_WORDS)
         + ". In a track that grants nothing to validate on to a defense that has a dial, everybody is judged by default.\n"
@@ -284,10 +275,10 @@ def _pairs(rows: pd.DataFrame, track: str) -> str:
         mine = found[found["metric"] == metric]
         apart = mine["p_holm"] < stats.LEVEL
         ahead, behind = int((apart & (mine["difference"] > 0)).sum()), int((apart & (mine["difference"] < 0)).sum())
-        said.append(f"in {metric.upper()} {ahead} of {len(mine)} entries are ahead of it and {behind} behind")
+        said.append(f"in {metric.upper()}, {ahead} of {len(mine)} entries are better and {behind} worse")
     return (
-        f"Paired with {markdown(found['control'].iloc[0])}, attacked model by attacked model: {', '.join(said)}, at 5 % after Holm "
-        f"over pairs, which are not independent of each other. {paired_words(found)}\n"
+        f"Compared with {markdown(found['control'].iloc[0])} on the same attacked models (5 %, after Holm; the pairs are not "
+        f"independent of each other): {'; '.join(said)}. {paired_words(found)}\n"
     )
 
 

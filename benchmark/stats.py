@@ -3,8 +3,7 @@
 Vocabulary
     scenario: (dataset, backbone, attack). world: a scenario with one seed, that is, one attacked model.
     implanted: a scenario passes the attack-validity gate (:func:`benchmark.metrics.gate`) on the means over its seeds. Aggregates
-    take
-    implanted scenarios only, and all of their worlds: no defense is credited for an attack that was never there.
+    take implanted scenarios only, and all of their worlds: no defense is credited for an attack that was never there.
     entry: (defense, scope), one line of a table. field: the entries that stand in one track's tables; controls (and the
     undefended model) measured in another track are repeated, and say where they come from.
 
@@ -348,11 +347,11 @@ def resolves(images: int, tau: float = TAU) -> tuple[bool, float]:
 def selection_gaps(rows: pd.DataFrame, track: str) -> pd.DataFrame:
     """How much each way of choosing along a dial is worth: one line per entry of the track that has a dial, controls included.
 
-    Columns: ``defense``, ``scope``, ``cells`` (worlds of implanted scenarios that every selection of the track finished),
+    Columns: ``defense``, ``scope``, ``cells`` (worlds of implanted scenarios that every selection finished, canary aside),
     ``acc_<selection>``, ``asr_<selection>``, ``ra_<selection>``; then, paired by world, each with ``_low`` and ``_high``:
     ``gap_<selection>`` = RA under the oracle minus RA under that selection, never below 0, and ``leak_<selection>`` = ASR under
-    that
-    selection minus ASR under the leaky rule.
+    that selection minus ASR under the leaky rule. Where an entry was not chosen by canaries, theirs are NaN; where it was in some
+    worlds only, they are means over these.
     """
     table = implanted_worlds(rows[(rows["track"] == track)])
     dials = set(table.loc[table["dial"].notna(), "cell"])
@@ -361,12 +360,14 @@ def selection_gaps(rows: pd.DataFrame, track: str) -> pd.DataFrame:
     lines = []
     for defense, scope in entries(table):
         mine = table[(table["defense"] == defense) & (table["scope"] == scope) & table["selection"].isin(present)]
-        wide = mine.pivot_table(index=WORLD, columns="selection", values=["acc", "asr", "ra"], sort=False).dropna()
-        if wide.empty or set(wide.columns.get_level_values(1)) != set(present) or not set(HINDSIGHT) <= set(present):
+        wide = mine.pivot_table(index=WORLD, columns="selection", values=["acc", "asr", "ra"], sort=False)
+        found, needed = set(wide.columns.get_level_values(1)), {*HINDSIGHT, *present} - {"canary"}
+        wide = wide.dropna(subset=[column for column in wide.columns if column[1] in needed])
+        if wide.empty or not needed <= found:
             continue
         flat = wide.set_axis(["_".join(map(str, column)) for column in wide.columns.to_list()], axis=1)
         for name in present:
-            if name not in HINDSIGHT:
+            if name not in HINDSIGHT and name in found:
                 flat[f"gap_{name}"] = flat["ra_oracle"] - flat[f"ra_{name}"]
                 flat[f"leak_{name}"] = flat[f"asr_{name}"] - flat["asr_leaky"]
         measured = _stratified(flat.reset_index(), list(flat.columns))

@@ -41,12 +41,10 @@ __all__ = [
 NOTHING = "No attack was implanted under the attack-validity gate, so there is nothing to rank a defense on."
 SELECTION_WORDS = {
     "validation": "validation (the published default, stepped back along the dial, then over the settings of the knob, until it "
-    "loses "
-    f"at most {100 * TAU:g} points on held-out clean images; at worst the untouched model)",
+    f"loses at most {100 * TAU:g} points on held-out clean images; at worst the untouched model)",
     "default": "default (the setting the method's authors publish)",
     "strongest": f"strongest (the strongest candidate that loses at most {100 * TAU:g} points on held-out clean images; at worst "
-    "the "
-    "untouched model)",
+    "the untouched model)",
     "canary": "canary (the setting that best removes backdoors which the benchmark planted in copies of the model with the "
     f"defender's clean images, within {100 * TAU:g} points)",
     "oracle": "oracle (highest test RA: an upper bound for every rule; never ranked)",
@@ -56,23 +54,20 @@ SELECTION_WORDS = {
 GATE_WORDS = (
     f"a scenario is implanted when, on the mean over its seeds, the ASR is at least {100 * IMPLANTED_ASR:g} % and at least "
     f"{100 * IMPLANTED_EFFECT:g} points above the ASR of the benign twin on the same triggered images (the effect). It is "
-    "adversarial, "
-    f"and no backdoor, when the twin's ASR is above {100 * ADVERSARIAL_ASR:g} %. It costs ACC when its loss of accuracy against "
-    "the twin "
-    f"is above {100 * COSTS_POINTS:g} points and above {100 * COSTS_SHARE:g} % of the twin's ACC with 95 % confidence; it stays "
-    "ranked"
+    f"adversarial, and no backdoor, when the twin's ASR is above {100 * ADVERSARIAL_ASR:g} %. It costs ACC when the lower "
+    f"end of the 95 % interval of its loss of accuracy against the twin is above {100 * COSTS_POINTS:g} points and above "
+    f"{100 * COSTS_SHARE:g} % of the twin's ACC; it stays ranked"
 )
 """The attack-validity gate, as a sentence without its first capital and its full stop."""
 _NOTES = (
     "ACC: accuracy on clean test images. ASR: share of triggered test images, target class excluded, classified as the target. "
-    "RA: share of the same images given their true class, so ASR + RA is at most 100. DER: (max(0, drop of ASR) - max(0, drop of "
-    "ACC) + 1) / 2. dACC, dASR: percentage points against the undefended model. Brackets: 95 % bootstrap intervals over seeds "
-    "within scenarios; without brackets there was one seed. Cost: standard-epoch equivalents (1 = forward and backward over the "
-    "training set). Rank: mean over implanted scenarios of the rank by RA, the last place where a cell is missing. Marks: in how "
-    "many "
-    "cells no weight was changed, the untouched model was kept, or a detector found no more poison than chance. Cells: finished "
-    "cells of implanted scenarios; means over fewer cells than another line's do not compare with it, ranks do. Poisoned samples "
-    "replace clean ones."
+    "RA: share of the same images given their true class, so ASR + RA is at most 100. DER: (max(0, drop of ASR) - max(0, drop "
+    "of ACC) + 1) / 2. dACC, dASR: percentage points against the undefended model. Brackets: 95 % bootstrap intervals over "
+    "seeds within scenarios; without brackets there was one seed. Cost: standard-epoch equivalents (1 = forward and backward "
+    "over the training set). Rank: mean over implanted scenarios of the rank by RA, the last place where a cell is missing. "
+    "Marks: in how many cells no weight was changed, the untouched model was kept, or a detector found no more poison than "
+    "chance. Cells: finished cells of implanted scenarios; means over fewer cells than another line's do not compare with it, "
+    "ranks do. Poisoned samples replace clean ones."
 )
 _MISSING = "\N{EN DASH}"
 
@@ -205,8 +200,7 @@ def resolution_words(rows: pd.DataFrame) -> str:
         return ""
     return (
         f" The validation part holds {images} images, too few to tell a loss of {100 * TAU:g} points from none: with one answer "
-        "in ten "
-        f"changed, the standard error of the loss is {100 * error:.1f} points."
+        f"in ten changed, the standard error of the loss is {100 * error:.1f} points."
     )
 
 
@@ -573,8 +567,10 @@ _PROTOCOL_NOTES = (
 
 
 def _gate_parts(gate: str) -> tuple[str, str]:
-    """The gate's words, split into whether the attack worked and how it stands against the literature."""
-    for mark, shown in (("; literature: ", ""), ("; no literature reference: ", "no reference: ")):
+    """The gate's words, split into whether the attack worked and how it compares with the literature."""
+    shown_as = {"literature": "", "nearest reference": "not judged; nearest: ", "no literature reference": "no reference: "}
+    for name, shown in shown_as.items():
+        mark = f"; {name}: "
         if mark in gate:
             own, _, literature = gate.partition(mark)
             return own, shown + literature
@@ -685,10 +681,10 @@ def rank_words(rows: pd.DataFrame, track: str, selection: str) -> str:
     apart = [f"{a[0]} ({a[1]}) and {b[0]} ({b[1]}), p = {p:.3g}" for a, b, p in test.pairs if p < stats.LEVEL]
     pairs = "; ".join(apart) or "none"
     friedman = f"Friedman test on RA over {test.blocks} scenarios: p = {test.friedman:.3g}"
-    omnibus = "" if test.friedman < stats.LEVEL else " With such a p of the whole, no pair counts as told apart."
+    omnibus = "" if test.friedman < stats.LEVEL else " That is above 5 %, so no pair counts as different."
     left = ", ".join(f"{defense} ({scope})" for defense, scope in test.incomplete)
-    without = f" Left out, a scenario being missing: {markdown(left)}." if left else ""
-    return f"{friedman}. Pairs apart at 5 % (Wilcoxon, Holm): {markdown(pairs)}.{omnibus}{without}"
+    without = f" Left out, because a scenario is missing: {markdown(left)}." if left else ""
+    return f"{friedman}.{omnibus} Pairs that differ at 5 % (Wilcoxon, Holm): {markdown(pairs)}.{without}"
 
 
 _PAIRED_NOTES = (
@@ -713,11 +709,11 @@ def paired_words(table: pd.DataFrame) -> str:
     seen = "can" if adjusted < stats.LEVEL else "cannot"
     shown = "can" if min(1.0, count * least_blocks) < stats.LEVEL else "cannot"
     return (
-        f"What so few can show: {pairs} pairs give no p below {_probability(least)}, after Holm over {count} comparisons none "
-        f"below {_probability(adjusted)}, so a difference {seen} reach 5 % over pairs. {blocks} blocks give no p below "
-        f"{_probability(least_blocks)}, so over blocks a difference {shown} reach 5 %, however large it is: one comparison alone "
-        f"takes {stats.blocks_needed()} blocks, {count} take {stats.blocks_needed(count)}. Brackets drawn from {blocks} blocks are "
-        "rough, and too narrow when there are few. A large p shows no equality."
+        f"With {pairs} pairs the smallest p is {_probability(least)}, and {_probability(adjusted)} after Holm over {count} "
+        f"comparisons: a difference {seen} reach 5 % over pairs. With {blocks} blocks the smallest p is "
+        f"{_probability(least_blocks)}: over blocks a difference {shown} reach 5 %. One comparison needs {stats.blocks_needed()} "
+        f"blocks, {count} need {stats.blocks_needed(count)}. Intervals from {blocks} blocks are rough, and too narrow when blocks "
+        "are few. A large p is no evidence of equality."
     )
 
 
@@ -906,15 +902,12 @@ def write_tables(rows: pd.DataFrame, curves: pd.DataFrame, timings: pd.DataFrame
     put("attack-validity.csv", csv_text(victims[columns]))
     put("attack-validity.md", (
         f"# {head}did the attacks work?\n\nThe undefended models. Gate: {GATE_WORDS}. Only implanted scenarios enter a rank or a "
-        "mean. "
-        f"{gate_words(rows)}.\n\n{validity_markdown(rows)}"
+        f"mean. {gate_words(rows)}.\n\n{validity_markdown(rows)}"
     ))  # fmt: skip
     put("selection-gap.md", (
         f"# {head}what choosing with the test set is worth\n\nMeans over implanted scenarios. RA gap: RA of the oracle minus RA "
-        "of the "
-        "rule; no rule can have a gap below 0. ASR leak: ASR of the rule minus ASR under the leaky rule, which took the test ASR "
-        "to "
-        f"choose. 95 % bootstrap intervals, paired by attacked model.\n\n{_gap_table(rows)}"
+        "of the rule; no rule can have a gap below 0. ASR leak: ASR of the rule minus ASR under the leaky rule, which chooses by "
+        f"the test ASR. 95 % bootstrap intervals, paired by attacked model.\n\n{_gap_table(rows)}"
     ))  # fmt: skip
     printed = [(track, one) for track in stats.tracks(rows) for one in published.comparisons(rows, track)]
     if printed:

@@ -29,7 +29,7 @@ def row(defense: str, seed: int = 0, **more: object) -> Row:
 
 
 def every(defense: str, **more: object) -> list[Row]:
-    return [row(defense, seed, selection=how, **more) for seed in (0, 1) for how in ("default", "validation", "oracle")]
+    return [row(defense, seed, selection=how, **more) for seed in (0, 1) for how in ("default", "validation", "leaky")]
 
 
 def test_the_table_holds_figures_once_each_with_their_source_and_none_known_to_be_wrong() -> None:
@@ -79,8 +79,8 @@ def test_the_same_network_and_rate_where_there_are_and_both_sources_make_the_ban
     assert published.band(f.asr for f in anp.printed) == pytest.approx((0.0073, 0.0383))  # the board and FT-SAM, Table 1
     assert published.band(f.ra for f in anp.printed) == pytest.approx((0.8404, 0.8404))  # FT-SAM prints none
     assert [seed["asr"] for seed in anp.measured] == pytest.approx([0.2, 0.3])
-    assert len(anp.oracle) == 2  # the board chose on the test ASR
-    assert reference.oracle == ()
+    assert len(anp.leaky) == 2  # the board chose on the test ASR
+    assert reference.leaky == ()
     assert not anp.same_protocol
     assert all(math.isnan(value) for value in published.band([math.nan]))
 
@@ -197,8 +197,8 @@ def test_paired_tables_say_what_so_few_can_show(tmp_path: Path) -> None:
     text = files["paired-model-clean.md"]
     line = next(line for line in text.splitlines() if line.startswith("| anp | whole | RA |"))
     assert [cell.strip() for cell in line.split("|")[4:-1]] == ["2 of 2", "+10.0 [+10.0, +10.0]", "0.500", "1.000", "2", "0.500"]
-    assert "2 pairs give no p below 0.500, after Holm over 2 comparisons none below 1.000, so a difference cannot reach 5 %" in text
-    assert "one comparison alone takes 6 blocks, 2 take 7" in text
+    assert "With 2 pairs the smallest p is 0.500, and 1.000 after Holm over 2 comparisons: a difference cannot reach 5 %" in text
+    assert "One comparison needs 6 blocks, 2 need 7." in text
     first = next(csv.DictReader(files["paired-model-clean.csv"].splitlines()))
     assert (first["track"], first["control"], first["metric"]) == ("model+clean", "training-from-scratch", "ra")
     assert first["pairs"] == "2"
