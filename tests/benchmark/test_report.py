@@ -151,11 +151,11 @@ def test_plain_words_count_by_hand():
     text = report.plain_words(frame(rows))
     # ASR is 0.95 - RA: strong 0.13 on average, weak 0.73; RA 0.82 and 0.22 against controls of 0.5 and 0.12.
     assert text == (
-        "- **model+clean**: 1 of 2 entries take the mean ASR below 50 %: strong (whole) leaves ASR 13.0 % at ACC 90.0 %. strong "
+        "- **model+clean**: 1 of 2 entries takes the mean ASR below 50 %: strong (whole) leaves ASR 13.0 % at ACC 90.0 %. strong "
         "(whole) matches the control training-from-scratch (RA 50.0 %).\n"
     )
     nobody = report.plain_words(frame(rows_with(weak=0.1, none=0.0)))
-    assert nobody == "- **model+clean**: None of 1 entries take the mean ASR below 50 %.\n"
+    assert nobody == "- **model+clean**: No entry takes the mean ASR below 50 %.\n"
     assert report.plain_words(frame([row("badnets", 0, "good", asr_undefended=0.3)])).endswith(f"{tables.NOTHING}\n")
     behind = report.plain_words(frame([*rows_with(weak=0.1), *(row("badnets", seed, "random", 0.5) for seed in (0, 1, 2))]))
     assert "No defense matches the control random (RA 50.0 %)." in behind
@@ -167,7 +167,7 @@ def test_who_changed_nothing_is_never_called_best():
         "Best average rank by RA of those that changed a model: **weak (whole)**"
     )
     text = report.plain_words(frame(rows))
-    assert "None of 2 entries take the mean ASR below 50 %." in text
+    assert "No entry takes the mean ASR below 50 %." in text
     assert "No model was changed in any cell by idle (whole)." in text
     alone = frame([row("badnets", 0, "idle", 0.8, mark="no change")])
     assert report.summary(alone, "model+clean") == "No entry changed a model, so none is called best."
