@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from benchmark import published, stats
-from benchmark.metrics import ADVERSARIAL_ASR, IMPLANTED_ASR
+from benchmark.metrics import IMPLANTED_ASR
 from benchmark.style import METRIC_COLOURS, Panels, figures, label, log_axis, looks, percent_axis, save, wrapped
 from benchmark.tables import gate_words, plain, scenario_words, slug
 from models.spec import BadInput
@@ -653,12 +653,10 @@ def _attacks(plt: Any, rows: pd.DataFrame, title: str) -> Any | None:
         Line2D([], [], color="#111111", linewidth=1.6, label="the benign twin's ACC and ASR"),
         Line2D([], [], color="#111111", linewidth=1.2, linestyle=(0, (2, 1)), label=f"least ASR: {100 * IMPLANTED_ASR:g} %"),
         Line2D([], [], color="#111111", marker="o", markersize=3, linestyle="", label="one seed"),
-        Patch(facecolor="#F1F1F1", edgecolor="#BBBBBB", hatch="////", label="not implanted, or adversarial: not counted"),
+        Patch(facecolor="#F1F1F1", edgecolor="#BBBBBB", hatch="////", label="not counted: no backdoor"),
     ]
     panels.legend(handles, 4)
-    panels.footnote(
-        f"{gate_words(rows)}. Costly: *. Adversarial: the twin's ASR is above {100 * ADVERSARIAL_ASR:g} %."
-    )
+    panels.footnote(f"{gate_words(rows)}; *: costs ACC.")
     return panels.figure
 
 

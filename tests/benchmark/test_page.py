@@ -41,8 +41,9 @@ def row(backbone: str, attack: str, seed: int, defense: str, ra: float = 0.0, **
         "matrix": "m", "dataset": "digits", "backbone": backbone, "attack": attack, "rate": 0.1, "seed": seed,
         "track": "model+clean", "scope": "whole", "defense": defense, "cell": f"{backbone}{attack}{seed}{defense}", "target": 0,
         "label_mode": "all-to-one", "realised_rate": 0.0994, "control": defense in ("none", "random"), "selection": "validation",
-        "status": "ok", "acc": 0.9, "asr": round(0.9 - ra, 6), "ra": ra, "der": 0.5, "acc_undefended": 0.95, "asr_undefended": 1.0,
-        "ra_undefended": 0.0, "acc_benign": 0.96, "implanted": attack != "dud", "pruned": 10, "units": 100, "cost_epochs": 0.125,
+        "status": "ok", "acc": 0.9, "asr": round(0.9 - ra, 6), "ra": ra, "der": 0.5, "acc_undefended": 0.95,
+        "asr_undefended": 0.03 if attack == "dud" else 1.0, "ra_undefended": 0.0, "acc_benign": 0.96, "asr_benign": 0.01,
+        "implanted": attack != "dud", "pruned": 10, "units": 100, "cost_epochs": 0.125,
         "gate": "implanted" if attack != "dud" else "not implanted: ASR 3.0 < 50", "used": "model + clean", "clean_images": 40,
         "preset": "cpu", "dial": 0.5,
     }  # fmt: skip
@@ -50,7 +51,7 @@ def row(backbone: str, attack: str, seed: int, defense: str, ra: float = 0.0, **
 
 
 def field(seeds: int = 2, **more: object) -> list[Row]:
-    """Four entries in four scenarios, three of them implanted, under three selections."""
+    """Four entries in four scenarios, three of them implanted, under every selection."""
     return [
         row(backbone, attack, seed, name, round(ra + add + 0.013 * seed, 6), selection=selection,
             acc=round(0.9 - 0.1 * ra - 0.003 * seed, 6), **more)
@@ -170,8 +171,9 @@ def test_means_are_the_leaderboards(selection: str, seeds: int) -> None:
     for line in lines:
         shown = " | ".join(" ".join(part for part in line[name][1:] if part) for name in ("acc", "asr", "ra"))
         assert f"| {line['entry']} | whole | {shown} | " in table
-        assert f" | {line['cost'][1]} | {line['rank'][1] if line['rank'] else DASH} | {3 * seeds} / {3 * seeds} |" in table
-    assert all(line["rank"] is None and line["place"] == 0 for line in lines if selection == "oracle" or line["role"] != "defense")
+        assert f" | {line['cost'][1]} |  | {line['rank'][1] if line['rank'] else DASH} | {3 * seeds} / {3 * seeds} |" in table
+    assert all(line["rank"] is None and line["place"] == 0 for line in lines if selection in stats.HINDSIGHT or line["role"] !=
+    "defense")
 
 
 def test_lines_by_scenario_by_hand() -> None:
@@ -197,24 +199,29 @@ def test_lines_by_scenario_by_hand() -> None:
 
 def test_what_did_not_implant_is_shown_marked_and_in_no_mean() -> None:
     rows = [line for line in field(3) if not (line.attack == "wanet" and line.seed == 2)]
-    # One seed of an implanted scenario that did not implant, and better than the others by far.
-    rows += [row("net", "wanet", 2, name, 0.89, selection=how, implanted=False, gate="not implanted")
+    # One seed of an implanted scenario fails the gate by itself: the scenario is judged on the mean, and the seed counts.
+    rows += [row("net", "wanet", 2, name, 0.89, selection=how, implanted=False, asr_undefended=0.4, gate="not implanted")
              for name in RA for how in stats.SELECTIONS]  # fmt: skip
+    rows += [row("net", "noise", seed, name, 0.5, selection=how, asr_benign=0.9) for seed in (0, 1, 2) for name in RA
+             for how in stats.SELECTIONS]  # fmt: skip
     found = made(rows)
     gates = {found["words"][place["a"]]: place for place in found["scenarios"]}
-    assert (gates["dud"]["implanted"], found["words"][gates["dud"]["state"]]) == (False, "0 of 3 seeds implanted")
-    assert (gates["wanet"]["implanted"], found["words"][gates["wanet"]["state"]]) == (True, "2 of 3 seeds implanted")
+    assert (gates["dud"]["implanted"], found["words"][gates["dud"]["state"]]) == (False, "not implanted (ASR 3.0, the twin's 1.0)")
+    assert (gates["wanet"]["implanted"], found["words"][gates["wanet"]["state"]]) == (True, "implanted (ASR 80.0, the twin's 1.0)")
+    assert (gates["noise"]["implanted"], found["words"][gates["noise"]["state"]]) == (
+        False, "adversarial (ASR 100.0, the twin's 90.0)"
+    )  # fmt: skip
     lines = {(line["entry"], line["place"][2]): line for line in found["places"] if line["s"] == "validation"}
-    assert lines["good", "wanet"]["ra"][0] == pytest.approx((0.75 + 0.763) / 2)
-    assert (lines["good", "wanet"]["of"], len(lines["good", "wanet"]["cells"])) == (2, 3)
+    assert lines["good", "wanet"]["ra"][0] == pytest.approx((0.75 + 0.763 + 0.89) / 3, abs=1e-6)
+    assert (lines["good", "wanet"]["of"], len(lines["good", "wanet"]["cells"])) == (3, 3)
     assert lines["good", "wanet"]["facts"]["Gate"] == "seed 0: implanted; seed 1: implanted; seed 2: not implanted"
     assert lines["good", "dud"]["ra"][0] == pytest.approx(0.693)
     assert lines["good", "dud"]["rank"] is None
-    assert [found["cells"][number]["implanted"] for number in lines["good", "wanet"]["cells"]] == [True, True, False]
+    assert lines["good", "noise"]["rank"] is None
     board = stats.leaderboard(frame(rows), "model+clean", "validation").set_index("defense")
     mean = next(line for line in found["means"] if line["entry"] == "good" and line["s"] == "validation")
     assert mean["ra"][0] == pytest.approx(board.loc["good", "ra"], abs=1e-6)
-    assert mean["of"] == 8
+    assert mean["of"] == 9
 
 
 def test_refused_and_failed_cells_carry_their_reason() -> None:
@@ -244,14 +251,15 @@ def test_a_cell_says_once_what_all_its_selections_share() -> None:
         "Preset": "cpu", "Pruned / units": "10 / 100", "DER": "50.0",
         "ASR / RA, trigger computed again": "25.0 / 50.0", "Took from what it was granted": "model + clean",
         "Clean labelled images": "40", "Undefended ACC / ASR / RA": "95.0 / 100.0 / 0.0", "ACC of the benign twin": "96.0",
+        "ASR of the benign twin": "1.0",
         "Poisoning rate": "10 %, really 9.9 %", "Labels": "all-to-one, target 0", "Note": "a note", "Gate": "implanted",
         "Seconds; peak memory": "2 s; 512 MiB, on the machine that ran it", "Cell": "netbadnets0good",
     }  # fmt: skip
     assert {how: own["facts"]["dASR"] for how, own in cell["by"].items()} == {
-        "validation": "-10.0 points", "default": "-20.0 points", "oracle": "-30.0 points",
+        how: f"-{10 * place}.0 points" for place, how in enumerate(stats.SELECTIONS, 1)
     }  # fmt: skip
-    assert [cell["by"][how]["ra"][1] for how in stats.SELECTIONS] == ["0.0", "10.0", "20.0"]
-    assert [cell["by"][how]["dial"] for how in stats.SELECTIONS] == [0.0, 0.25, 0.5]
+    assert [cell["by"][how]["ra"][1] for how in stats.SELECTIONS] == ["0.0", "10.0", "20.0", "30.0", "40.0", "50.0"]
+    assert [cell["by"][how]["dial"] for how in stats.SELECTIONS] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.25]
     assert cell["by"]["validation"]["facts"]["Dial"] == "share pruned: 0"
 
 
@@ -269,21 +277,22 @@ def test_settings_of_a_line() -> None:
     told = line["facts"]
     assert told["Preset"] == "cpu"
     assert (told["Model"], told["Clean labelled images"], told["Training images"]) == ("edited", "40", "none")
-    assert told["Gate"] == "n implanted 3 of 4 scenarios (6 of 8 attacked models)"
+    assert told["Gate"] == "3 of 4 scenarios implanted, 1 not implanted"
     assert told["Seconds, median; peak memory"] == "2 s; 512 MiB, on the machine that ran it"
-    assert told["ASR above the oracle's, validation"] == "0.0 [0.0, 0.0] points"
-    assert "strongest candidate" in told["Selection"]
+    assert told["RA below the oracle's, validation"] == "0.0 [0.0, 0.0] points"
+    assert "the published default, stepped back" in told["Selection"]
 
 
 def test_tracks_stand_apart_and_say_how_they_are_judged() -> None:
     blind = [row("net", "badnets", seed, "abl", 0.5, track="train", selection=how, used="train",
-                 **({"status": "refused", "reason": NOTHING_TO_VALIDATE_ON} if how == "validation" else {}))
+                 **({"status": "refused", "reason": NOTHING_TO_VALIDATE_ON} if how in ("validation", "strongest", "canary") else
+                 {}))
              for seed in (0, 1) for how in stats.SELECTIONS]  # fmt: skip
     found = made([*field(), *blind])
     assert [(found["words"][track["name"]], track["judged"]) for track in found["tracks"]] == [
         ("model+clean", "validation"), ("train", "default"),
     ]  # fmt: skip
-    assert found["tracks"][1]["selections"] == ["default", "oracle"]
+    assert found["tracks"][1]["selections"] == ["default", "oracle", "leaky"]
     assert found["words"][found["tracks"][1]["why"]] == NOTHING_TO_VALIDATE_ON
     mine = [line for line in found["means"] if line["t"] == 1 and line["s"] == "default"]
     assert {(line["entry"], line["place"]) for line in mine} == {("abl", 1), ("none (undefended)", 0), ("random", 0)}
@@ -295,10 +304,10 @@ def test_controls_alone_and_nothing_implanted_make_a_page(tmp_path: Path) -> Non
     assert {line["role"] for line in alone["means"]} == {"reference", "control"}
     undefended = embedded(written([line for line in field(1) if line.defense == "none"], tmp_path / "c"))
     assert undefended["tracks"] == undefended["means"] == undefended["places"] == []
-    assert [place["undefended"]["asr"][1] for place in undefended["scenarios"]] == ["100.0"] * 4
-    nothing = embedded(written(field(1, implanted=False), tmp_path / "b"))
+    assert [place["undefended"]["asr"][1] for place in undefended["scenarios"]] == [*["100.0"] * 3, "3.0"]
+    nothing = embedded(written(field(1, asr_undefended=0.3), tmp_path / "b"))
     assert nothing["means"] == []
-    assert len(nothing["places"]) == 48
+    assert len(nothing["places"]) == 4 * 4 * len(stats.SELECTIONS)
     assert nothing["words"][nothing["nothing"]] == tables.NOTHING
 
 
@@ -405,7 +414,7 @@ def test_the_verb_writes_what_the_frames_give(tmp_path: Path) -> None:
 def test_a_page_stays_small(tmp_path: Path) -> None:
     small, large = len(written(field(1), tmp_path)), len(written(field(6), tmp_path))
     per_cell = (large - small) / (5 * 16)
-    assert small < 150_000
+    assert small < 170_000
     assert 540 * per_cell + small < 3_000_000, "quick's 540 cells would not fit"
 
 

@@ -25,7 +25,8 @@ def row(attack: str, seed: int, defense: str, ra: float = 0.0, **more: object) -
         "scope": "whole", "defense": defense, "cell": f"{attack}{seed}{defense}", "target": 0, "label_mode": "all-to-one",
         "realised_rate": 0.1, "control": defense in ("none", "random"), "selection": "validation", "status": "ok", "acc": 0.9,
         "asr": 0.95 - ra, "ra": ra, "der": 0.5, "acc_undefended": 0.95, "asr_undefended": 1.0, "ra_undefended": 0.0,
-        "acc_benign": 0.96, "implanted": True, "gate": "implanted", "pruned": 10, "units": 100, "cost_epochs": 0.125,
+        "acc_benign": 0.96, "asr_benign": 0.02, "implanted": True, "gate": "implanted", "pruned": 10, "units": 100, "cost_epochs":
+        0.125,
     }  # fmt: skip
     return Row(**{**settings, **more})  # type: ignore[arg-type]
 
@@ -40,9 +41,9 @@ def world(**more: object) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
                     if (defense, attack, seed) == ("dial $_{1}", "badnets", 1)
                     else {}
                 )
-                for place, selection in enumerate(("validation", "default", "oracle")):
+                for place, selection in enumerate(("validation", "default", "oracle", "leaky")):
                     dial = {"dial": 0.5 + 0.1 * place} if defense.startswith("dial") else {}
-                    settings = {"selection": selection, "implanted": live, **dial, **failed, **more}
+                    settings = {"selection": selection, "asr_undefended": 1.0 if live else 0.3, **dial, **failed, **more}
                     rows.append(row(attack, seed, defense, ra + 0.1 * place * bool(dial), **settings))
                 key = {name: getattr(rows[-1], name) for name in KEY}
                 timings.append(Timing(**key, seconds=10.0 ** (1 + len(defense) % 3), peak_mib=100.0, victim_seconds=5.0))
@@ -94,7 +95,7 @@ def test_the_board_by_hand():
     def entry(defense: str, ra: tuple[float, float], track: str = "model+clean", oracle: float = 0.9, **more: object) -> list[Row]:
         found = []
         for seed, value in enumerate(ra):
-            for selection, reached in (("validation", value), ("default", value), ("oracle", oracle)):
+            for selection, reached in (("validation", value), ("default", value), ("oracle", oracle), ("leaky", oracle)):
                 found.append(row("badnets", seed, defense, reached, **{"track": track, "selection": selection, **more}))
         return found
 
@@ -113,12 +114,16 @@ def test_the_board_by_hand():
     assert list(mine["ra"][:2]) == pytest.approx([0.6, 0.2])
     assert list(mine["asr"][:2]) == pytest.approx([0.35, 0.75])
     assert list(mine["asr_oracle"][:2]) == pytest.approx([0.15, 0.05])
+    assert list(mine["ra_oracle"][:2]) == pytest.approx([0.8, 0.9])
     with style.figures() as plt:
         figure = plots._leaderboard(plt, rows, "t")
         texts = [text.get_text() for axis in figure.axes for text in axis.texts]
         assert texts == ["refused everywhere"]
         assert plots._leaderboard(plt, rows[rows["defense"].isin(["none", "random"])], "t") is None
-        assert plots._leaderboard(plt, rows.assign(implanted=False), "t") is None
+        assert plots._leaderboard(plt, rows.assign(asr_undefended=0.3), "t") is None
+        idle = rows.assign(mark=["no change" if name == "weak" else "" for name in rows["defense"]])
+        ticks = [tick.get_text() for tick in plots._leaderboard(plt, idle, "t").axes[0].get_yticklabels()]
+        assert ticks == ["strong", "weak: no change", "never"]
 
 
 def test_second_run_writes_the_same_bytes_and_touches_nothing(drawn):
@@ -157,7 +162,7 @@ def test_heat_map_cells_by_hand_and_marks():
         assert {tick.get_rotation() for tick in (*figure.axes[0].get_yticklabels(), *figure.axes[0].get_xticklabels())} == {0.0}
     # rows of the panel: undefended, the dial, random; columns in matrix order
     assert shown == ["0", "50*", "10", "0", "50", "10"]
-    assert legend == ["attack not implanted: not counted", "* = some seeds missing"]
+    assert legend == ["attack not implanted or adversarial: not counted", "* = some seeds missing"]
     assert ticks == ["undefended", "dial $_{1}", "random"]
 
 
@@ -171,10 +176,18 @@ def test_heat_map_letters_for_what_is_missing():
         assert [text.get_text() for text in figure.legends[0].get_texts()][1:] == ["R = refused", "n = not run"]
 
 
-def test_only_implanted_seeds_of_implanted_scenarios_are_drawn():
-    rows = frame([row("badnets", seed, "good", 0.1 * seed, implanted=seed > 0) for seed in range(3)])
-    assert sorted(plots._counted(rows)["seed"]) == [1, 2]
-    assert sorted(plots._counted(rows.assign(implanted=False))["seed"]) == [0, 1, 2]
+def test_all_seeds_are_drawn_and_no_row_without_an_attack():
+    rows = frame([*(row("badnets", seed, "good", 0.1 * seed, implanted=seed > 0) for seed in range(3)), row("none", 0, "good")])
+    assert sorted(plots._attacked(rows)["seed"]) == [0, 1, 2]
+
+
+def test_costly_attacks_are_starred_and_the_twin_is_drawn():
+    rows = frame([row("dear", seed, "none", acc_undefended=0.85, asr_benign=0.1) for seed in (0, 1)] + [row("cheap", 0, "none")])
+    with style.figures() as plt:
+        axis = plots._attacks(plt, rows, "t").axes[0]
+        assert [tick.get_text() for tick in axis.get_xticklabels()] == ["dear*", "cheap"]
+        levels = [tuple(np.round(line.get_ydata(), 6)) for line in axis.lines if line.get_linestyle() == "-"]
+        assert levels == [(96, 96), (10, 10), (96, 96), (2, 2)]
 
 
 def test_dial_mean_interpolates_on_the_common_range():
@@ -209,7 +222,7 @@ def test_many_attacks_are_spread_over_panels_and_none_is_lost():
 
 
 def test_a_matrix_without_dials_timings_or_implanted_attacks(tmp_path):
-    rows, curves, timings = world(implanted=False, dial=float("nan"))
+    rows, curves, timings = world(asr_undefended=0.3, dial=float("nan"))
     names = {path.name for path in plots.write_plots(rows, curves.iloc[:0], timings.iloc[:0], tmp_path, "tiny")}
     assert "attacks.png" in names
     assert "heatmap-ra-model-clean.png" in names
@@ -220,9 +233,9 @@ def isolating() -> list[Row]:
     """Two defenses, two attacks (one not implanted), two seeds; letters for what is missing."""
     told = {"selection": "default", "track": "train", "train_images": 200, "isolated": 20}
     rows = [row("badnets", seed, "abl", precision=0.6 + 0.2 * seed, recall=0.3, **told) for seed in (0, 1)]
-    rows += [row("wanet", seed, "abl", recall=0.0, implanted=False, **{**told, "isolated": 0}) for seed in (0, 1)]
+    rows += [row("wanet", seed, "abl", recall=0.0, asr_undefended=0.3, **{**told, "isolated": 0}) for seed in (0, 1)]
     rows += [row("badnets", seed, "dbd", status="failed", reason="why", **told) for seed in (0, 1)]
-    return [*rows, row("wanet", 0, "dbd", precision=0.1, recall=1.0, implanted=False, **told)]
+    return [*rows, row("wanet", 0, "dbd", precision=0.1, recall=1.0, asr_undefended=0.3, **told)]
 
 
 def test_detectors_by_hand():
@@ -283,11 +296,11 @@ def test_legends_stay_within_the_figure(width, name):
 def test_long_names_of_controls_are_told_apart_in_the_scatter_legend():
     long = [f"nearest-class-mean on {which}, {labels} labels" for which in ("clean", "poisoned") for labels in ("no", "with")]
     rows = frame([row("badnets", 0, name, 0.3, control=name != "good") for name in ("good", "none", *long)]
-                 + [row("wanet", 0, "good", 0.3, implanted=False)])  # fmt: skip
+                 + [row("wanet", 0, "good", 0.3, asr_undefended=0.3)])  # fmt: skip
     with style.figures() as plt:
         figure = plots._scatter(plt, rows, "model+clean", "t")
         legend = [text.get_text() for text in figure.legends[0].get_texts()]
-        assert legend == ["undefended", "good", *long, "attack not implanted: not counted"]
+        assert legend == ["undefended", "good", *long, "attack not implanted or adversarial: not counted"]
         assert texts(figure) == [""] * len(texts(figure))  # arrows; nothing is written over the points
 
 
