@@ -395,7 +395,7 @@
       el("div", { class: "wide" }, el("table", { role: "table", class: "boards", "aria-labelledby": `track-${track}` }, head(visible, track),
         block(`${track}-defense`, "", alive.filter((row) => row.original.role === "defense"), visible),
         block(`${track}-control`, "Reference and controls, not ranked", alive.filter((row) => row.original.role !== "defense"), visible),
-        block(`${track}-dead`, "The attack did not implant: shown, in no mean and no rank", rows.filter((row) => dead(row.original)), visible))),
+        block(`${track}-dead`, "The attack did not implant, or is adversarial: shown, in no mean and no rank", rows.filter((row) => dead(row.original)), visible))),
       holder));
     replane(track);
     return node;

@@ -50,13 +50,14 @@ def rows() -> list[Row]:
             matrix="m", dataset="digits", backbone=backbone, attack=attack, rate=0.1, seed=seed, track="model+clean", scope="whole",
             defense=name, cell=f"{backbone}{attack}{seed}{name}", target=0, label_mode="all-to-one", realised_rate=0.1,
             control=control, selection=how, status="ok", acc=round(0.95 - 0.1 * ra, 6), asr=round(0.99 - ra, 6), ra=ra,
-            der=0.5, acc_undefended=0.95, asr_undefended=1.0, ra_undefended=0.0, acc_benign=0.96, implanted=attack != "dud",
+            der=0.5, acc_undefended=0.95, asr_undefended=0.03 if attack == "dud" else 1.0, ra_undefended=0.0,
+            acc_benign=0.96, asr_benign=0.01, implanted=attack != "dud",
             gate="the gate's words",
             dial=0.5, pruned=3, units=100, cost_epochs=0.5, used="model + clean", clean_images=40, preset="cpu", note="a note",
         ))  # fmt: skip
         if name == "good":
             line = {**vars(found[-1]), "track": "train", "defense": "abl", "cell": f"{backbone}{attack}{seed}abl", "used": "train"}
-            missing = {"status": "refused", "reason": "no clean images"} if how == "validation" else {}
+            missing = {"status": "refused", "reason": "no clean images"} if how in ("validation", "strongest", "canary") else {}
             found.append(Row(**{**line, **missing}))
     return found
 
@@ -137,7 +138,7 @@ def test_first_sight(tab: Any) -> None:
     assert names(tab, 1) == [["abl"], ["none (undefended)", "random"]]
     assert figures(tab, "ra") == ["71.0", "41.0", "21.0", "1.0", "91.0"]
     assert figures(tab, "place") == ["1", "2", "3", "", ""]
-    assert "n implanted 3 of 4 scenarios" in status(tab)
+    assert "3 of 4 scenarios implanted" in status(tab)
     headings = [head.text for head in tab.find_elements(By.CSS_SELECTOR, "#boards h2")]
     assert headings[0].startswith("Track: model+clean (")
     assert headings[1].startswith("Track: train (")
@@ -169,7 +170,7 @@ def test_a_row_opens_by_enter_space_and_click(tab: Any) -> None:
     toggle.send_keys(Keys.ENTER)
     assert toggle.get_attribute("aria-expanded") == "true"
     detail = tab.find_element(By.ID, toggle.get_attribute("aria-controls"))
-    for words in ("Preset\ncpu", "Model\nedited", "Clean labelled images\n40", "Note\na note", "n implanted 3 of 4 scenarios",
+    for words in ("Preset\ncpu", "Model\nedited", "Clean labelled images\n40", "Note\na note", "3 of 4 scenarios implanted",
                   "Along the dial"):  # fmt: skip
         assert words in detail.text
     assert len(detail.find_elements(By.CSS_SELECTOR, ".panels svg")) == 3  # a dial per implanted scenario
@@ -200,7 +201,7 @@ def test_a_part_of_the_scenarios_shows_them_one_by_one_and_says_so(tab: Any) -> 
     choose(tab, "attack", "wanet")
     assert "No line of this track passes the filters." in tab.find_element(By.ID, "boards").text
     tab.find_element(By.ID, "reset").click()
-    assert "n implanted 3 of 4 scenarios" in status(tab)
+    assert "3 of 4 scenarios implanted" in status(tab)
     # A filter that keeps all implanted scenarios leaves the means as they are.
     choose(tab, "dataset", "digits")
     assert "Filtered" not in status(tab)
@@ -320,7 +321,7 @@ def test_a_matrix_without_defenses_shows_its_attacked_models(tab: Any, address: 
     tab.get(page.write_page(tmp_path, frame(table), no_curves, no_timings, "attacks").as_uri())
     assert "No defense was run in this matrix" in tab.find_element(By.ID, "boards").text
     scenarios = tab.find_element(By.ID, "scenarios")
-    assert "not counted: 0 of 2 seeds implanted" in scenarios.text
+    assert "not counted: not implanted (ASR 3.0, the twin's 1.0)" in scenarios.text
     assert len(scenarios.find_elements(By.CSS_SELECTOR, "img")) == 2
     assert tab.find_elements(By.ID, "filter-view") == []
     assert tab.find_element(By.ID, "theme").is_displayed()
