@@ -89,8 +89,9 @@ def _scenario(gate: pd.Series, row: pd.Series) -> str:
             "points (at "
             f"least {100 * IMPLANTED_EFFECT:g}; the twin's ASR is {percent_text(twin)}); {mean}"
         )
-    loss, least = (percent_text(float(gate[name]), signed=True) for name in ("acc_loss", "acc_loss_low"))
-    cost = f"It costs {loss} points of ACC, surely more than {least}"
+    loss, least = (float(gate[name]) for name in ("acc_loss", "acc_loss_low"))
+    sure = f", surely more than {percent_text(least)}" if least > 0 else ", which may be chance"
+    cost = f"It costs {percent_text(loss)} points of ACC{sure}" if loss > 0 else "It costs no ACC"
     counts = "It counts." if gate["implanted"] else "It does not count: it is shown and never ranked."
     return f"{scenario_words(gate)}: {why}. {cost}. {counts} This seed: {plain(row['gate'])}."
 

@@ -40,7 +40,9 @@ def test_the_scenario_is_explained_by_its_figures() -> None:
     text = told(ROW)
     assert "implanted: ASR 99.0 (at least 50), of which the poison explains 97.0 points (at least 50; the twin" in text
     assert "It counts." in text
-    assert "costs +1.0 points of ACC" in text
+    assert "It costs 1.0 points of ACC, surely more than 0.6." in text
+    assert "It costs no ACC." in told(replace(ROW, acc_undefended=0.98))
+    assert "It costs 1.0 points of ACC, which may be chance." in told(replace(ROW, acc_loss_se=0.02))
 
 
 def test_a_scenario_that_does_not_count_says_why() -> None:
