@@ -79,7 +79,7 @@ def test_slices_are_taken_in_the_order_of_the_file() -> None:
     assert made[0] == "run --matrix cifar10-fast --only seed=0,defense=none"
     labels = [line.partition("defense=")[2] for line in made]
     assert labels[1:4] == ["fine-tuning", "fine-pruning", "anp"]
-    assert labels[-3:] == ["abl", "dbd", "hid"]
+    assert labels[-4:] == ["abl", "dbd", "hid", "hid without pruning"]
 
 
 def test_without_pydantic_one_line_says_what_to_do() -> None:
