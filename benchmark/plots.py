@@ -144,7 +144,7 @@ def _leaderboard(plt: Any, rows: pd.DataFrame, title: str) -> Any | None:
         axis.set_title(head)
     panels.axes[-1].set_xlabel("%: a defense that works has RA and ACC far right, ASR far left")
     words = {"ra": "RA: right class in spite of the trigger", "asr": "ASR: the attacker's class",
-             "ra_oracle": "RA, had the test set chosen", "acc": "ACC on clean images"}  # fmt: skip
+             "ra_oracle": "RA, chosen on the test set", "acc": "ACC on clean images"}  # fmt: skip
     panels.legend(
         [plt.Line2D([], [], linestyle="", color=colours[name], label=words[name],
                     **{key: value for key, value in marks[name].items() if key not in ("zorder", "markeredgecolor")})

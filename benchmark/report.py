@@ -232,7 +232,8 @@ def write_plain_words(readme: Path, rows: pd.DataFrame, folder: str) -> bool:
     """
     name = Path(folder).name
     about = f"({gate_words(rows)}; [{folder}]({folder}/README.md))"
-    content = f"{_glance(readme, folder)}{plain_words(rows)}\n{about}\n"
+    old = f"{STALE_WORDS}\n\n" if stale(readme.parent / folder) else ""
+    content = f"{_glance(readme, folder)}{old}{plain_words(rows)}\n{about}\n"
     return _between(readme, f"<!-- words:{name}:begin -->", f"<!-- words:{name}:end -->", content)
 
 
