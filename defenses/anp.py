@@ -84,9 +84,8 @@ class ANP(Defense):
         project: keep the perturbations within eps (authors' code: no).
         grid: thresholds at which models are offered (authors' code: 0 to 0.9 by 0.05).
         radii: further values of eps to be tried, below it (ours).
-        by: ``threshold``, or ``number`` of units (authors' code has both). number: default of that dial; step, most: it is offered
-        every
-            ``step`` units up to ``most`` or all (authors' code: 20 and 1000; the default of 20 is its first step).
+        by: ``threshold``, or ``number`` of units (authors' code has both). number: default of that dial; step, most: it is
+            offered every ``step`` units up to ``most`` or all (authors' code: 20 and 1000; the default of 20 is its first step).
     """
 
     name: ClassVar[str] = "anp"

@@ -62,9 +62,8 @@ class DBD(Defense):
         clean_share: share of the set that keeps its labels; it must not exceed the share that is clean.
         semi_epochs: of MixMatch; the set is split anew before each. iterations: steps per epoch. semi_batch: labelled samples per
             step, and as many unlabelled ones.
-        sharpen, mixup, unlabelled_weight: MixMatch's temperature, Beta parameter and final weight of Lu. The weight grows linearly
-        from
-            10/190 of it, whatever the length (authors' code: MixMatch begins in epoch 10 of a ramp of 190).
+        sharpen, mixup, unlabelled_weight: MixMatch's temperature, Beta parameter and final weight of Lu. The weight grows
+            linearly from 10/190 of it, whatever the length (authors' code: MixMatch begins in epoch 10 of a ramp of 190).
     """
 
     name: ClassVar[str] = "dbd"

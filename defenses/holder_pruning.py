@@ -12,8 +12,7 @@ Dial: share of units pruned, per layer; default = what ``rule`` prunes.
 Deviations from the paper: its text was not available in full. From public text: the estimator, FGSM, alpha = 0.5, pruning of the p
 units of highest constant (its Algorithm 2), and in an appendix a threshold "by analysing the density distribution". Ours: eps, p (a
 tenth of a layer), and the options. The density rule made automatic (``rule="density"``; no labels, no attack success) was the
-default
-before: where a density has no valley it prunes nothing, so that the method left nearly every model as it was.
+default before: where a density has no valley it prunes nothing, so that the method left nearly every model as it was.
 
 Alpha cannot matter where all distances are equal: at one fixed ``eps`` without clipping, ``||a - b||`` is the same for every pair,
 so ``H(alpha) = H(1) * const``, and no scale-free rule (all but ``fixed``) can tell one alpha from another. Clipping, several

@@ -1,22 +1,18 @@
 """Activation pruning: the first half of Liu, Dolan-Gavitt and Garg, "Fine-Pruning", RAID 2018, arXiv 1805.12185.
 
 A backdoor is thought to live in units that clean inputs leave silent. The last channels are sorted by their mean activation on
-clean
-samples and pruned in ascending order. Pruning goes on until accuracy on held-out clean samples gives way.
+clean samples and pruned in ascending order. Pruning goes on until accuracy on held-out clean samples gives way.
 
 Needs: model, clean budget. Edits: the channels that the classifier reads (``site="last-conv"``: the units of the last convolution;
-at
-scope HEAD the head's hidden layers).
+at scope HEAD the head's hidden layers).
 Dial: share of those units pruned; default = the largest whose validation accuracy is within ``tau`` of the victim's.
 Deviations from the paper: the released code fixes the number of pruned units by hand for each network; the tolerance ``tau`` and
 the stop on a validation part of the same clean budget are ours (BackdoorBench stops on test accuracy). The paper prunes the last
 convolution of networks without shortcuts, where it is what the classifier reads. In a residual network it is not: the last block's
 shortcut is added behind it and carries a trigger past what is pruned. So the cut is made where the classifier reads, as in
 BackdoorBench's code, on activations after ReLU and before pooling. ``last-conv`` is the paper to the letter: in residual networks
-the last
-convolution larger than 1x1, with its norm, measured before the shortcut is added. With several hidden layers in the head, each is
-sorted
-by itself.
+the last convolution larger than 1x1, with its norm, measured before the shortcut is added. With several hidden layers in the head,
+each is sorted by itself.
 """
 
 from __future__ import annotations

@@ -60,8 +60,7 @@ class Recipe(Spec):
         precision: of arithmetic. ``reference`` = float32 everywhere. ``tf32`` = products of float32 matrices and convs in TF32, in
             evaluation too; float32 on the CPU, which has no such products. ``bf16`` = that, and the forward passes of training
             under autocast to bfloat16 (losses, norms and weights stay float32), on the CPU too: faster than float32 on a processor
-            with
-            instructions for it (AVX512-BF16, AMX), several times slower on others.
+            with instructions for it (AVX512-BF16, AMX), several times slower on others.
     """
 
     name: ClassVar[str] = "recipe"
