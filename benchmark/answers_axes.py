@@ -415,9 +415,9 @@ _RESAMPLES = 2000
 
 
 def closed(table: pd.DataFrame) -> Interval:
-    """The share of the RA gap between ``validation`` and ``oracle`` that ``canary`` closes: a ratio of means over scenarios of
-    means
-    over seeds, with its 95 % percentile interval (seeds resampled within scenarios, fixed seed). Below 0: it chooses worse.
+    """The share of the RA gap between ``validation`` and ``oracle`` that ``canary`` closes: a ratio of means over scenarios
+    of means over seeds, with its 95 % percentile interval (seeds resampled within scenarios, fixed seed). Below 0: it chooses
+    worse.
 
     Args:
         table: one row per attacked model with RA in columns of these names. NaN where there is no gap.

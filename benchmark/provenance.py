@@ -27,9 +27,8 @@ def matrix_of(folder: Path) -> Matrix:
 
 
 def stale(folder: Path) -> bool:
-    """Whether a method of these results was revised since, so that the same settings would give other numbers: the hash of the
-    settings
-    holds every method's revision. False where there is nothing to compare.
+    """Whether a method of these results was revised since, so that the same settings would give other numbers: the hash of
+    the settings holds every method's revision. False where there is nothing to compare.
 
     Raises:
         BadInput: the manifest cannot be read.

@@ -9,8 +9,7 @@ Deviations from the paper: the numbers are the authors' code's. The extractor's 
 the head is trained (the code lets them drift); losses are recorded on images as they are (the code: augmented); the crop is the
 victim's, zero-padded (the code: reflected). MixMatch starts with a fresh Adam (the code: one Adam from the head's training on). The
 extractor is the last epoch's (the code's fine-tuning loads epoch 100 of a cosine over 1,000). Where the victim's head is an MLP,
-so is
-this one's. What is reported as isolated is the unlabelled side of the last split, half of the set by design.
+so is this one's. What is reported as isolated is the unlabelled side of the last split, half of the set by design.
 """
 
 from __future__ import annotations
