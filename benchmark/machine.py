@@ -28,12 +28,25 @@ def versions() -> dict[str, str]:
 
 
 def arithmetic() -> dict[str, str]:
-    """What rounds: rows repeat bit for bit where these agree."""
+    """What rounds: rows repeat bit for bit where these agree. The processor is part of it, because the libraries of linear algebra
+    choose their kernels by it: two processors with AVX512 gave different rows."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "machine": platform.machine(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "processor": _processor(Path("/proc/cpuinfo")),
     }
+
+
+def _processor(cpuinfo: Path) -> str:
+    """Vendor, family and model of the first processor as Linux reports them in ``cpuinfo``; elsewhere what Python knows."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").split("\n\n")[0].splitlines()
+    except OSError:
+        lines = []
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    names = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")  # the last two: ARM
+    return " ".join(fields[name] for name in names if name in fields) or platform.processor() or "unknown"
 
 
 def sources(*, loaded: bool = False) -> dict[str, str]:

@@ -425,6 +425,7 @@ def _used(executor: Literal["local", "ray"], used: dict[str, str], folder: Path)
         return used or arithmetic()
     with suppress(OSError, ValueError, KeyError, TypeError):
         written = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["arithmetic"]
+        written = {"processor": "unknown", **written}  # manifests of earlier versions do not name it
         return {name: str(written[name]) for name in arithmetic()}
     return arithmetic()
 

@@ -1,10 +1,10 @@
 """Proof for readers: rows drawn at random are computed again from the committed settings and compared.
 
 Nothing of an earlier run is used but the decoded images, which are checked by their content: models are trained anew in a store
-that is thrown away. On the machine type that made the rows (same versions, instructions, device) every figure must be the same to
-its last digit. Elsewhere other instructions round differently, and training makes of that what another seed would: a figure is held
-to what the seeds of its entry span, widened by a tolerance, and all of them together to a share that may lie beyond. What follows
-from a choice (a dial, a count of pruned units) is not judged there.
+that is thrown away. On the machine type that made the rows (same versions, processor, instructions, device) every figure must be
+the same to its last digit. Elsewhere other instructions round differently, and training makes of that what another seed would: a
+figure is held to what the seeds of its entry span, widened by a tolerance, and all of them together to a share that may lie beyond.
+What follows from a choice (a dial, a count of pruned units) is not judged there.
 """
 
 from __future__ import annotations

@@ -21,7 +21,10 @@ SHARES = ["acc", "asr", "ra", "val_acc"]
 
 
 def made_with() -> dict[str, str]:
-    return {"torch": torch.__version__.split("+")[0], "instructions": torch.backends.cpu.get_cpu_capability()}
+    from benchmark.machine import arithmetic
+
+    found = arithmetic()
+    return {"torch": torch.__version__.split("+")[0], "instructions": found["instructions"], "processor": found["processor"]}
 
 
 def measure(folder: Path) -> list[dict[str, object]]:
