@@ -41,8 +41,8 @@ __all__ = ["SHARES", "TOLERANCE", "Checked", "Verdict", "compare", "stands", "ve
 TOLERANCE = 0.1
 """On another machine type: how far a share (0.1 = 10 points) may lie outside of what the committed seeds span."""
 BEYOND = 0.25
-"""On another machine type: the share of cells that may lie beyond that. Measured: 5 of 29 with other instructions of one processor
-(results/README.md, "Proof")."""
+"""On another machine type: the share of cells that may lie beyond that. Measured: 5 of 29 with other instructions of one processor,
+115 of 546 on another processor (results/README.md, "Proof")."""
 LEVEL = 0.05
 """More are only called too many where a binomial test at this level says so: of a few cells one or two are none."""
 SHARES = ("acc", "asr", "ra", "der", "asr_recraft", "ra_recraft", "acc_undefended", "asr_undefended", "ra_undefended", "acc_benign",
