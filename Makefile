@@ -22,7 +22,7 @@ LEVELFIELD := $(RUN) -m benchmark
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo "  MATRIX=quick (a name in benchmark/matrices/ or a .toml file), PYTHON=python3 (3.11 or newer), ARGS= (passed on)"
+	@echo "  MATRIX=quick (a name in benchmark/settings/matrices/ or a .toml file), PYTHON=python3 (3.11 or newer), ARGS= (passed on)"
 
 install: $(STAMP) ## make .venv with the tested versions (the other targets do this when it is missing or stale)
 
@@ -39,7 +39,7 @@ benchmark: $(STAMP) ## run MATRIX, then draw its tables, plots, page and report 
 	@$(LEVELFIELD) run --matrix $(MATRIX) $(ARGS)
 
 slices: $(STAMP) ## run MATRIX defense by defense, as the file orders them: every attack undefended first (ONLY=seed=0 takes a part)
-	@$(RUN) -c 'from benchmark.matrix import find_matrix, load_matrix; \
+	@$(RUN) -c 'from benchmark.settings.matrix import find_matrix, load_matrix; \
 	  print(*dict.fromkeys(cell.defense_label for cell in load_matrix(find_matrix("$(MATRIX)")).cells), sep="\n")' | \
 	while IFS= read -r defense; do \
 	  $(LEVELFIELD) run --matrix $(MATRIX) --only "$(if $(ONLY),$(ONLY)$(comma))defense=$$defense" $(ARGS) </dev/null || exit; \
@@ -70,7 +70,7 @@ test: $(STAMP) ## the tests, on up to four cores (ARGS="-k badnets" picks some, 
 	@$(RUN) -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 torture: $(STAMP) ## kill, starve and damage a small run, over and over; counts lost rows (ARGS="--kills 100 --executor local")
-	@$(RUN) -m benchmark.torture $(ARGS)
+	@$(RUN) -m benchmark.proof.torture $(ARGS)
 
 SECONDS ?= 0
 hostile: $(STAMP) ## what strangers' files may try, as a table; SECONDS=900 feeds each reader nonsense for so long

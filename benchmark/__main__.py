@@ -77,10 +77,10 @@ def run(
     cache: CacheOption = CACHE,
 ) -> None:
     """Run a matrix: implant, defend, score; then tables, plots, page, report and the leaderboard."""
-    from benchmark.matrix import find_matrix, load_matrix
+    from benchmark.settings.matrix import find_matrix, load_matrix
     from benchmark.present import present
-    from benchmark.progress import notes
-    from benchmark.run import run_matrix
+    from benchmark.run.progress import notes
+    from benchmark.run.session import run_matrix
 
     loaded = load_matrix(find_matrix(matrix), notes(console))
     try:
@@ -176,7 +176,7 @@ def verify(
     cache: CacheOption = CACHE,
 ) -> None:
     """Compute randomly drawn rows again from the settings beside them, and compare; exit status 1 where they differ."""
-    from benchmark.verify import stands, verify
+    from benchmark.proof.verify import stands, verify
 
     checked = verify(folder, sample=sample, draw=draw, cache=cache, console=console, processes=processes or None)
     raise typer.Exit(0 if stands(checked) else 1)
@@ -241,7 +241,7 @@ def show_my_model(
     cache: CacheOption = CACHE,
 ) -> None:
     """Run the post-training defenses on a checkpoint of yours; writes a table and the cleaned weights."""
-    from benchmark.mymodel import defend_checkpoint
+    from benchmark.run.own_model import defend_checkpoint
 
     defend_checkpoint(checkpoint, backbone, dataset, attack, matrix, results=results, cache=cache, console=console)
 

@@ -14,8 +14,8 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from benchmark.files import write_text
-from benchmark.rows import Curve, Key, Row, Timing, read
+from benchmark.storage.files import write_text
+from benchmark.storage.rows import Curve, Key, Row, Timing, read
 from models.spec import BadInput
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def _title(folder: Path) -> str:
 
 def draw_tables(folder: Path, console: Console) -> None:
     """Writes ``tables/`` beside the rows."""
-    from benchmark.tables import write_tables
+    from benchmark.report.tables import write_tables
 
     written = write_tables(*_frames(folder), folder, _title(folder))
     _only(folder / "tables", written)
@@ -63,7 +63,7 @@ def draw_tables(folder: Path, console: Console) -> None:
 
 def draw_plots(folder: Path, console: Console) -> None:
     """Writes ``plots/`` beside the rows (the trigger gallery needs the stored victims: it is drawn at the end of a run)."""
-    from benchmark.plots import write_plots
+    from benchmark.report.charts import write_plots
 
     written = write_plots(*_frames(folder), folder, _title(folder))
     _only(folder / "plots", written, keep=GALLERY)
@@ -72,7 +72,7 @@ def draw_plots(folder: Path, console: Console) -> None:
 
 def draw_page(folder: Path, console: Console) -> None:
     """Writes ``leaderboard.html`` beside the rows (with the pictures of the trigger gallery, where a run has drawn one)."""
-    from benchmark.page import write_page
+    from benchmark.report.page import write_page
 
     path = write_page(folder, *_frames(folder), _title(folder), about=_setting(folder, "about"))
     console.print(f"page: {path}", highlight=False)
@@ -87,7 +87,7 @@ def _only(folder: Path, written: Sequence[Path], keep: str = "") -> None:
 
 def draw_report(folder: Path, console: Console) -> None:
     """Writes the folder's README.md and what the project's front page says of it; the headline is one matrix's."""
-    from benchmark.report import write_headline, write_plain_words, write_report
+    from benchmark.report.report import write_headline, write_plain_words, write_report
 
     rows = _frames(folder)[0]
     write_report(folder, rows, _title(folder), description=_setting(folder, "about"))
@@ -100,7 +100,7 @@ def draw_report(folder: Path, console: Console) -> None:
 
 def draw_exhibits(results: Path, console: Console) -> None:
     """Writes the page of exhibits and their files; it reads the rows of every matrix that has some."""
-    from benchmark.exhibits import write_exhibits
+    from benchmark.report.exhibits.write import write_exhibits
 
     page = write_exhibits(results)[-1]
     console.print(f"exhibits: {page}", highlight=False)
@@ -108,7 +108,7 @@ def draw_exhibits(results: Path, console: Console) -> None:
 
 def leaderboard(folder: Path, console: Console) -> None:
     """Prints the leaderboards of a result folder."""
-    from benchmark.tables import console_leaderboard
+    from benchmark.report.tables import console_leaderboard
 
     rows, _, _ = _frames(folder)
     for table in console_leaderboard(rows):
@@ -120,7 +120,7 @@ def leaderboard(folder: Path, console: Console) -> None:
 
 def explained(folder: Path, only: str, console: Console) -> None:
     """Prints why the rows that ``only`` names count, and why their candidates were chosen."""
-    from benchmark.explain import explain
+    from benchmark.report.explain import explain
 
     rows, curves, _ = _frames(folder)
     for paragraph in explain(rows, curves, only):
@@ -133,8 +133,9 @@ def _fingerprint(folder: Path) -> str:
     for name in ("rows.csv", "curves.csv", "timings.csv", "matrix.toml"):
         content.update((folder / name).read_bytes())
     here = Path(__file__).parent
-    for part in (*sorted(here.glob("*.py")), *sorted((here / "assets").iterdir())):
-        content.update(part.read_bytes())
+    for part in sorted({*here.rglob("*.py"), *(here / "report").rglob("*.*")}):
+        if "__pycache__" not in part.parts:
+            content.update(part.read_bytes())
     return content.hexdigest()
 
 
@@ -158,9 +159,9 @@ def present(folder: Path, matrix: Any, *, cache: Path, console: Console, track: 
 
 def _gallery(folder: Path, matrix: Any, cache: Path) -> None:
     """Clean, triggered and amplified difference of a few test images per attack, from the first backbone and seed."""
-    from benchmark.cell import read_victim, victim_key, world
-    from benchmark.plots import trigger_gallery
-    from benchmark.store import Store
+    from benchmark.run.cell import read_victim, victim_key, world
+    from benchmark.report.charts import trigger_gallery
+    from benchmark.storage.store import Store
 
     store = Store(cache / "store")
     first = matrix.scenarios[0]
@@ -238,9 +239,9 @@ def _plain(value: Any) -> Any:
 def catalogue(console: Console) -> None:
     """Prints everything a matrix may name."""
     from attacks import ATTACKS
-    from benchmark.datasets import DATASETS
-    from benchmark.matrix import FOLDER, matrix_names, presets
-    from benchmark.tracks import TRACKS
+    from benchmark.data.datasets import DATASETS
+    from benchmark.settings.matrix import FOLDER, matrix_names, presets
+    from benchmark.rules.tracks import TRACKS
     from defenses import DEFENSES
     from models import BACKBONES
     from models.extractors import EXTRACTORS

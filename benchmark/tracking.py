@@ -22,7 +22,7 @@ from typing import Any
 
 import pandas as pd
 
-from benchmark.files import write_text
+from benchmark.storage.files import write_text
 from models.spec import BadInput, digest
 
 __all__ = ["CellLog", "dashboard_command", "log_matrix"]

@@ -14,8 +14,8 @@ import atheris
 with atheris.instrument_imports(include=["benchmark", "models", "tomllib", "safetensors"]):
     import test_fuzz as fuzz
 
-from benchmark.matrix import find_matrix, matrix_names
-from benchmark.rows import Row, write
+from benchmark.settings.matrix import find_matrix, matrix_names
+from benchmark.storage.rows import Row, write
 
 
 def begin(reader: str, folder: Path) -> None:

@@ -20,12 +20,12 @@ PACKAGES = ("models", "attacks", "defenses", "benchmark")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 HOMES = {
     "wandb": {"benchmark/tracking.py"},
-    "pydantic": {"benchmark/matrix.py"},
-    "matplotlib": {"benchmark/plots.py", "benchmark/style.py"},
-    "seaborn": {"benchmark/plots.py", "benchmark/style.py"},
+    "pydantic": {"benchmark/settings/matrix.py"},
+    "matplotlib": {"benchmark/report/charts.py", "benchmark/report/style.py"},
+    "seaborn": {"benchmark/report/charts.py", "benchmark/report/style.py"},
     "pytorch_lightning": {"models/classifier.py"},
-    "ray": {"benchmark/ray_executor.py"},
-    "filelock": {"benchmark/files.py"},
+    "ray": {"benchmark/run/on_ray.py"},
+    "filelock": {"benchmark/storage/files.py"},
 }
 
 

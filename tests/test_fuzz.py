@@ -29,8 +29,8 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 from attacks import ATTACKS
-from benchmark.matrix import find_matrix, load_matrix, matrix_names, settings_hash
-from benchmark.rows import Curve, Row, Timing, read, write
+from benchmark.settings.matrix import find_matrix, load_matrix, matrix_names, settings_hash
+from benchmark.storage.rows import Curve, Row, Timing, read, write
 from defenses import DEFENSES
 from models.extractors import EXTRACTORS
 from models.resnet import ResNet8

@@ -26,11 +26,13 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from benchmark import image_files, mymodel, tables
-from benchmark.datasets import DatasetSpec, load
-from benchmark.matrix import load_matrix
-from benchmark.progress import RunProgress
-from benchmark.rows import Row, read
+from benchmark.data import image_files
+from benchmark.run.session import own_model as mymodel
+from benchmark.report.report import tables
+from benchmark.data.datasets import DatasetSpec, load
+from benchmark.settings.matrix import load_matrix
+from benchmark.run.progress import RunProgress
+from benchmark.storage.rows import Row, read
 from models import BACKBONES
 from models.backbone import Backbone
 from models.resnet import ResNet8

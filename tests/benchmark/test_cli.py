@@ -183,7 +183,7 @@ def test_an_interrupt_that_falls_into_a_destructor_is_heard(
         time.sleep(200)
         went_on.append(True)
 
-    monkeypatch.setattr("benchmark.run.run_matrix", run)
+    monkeypatch.setattr("benchmark.run.session.run_matrix", run)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     begun = time.monotonic()
     try:

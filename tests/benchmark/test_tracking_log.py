@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from benchmark.present import cell_logs
-from benchmark.rows import Curve, Row, read
+from benchmark.storage.rows import Curve, Row, read
 from benchmark.tracking import log_matrix
 
 pb = pytest.importorskip("wandb.proto.wandb_internal_pb2", reason="wandb is not installed")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmark.matrix import PUBLISHED, find_matrix, load_matrix, matrix_names, presets
+from benchmark.settings.matrix import PUBLISHED, find_matrix, load_matrix, matrix_names, presets
 from defenses import dbd
 from defenses.base import Inapplicable, Knowledge
 from defenses.dbd import DBD, HEAD_START, symmetric_cross_entropy

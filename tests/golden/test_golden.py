@@ -21,7 +21,7 @@ SHARES = ["acc", "asr", "ra", "val_acc"]
 
 
 def made_with() -> dict[str, str]:
-    from benchmark.machine import arithmetic
+    from benchmark.storage.machine import arithmetic
 
     found = arithmetic()
     return {"torch": torch.__version__.split("+")[0], "instructions": found["instructions"], "processor": found["processor"]}
@@ -29,9 +29,9 @@ def made_with() -> dict[str, str]:
 
 def measure(folder: Path) -> list[dict[str, object]]:
     """Every candidate of the tiny matrix."""
-    from benchmark.matrix import load_matrix
-    from benchmark.rows import Curve, read
-    from benchmark.run import run_matrix
+    from benchmark.settings.matrix import load_matrix
+    from benchmark.storage.rows import Curve, read
+    from benchmark.run.session import run_matrix
 
     matrix = load_matrix(HERE / "tiny.toml")
     threads = torch.get_num_threads()

@@ -1,0 +1,1 @@
+"""Statistics over rows, and the published figures they are compared with."""

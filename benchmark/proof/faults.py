@@ -1,0 +1,161 @@
+"""What faults cost: run-throughs of :mod:`benchmark.proof.torture` as lines of a file, and the page that is drawn from them."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from benchmark.report.tables import markdown
+from models.spec import BadInput
+
+__all__ = [
+    "HEADER", "KEYS", "Difference", "Outcome", "compare", "csv_text", "draw", "lines_of", "merged", "read_outcomes", "table",
+]  # fmt: skip
+
+KEYS: Mapping[str, tuple[str, ...]] = {"rows.csv": ("cell", "selection"), "curves.csv": ("cell",), "timings.csv": ("cell",)}
+"""What a line of each file is about. Seconds differ between any two runs, so of timings.csv the keys alone are compared."""
+REPEATED = "rows.csv", "curves.csv"
+"""The files whose every byte has to repeat."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Lines of the three files against the reference's."""
+
+    lost: int = 0
+    doubled: int = 0
+    """Lines that the reference has not, or has less often."""
+    changed: int = 0
+
+    def __add__(self, other: Difference) -> Difference:
+        return Difference(self.lost + other.lost, self.doubled + other.doubled, self.changed + other.changed)
+
+
+def lines_of(path: Path, key: tuple[str, ...]) -> dict[tuple[Any, ...], tuple[str, ...]]:
+    """Every line by what it is about and, where several are about the same, its number among them."""
+    if not path.is_file():
+        return {}
+    found: dict[tuple[Any, ...], tuple[str, ...]] = {}
+    seen: Counter[tuple[str, ...]] = Counter()
+    with path.open(newline="", encoding="utf-8", errors="replace") as handle:
+        for line in csv.DictReader(handle):
+            about = tuple(str(line.get(name)) for name in key)
+            found[(*about, seen[about])] = tuple(str(value) for value in line.values())
+            seen[about] += 1
+    return found
+
+
+def compare(reference: Path, found: Path, *, part: bool = False) -> Difference:
+    """How the files of one result folder differ from another's.
+
+    Args:
+        part: whether ``found`` may lack lines: it was written by a run that did not finish.
+    """
+    total = Difference()
+    for name, key in KEYS.items():
+        right, mine = lines_of(reference / name, key), lines_of(found / name, key)
+        both = right.keys() & mine.keys()
+        changed = sum(right[about] != mine[about] for about in both) if name in REPEATED else 0
+        one = Difference(0 if part else len(right.keys() - both), len(mine.keys() - both), changed)
+        if one == Difference() and not part and name in REPEATED:  # the same lines in another order, say
+            one = Difference(changed=int((reference / name).read_bytes() != (found / name).read_bytes()))
+        total += one
+    return total
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run-through: how often it was disturbed, how its files differ in the end, and what the command said meanwhile."""
+
+    executor: str
+    fault: str
+    round: int
+    kills: int
+    """How often it was disturbed; for damage, how many files were."""
+    lost: int
+    doubled: int
+    changed: int
+    note: str
+    command: str
+    """The command line of the harness, less what names places."""
+
+
+def read_outcomes(path: Path) -> list[Outcome]:
+    """What earlier invocations wrote; nothing where there is no such file.
+
+    Raises:
+        BadInput: it is not theirs (names the line).
+    """
+    if not path.is_file():
+        return []
+    outcomes = []
+    with path.open(newline="", encoding="utf-8", errors="replace") as handle:
+        lines = csv.DictReader(handle)
+        for number, line in enumerate(lines, 2):
+            try:
+                values: dict[str, Any] = {f.name: int(line[f.name]) if f.type == "int" else line[f.name] for f in fields(Outcome)}
+                outcomes.append(Outcome(**values))
+            except (KeyError, ValueError, TypeError) as error:
+                raise BadInput(f"{path}, line {number}: not an outcome of the fault harness: {error}") from error
+    return outcomes
+
+
+def merged(old: Iterable[Outcome], new: Iterable[Outcome], faults: Sequence[str]) -> list[Outcome]:
+    """Outcomes of several invocations in the order of ``faults``; one that was repeated replaces what it gave before."""
+    by_place = {(one.command, one.executor, one.fault, one.round): one for one in (*old, *new)}
+    order = {name: place for place, name in enumerate(faults)}
+
+    def place(one: Outcome) -> tuple[Any, ...]:
+        return order.get(one.fault, len(order)), one.fault, one.executor, one.command, one.round
+
+    return sorted(by_place.values(), key=place)
+
+
+def csv_text(outcomes: Iterable[Outcome]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([f.name for f in fields(Outcome)])
+    writer.writerows(asdict(one).values() for one in outcomes)
+    return out.getvalue()
+
+
+HEADER = ("fault", "executor", "run-throughs", "times", "lost", "doubled", "changed", "what the command said")
+
+
+def table(outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
+    """One line per fault and executor; of what was said, the three most frequent."""
+    groups: dict[tuple[str, str], list[Outcome]] = {}
+    for one in outcomes:
+        groups.setdefault((one.fault, one.executor), []).append(one)
+    lines = []
+    for (fault, executor), group in groups.items():
+        said = Counter(note for one in group for note in one.note.split("; ") if note)
+        sums = (sum(getattr(one, name) for one in group) for name in ("kills", "lost", "doubled", "changed"))
+        words = "; ".join(note for note, _ in sorted(said.items(), key=lambda item: (-item[1], item[0]))[:3])
+        lines.append((fault, executor, str(len(group)), *(str(number) for number in sums), words))
+    return lines
+
+
+def draw(outcomes: Sequence[Outcome]) -> str:
+    """The page, from outcomes alone."""
+    total = sum((Difference(one.lost, one.doubled, one.changed) for one in outcomes), Difference())
+    times = sum(one.kills for one in outcomes)
+    kills = sum(one.kills for one in outcomes if one.fault.startswith("kill"))
+    found = f"{total.lost} rows lost, {total.doubled} doubled, {total.changed} changed"
+    lines = [
+        "# Faults\n\n",
+        "A small run of every kind of stage (`benchmark/settings/matrices/torture.toml`), disturbed and issued again until it finishes;\n",
+        "its `rows.csv` and `curves.csv` are then compared with those of an undisturbed run, line by line and byte by byte.\n\n",
+        f"**In {len(outcomes)} run-throughs, disturbed {times} times ({kills} of them by kill -9): {found}.**\n\n",
+    ]
+    right = (":--", ":--", "--:", "--:", "--:", "--:", "--:", ":--")
+    lines += [f"| {' | '.join(line)} |\n" for line in (HEADER, right)]
+    lines += [f"| {' | '.join(markdown(cell) for cell in line)} |\n" for line in table(outcomes)]
+    lines.append("\nEvery run-through is a line of [faults.csv](faults.csv). Drawn by\n\n```bash\n")
+    lines += [f"{command}\n" for command in dict.fromkeys(one.command for one in outcomes)]
+    return "".join([*lines, "```\n"])

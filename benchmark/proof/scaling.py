@@ -1,0 +1,206 @@
+"""What a second worker gives, and what a stage costs beside its work: ``python -m benchmark.proof.scaling``.
+
+The same part of a matrix is run from an empty store, by local processes and on a Ray that is started for it, with one worker and
+with two; every run has an interpreter of its own. The efficiency of n workers is the time of one over n times theirs. What starting
+takes and what a stage costs is measured apart, on stages that stand already: a line through two runs of different length. For an
+idle machine: whatever runs beside it counts as a loss.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from benchmark.run.session import local as executors
+from benchmark.run.cell import run_victim
+from benchmark.run.local import Stage, run_stages
+from benchmark.settings.matrix import find_matrix, load_matrix
+from benchmark.run.progress import notes
+from benchmark.run.session import run_matrix
+from benchmark.storage.store import Store
+from models.files import write_text
+from models.spec import BadInput
+
+__all__ = ["Measured", "draw", "main"]
+
+EXECUTORS = "local", "ray"
+COUNTS = 20, 1020
+"""Lengths of the two runs of stages that stand."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One way of running it."""
+
+    executor: str
+    workers: int
+    seconds: float
+    """Of the whole run from an empty store, starting included."""
+    stages: int
+    start: float
+    """Seconds until the first stage can begin."""
+    per_stage: float
+    """Seconds that a stage costs which stands already."""
+    same: bool
+    """Whether rows.csv and curves.csv are, byte for byte, those of the first way."""
+
+
+class _Deaf:
+    """Hears nothing: what a progress display takes is no executor's."""
+
+    def started(self, worker: int, label: str) -> None: ...
+    def finished(self, worker: int, label: str, kind: str) -> None: ...
+    def put_back(self, worker: int) -> None: ...
+    def note(self, line: str) -> None: ...
+
+
+def _whole(matrix: str, only: str | None, executor: Any, workers: int, folder: Path) -> dict[str, float]:
+    """In an interpreter of its own: one run; the seconds and the stages."""
+    loaded = load_matrix(find_matrix(matrix))
+    with (folder / "log.txt").open("w") as log:
+        begun = time.perf_counter()
+        outcome = run_matrix(
+            loaded, results=folder / "results", cache=folder / "cache", console=Console(file=log), only=only,
+            processes=workers, executor=executor,
+        )  # fmt: skip
+        seconds = time.perf_counter() - begun
+    failed = [result.rows[0].reason for result in outcome.results if result.rows[0].status == "failed"]
+    if failed:
+        raise BadInput(f"{len(failed)} cells failed: {failed[0]}")
+    return {"seconds": seconds, "stages": len(list((folder / "cache" / "store").glob("*/??/*/entry.json")))}
+
+
+def _standing(matrix: str, executor: str, workers: int, folder: Path) -> dict[str, float]:
+    """In an interpreter of its own: a victim that stands, asked for again and again; the line through both lengths."""
+    loaded, store, cache = load_matrix(find_matrix(matrix)), folder / "store", folder / "cache"
+    run_victim(executors.victims_of(loaded)[0], Store(store), cache)
+
+    def timed(run: Callable[[list[Stage]], object], count: int) -> float:
+        begun = time.perf_counter()
+        run([Stage("victim", 0, f"stage {number}") for number in range(count)])
+        return time.perf_counter() - begun
+
+    if executor == "ray":
+        from benchmark.run.on_ray import connected
+
+        begun = time.perf_counter()
+        with connected(workers, 0.0) as cluster:
+            start = time.perf_counter() - begun
+            # Its workers stay, and have entered once they have had a stage each.
+            first, few, many = (
+                timed(lambda stages: cluster.run(stages, loaded, store, cache, _Deaf(), {}), count) for count in (workers, *COUNTS)
+            )
+    else:
+        start = 0.0
+        first, few, many = (
+            timed(lambda stages: run_stages(stages, loaded.path, store, cache, _Deaf(), workers), count)
+            for count in (workers, *COUNTS)
+        )
+    per_stage = (many - few) / (COUNTS[1] - COUNTS[0])
+    return {"start": start + first - workers * per_stage, "per_stage": per_stage}
+
+
+def _apart(function: str, arguments: Sequence[Any]) -> dict[str, float]:
+    """What a function of this module says in a fresh interpreter, its last argument being a folder.
+
+    Raises:
+        BadInput: it failed; with its last line.
+    """
+    program = (
+        "import json, sys; from pathlib import Path; from benchmark import scaling\n"
+        "function, (*given, folder) = sys.argv[1], json.loads(sys.argv[2])\n"
+        "print(json.dumps(getattr(scaling, function)(*given, Path(folder))))"
+    )
+    told = [*arguments[:-1], str(arguments[-1])]
+    done = subprocess.run([sys.executable, "-c", program, function, json.dumps(told)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
+        raise BadInput(f"{' '.join(map(str, arguments[:-1]))}: {last}")
+    answer: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def measure(matrix: str, only: str | None, ways: Sequence[tuple[str, int]], work: Path, console: Console) -> Iterator[Measured]:
+    """Every way in turn.
+
+    Raises:
+        BadInput: a run failed, or a cell of one.
+    """
+    reference: list[bytes] = []
+    for number, (executor, workers) in enumerate(ways):
+        folder = work / f"{executor}-{workers}"
+        folder.mkdir()
+        with console.status(f"{executor}, {workers} worker{'s' * (workers > 1)}: {len(ways) - number} of {len(ways)} ways left"):
+            whole = _apart("_whole", (matrix, only, executor, workers, folder))
+            standing = _apart("_standing", (matrix, executor, workers, folder / "standing"))
+        found = [path.read_bytes() for path in sorted(folder.glob("results/*/*.csv")) if path.name in ("rows.csv", "curves.csv")]
+        reference = reference or found
+        yield Measured(
+            executor, workers, whole["seconds"], int(whole["stages"]), standing["start"], standing["per_stage"], found == reference
+        )
+
+
+def draw(measured: Sequence[Measured], command: str) -> str:
+    """The page, from what was measured: efficiency is against the same executor's single worker."""
+    single = {one.executor: one for one in measured if one.workers == 1}
+    lines = [
+        "# Workers\n\n",
+        "The same part of a matrix from an empty store, by local processes and on Ray. Efficiency: the time of one worker of the\n",
+        "same kind over the number of workers times their time; 1 is ideal. What a stage costs is measured where it stands.\n\n",
+        "| executor | workers | stages | seconds | efficiency | without starting | seconds to start | ms per stage | same rows |\n",
+        "| :-- | --: | --: | --: | --: | --: | --: | --: | :-- |\n",
+    ]
+    for one in measured:
+        base = single.get(one.executor)
+        gained, bare = "", ""
+        if base is not None and one.workers > 1:
+            gained = f"{base.seconds / (one.workers * one.seconds):.2f}"
+            bare = f"{(base.seconds - base.start) / (one.workers * (one.seconds - one.start)):.2f}"
+        numbers = (one.workers, one.stages, f"{one.seconds:.0f}", gained, bare, f"{one.start:.1f}", f"{1000 * one.per_stage:.1f}")
+        lines.append(f"| {one.executor} | {' | '.join(map(str, numbers))} | {'yes' if one.same else 'NO'} |\n")
+    return "".join([*lines, f"\nDrawn by\n\n```bash\n{command}\n```\n"])
+
+
+def main(
+    matrix: Annotated[str, typer.Option("--matrix", "-m", help="What is run.")] = "quick",
+    only: Annotated[str, typer.Option(help="Which part of it, as for run.")] = "seed=0",
+    workers: Annotated[int, typer.Option(min=2, help="Workers beside the single one.")] = 2,
+    executor: Annotated[list[str] | None, typer.Option(help="local or ray; both unless named.")] = None,
+    work: Annotated[Path | None, typer.Option(help="Where stores are made; a temporary folder unless named.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of WORKERS.md.")] = Path("results"),
+) -> None:
+    """Times a part of a matrix with one worker and with several, locally and on Ray."""
+    console = Console(soft_wrap=True)
+    chosen = executor or list(EXECUTORS)
+    ways = [(name, count) for name in chosen for count in (1, workers)]
+    command = f"python -m benchmark.proof.scaling --matrix {Path(matrix).name} --only {shlex.quote(only)} --workers {workers}"
+    try:
+        if unknown := set(chosen) - set(EXECUTORS):
+            raise BadInput(f"--executor {min(unknown)}: it is local or ray")
+        measured: list[Measured] = []
+        with tempfile.TemporaryDirectory(prefix="lf-", dir=work) as folder:
+            for one in measure(matrix, only or None, ways, Path(folder), console):
+                measured.append(one)
+                console.print(", ".join(f"{name} {value}" for name, value in asdict(one).items()), markup=False, highlight=False)
+                write_text(out / "WORKERS.md", draw(measured, command))
+    except BadInput as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(2) from error
+    if not all(one.same for one in measured):
+        notes(console)("the ways do not give the same rows")
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

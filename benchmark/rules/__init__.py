@@ -1,0 +1,1 @@
+"""The rules of the comparison: scores, the gate, selection, tracks, canaries."""

@@ -1,0 +1,173 @@
+"""Which of a defense's candidates counts: six rules, each printed beside the figures it chose.
+
+Without hindsight:
+
+* DEFAULT: what the method's published default gives.
+* VALIDATION (the rule of the rankings): start at the published default. While the loss on the validation part of the clean budget
+  exceeds ``tau``, step back along the dial, then go on at the next setting of the knob; at worst the untouched model is kept.
+* STRONGEST: the strongest intervention within ``tau`` on the validation part; at worst the untouched model is kept.
+* CANARY: the setting that best removes backdoors which the benchmark planted in copies of the model, with the defender's data
+  alone, within ``tau`` (:mod:`benchmark.rules.canary`).
+
+With hindsight, for comparison only and never ranked:
+
+* ORACLE: the candidate of highest test RA, the metric of the rankings. No other rule can beat it.
+* LEAKY: the lowest *test* ASR among candidates whose test ACC is at least 90 % of the undefended model's: how the leading public
+  benchmark chooses ANP's and RNP's threshold.
+
+Losses are paired: the same validation images, before and after (:func:`paired_loss`).
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from scipy.stats import rankdata
+from torch import Tensor
+
+from benchmark.rules.metrics import Score
+
+__all__ = ["HINDSIGHT", "LEAKY_TOLERANCE", "NOTHING_TO_VALIDATE_ON", "TAU", "Measured", "Selection", "choose", "paired_loss"]
+
+TAU = 0.04
+"""Tolerated loss of validation accuracy, in [0, 1] (ours; the same for every defense)."""
+LEAKY_TOLERANCE = 0.1
+"""Tolerated relative loss of test ACC for the leaky rule (BackdoorBench, evaluate_by_threshold)."""
+_EXACT = 1e-9
+"""Shares are ratios of small integers: a loss of exactly ``tau`` is within it, whatever its last bit."""
+
+NOTHING_TO_VALIDATE_ON = "the track grants no clean images to validate on"
+"""Reason of a row of VALIDATION, STRONGEST or CANARY that cannot be: it is the track's doing, not the defense's."""
+
+
+class Selection(enum.Enum):
+    DEFAULT = "default"
+    VALIDATION = "validation"
+    STRONGEST = "strongest"
+    CANARY = "canary"
+    ORACLE = "oracle"
+    LEAKY = "leaky"
+
+
+HINDSIGHT = (Selection.ORACLE, Selection.LEAKY)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A candidate after the benchmark has scored it.
+
+    Attributes:
+        knob: setting of the defense's second knob; candidates of one setting form one dial. NaN = no knob.
+        is_default: whether it is what the method's published default gives. starts: whether it is the default of its own dial.
+        strength: how hard the defense intervened, larger = harder.
+        score, val_acc, val_loss, val_loss_se: on the test sets; on the validation images, with the paired loss against the model as
+            it was. In [0, 1]; NaN where the track grants no clean images.
+        kept: the untouched model. changed: whether any weight differs from the attacked model's.
+        canary_asr, canary_loss: of every canary's copy after the same setting; empty where none was planted.
+        forward, backward: samples spent since the candidate before it.
+    """
+
+    dial: float | None
+    is_default: bool
+    strength: float
+    pruned: int
+    note: str
+    score: Score
+    val_acc: float
+    forward: int
+    backward: int
+    isolated: int = 0
+    precision: float = math.nan
+    recall: float = math.nan
+    asr_recraft: float = math.nan
+    ra_recraft: float = math.nan
+    val_loss: float = math.nan
+    val_loss_se: float = math.nan
+    knob: float = math.nan
+    starts: bool = False
+    kept: bool = False
+    changed: bool = True
+    units: int = 0
+    canary_asr: tuple[float, ...] = ()
+    canary_loss: tuple[float, ...] = ()
+
+
+def paired_loss(before: Tensor, after: Tensor) -> tuple[float, float]:
+    """Accuracy lost on the same images, and its standard error; (NaN, NaN) for no images.
+
+    Args:
+        before, after: bool (N,), which images are classified correctly before and after.
+    """
+    if not len(before):
+        return math.nan, math.nan
+    lost = before.double() - after.double()
+    # In one pass over integers, so that the same counts give the same bits: E[d^2] - E[d]^2 with d in {-1, 0, 1}.
+    mean, square = float(lost.sum()) / len(lost), float(torch.count_nonzero(lost)) / len(lost)
+    return mean, math.sqrt(max(0.0, square - mean * mean) / len(lost))
+
+
+def choose(how: Selection, measured: Sequence[Measured], before: Score, tau: float = TAU) -> int | None:
+    """Position of the chosen candidate; None where a rule lacks what it reads: validation images, or canaries.
+
+    A lone candidate leaves nothing to choose. Where no candidate is within the tolerance and none is the untouched model (defenses
+    that train anew), the most accurate one is taken.
+    """
+    everything = range(len(measured))
+    if how is Selection.DEFAULT or len(measured) == 1:
+        return next(i for i in everything if measured[i].is_default)
+    if how is Selection.ORACLE:
+        if all(math.isnan(one.score.ra) for one in measured):
+            return max(everything, key=lambda i: (measured[i].score.acc, -i))
+        return max(everything, key=lambda i: (measured[i].score.ra, measured[i].score.acc, -i))
+    if how is Selection.LEAKY:
+        within = [i for i in everything if measured[i].score.acc >= (1 - LEAKY_TOLERANCE) * before.acc - _EXACT]
+        if not within or math.isnan(measured[0].score.asr):
+            return max(everything, key=lambda i: (measured[i].score.acc, -i))
+        return min(within, key=lambda i: (measured[i].score.asr, -measured[i].score.acc, i))
+    if any(math.isnan(one.val_loss) for one in measured):
+        return None
+    fitting = [i for i in everything if measured[i].val_loss <= tau + _EXACT]
+    if how is Selection.CANARY:
+        return _by_canary(measured, fitting, tau)
+    if not fitting:
+        return max(everything, key=lambda i: (measured[i].val_acc, -i))
+    if how is Selection.STRONGEST:
+        return max(fitting, key=lambda i: (not measured[i].kept, measured[i].strength, measured[i].val_acc, -i))
+    return _stepping_back(measured, set(fitting))
+
+
+def _stepping_back(measured: Sequence[Measured], fitting: set[int]) -> int:
+    """From the published default back along its dial, then from the default of the next setting of the knob; the first within the
+    tolerance that changes the model. The published default itself counts although it may change nothing."""
+    own = [i for i, one in enumerate(measured) if not one.kept]
+    starts = [i for i in own if measured[i].starts or measured[i].is_default]
+    for start in starts:
+        knob = measured[start].knob
+        dial = [i for i in own if measured[i].knob == knob or (math.isnan(knob) and math.isnan(measured[i].knob))]
+        back = [i for i in dial if i != start and measured[i].strength <= measured[start].strength]
+        back.sort(key=lambda i: (-measured[i].strength, i))
+        for i in (start, *back):
+            if i in fitting and (measured[i].changed or measured[i].is_default):
+                return i
+    kept = [i for i, one in enumerate(measured) if one.kept]
+    return kept[0] if kept else max(fitting, key=lambda i: (measured[i].val_acc, -i))
+
+
+def _by_canary(measured: Sequence[Measured], fitting: Sequence[int], tau: float) -> int | None:
+    """Of the settings within the tolerance on the model and on every canary's copy: the lowest mean rank of the canaries' ASR.
+
+    Ranks and not levels, because a canary need not be as hard to remove as a backdoor that was trained in. Ties go to the gentler
+    setting. None where no canary was planted.
+    """
+    if not any(one.canary_asr for one in measured):
+        return None
+    safe = [i for i in fitting if all(loss <= tau + _EXACT for loss in measured[i].canary_loss)]
+    if not safe:
+        return next((i for i, one in enumerate(measured) if one.kept), None)
+    ranks = rankdata([measured[i].canary_asr for i in safe], method="average", axis=0).mean(axis=1)
+    return min(zip(safe, ranks, strict=True), key=lambda pair: (round(float(pair[1]), 9), not measured[pair[0]].kept,
+                                                                 measured[pair[0]].strength, pair[0]))[0]  # fmt: skip

@@ -1,0 +1,1 @@
+"""What is compared: matrix files, presets and recipes, read strictly."""

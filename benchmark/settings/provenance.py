@@ -1,0 +1,44 @@
+"""Whether stored rows were made with the methods as they are now."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from benchmark.settings.matrix import Matrix, load_matrix, settings_hash
+from models.spec import BadInput
+
+__all__ = ["STALE_WORDS", "matrix_of", "stale"]
+
+STALE_WORDS = (
+    "**These rows were made with earlier versions of some methods** and judged by the present rules. Running the matrix again "
+    "makes them "
+    "anew."
+)
+
+
+def matrix_of(folder: Path) -> Matrix:
+    """The settings of a folder of results, as copied beside its rows.
+
+    Raises:
+        BadInput: they cannot be read.
+    """
+    return load_matrix(folder / "matrix.toml")
+
+
+def stale(folder: Path) -> bool:
+    """Whether a method of these results was revised since, so that the same settings would give other numbers: the hash of
+    the settings holds every method's revision. False where there is nothing to compare.
+
+    Raises:
+        BadInput: the manifest cannot be read.
+    """
+    manifest, settings = folder / "manifest.json", folder / "matrix.toml"
+    if not manifest.is_file() or not settings.is_file():
+        return False
+    try:
+        written = json.loads(manifest.read_text(encoding="utf-8"))
+        made = written.get("settings") if isinstance(written, dict) else None
+    except ValueError as error:
+        raise BadInput(f"{manifest}: cannot be read: {error}") from error
+    return made != settings_hash(matrix_of(folder))
