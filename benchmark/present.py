@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmark.storage.files import write_text
-from benchmark.storage.rows import Curve, Key, Row, Timing, read
+from benchmark.storage.rows import FILES, Curve, Key, Row, Timing, read
 from models.spec import BadInput
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def explained(folder: Path, only: str, console: Console) -> None:
 def _fingerprint(folder: Path) -> str:
     """What the pictures are made of: the three files and the code that draws them."""
     content = hashlib.sha256()
-    for name in ("rows.csv", "curves.csv", "timings.csv", "matrix.toml"):
+    for name in (*FILES, "matrix.toml"):
         content.update((folder / name).read_bytes())
     here = Path(__file__).parent
     for part in sorted({*here.rglob("*.py"), *(here / "report").rglob("*.*")}):
@@ -159,8 +159,8 @@ def present(folder: Path, matrix: Any, *, cache: Path, console: Console, track: 
 
 def _gallery(folder: Path, matrix: Any, cache: Path) -> None:
     """Clean, triggered and amplified difference of a few test images per attack, from the first backbone and seed."""
-    from benchmark.run.cell import read_victim, victim_key, world
     from benchmark.report.charts import trigger_gallery
+    from benchmark.run.cell import read_victim, victim_key, world
     from benchmark.storage.store import Store
 
     store = Store(cache / "store")
@@ -240,8 +240,8 @@ def catalogue(console: Console) -> None:
     """Prints everything a matrix may name."""
     from attacks import ATTACKS
     from benchmark.data.datasets import DATASETS
-    from benchmark.settings.matrix import FOLDER, matrix_names, presets
     from benchmark.rules.tracks import TRACKS
+    from benchmark.settings.matrix import FOLDER, matrix_names, presets
     from defenses import DEFENSES
     from models import BACKBONES
     from models.extractors import EXTRACTORS

@@ -26,7 +26,8 @@ def begin(reader: str, folder: Path) -> None:
         for name in matrix_names():
             (folder / name).write_bytes(find_matrix(name).read_bytes())
     elif reader == "rows":
-        write(folder / "rows", Row, [fuzz.ROW, fuzz.ROW])
+        write(folder, [fuzz.ROW, fuzz.ROW], [], [])
+        write(folder.parent / "read", [fuzz.ROW, fuzz.ROW], [], [])  # what is joined with the file that is read
     else:
         state = dict(fuzz.NET.state_dict())
         (folder / "archive").write_bytes(fuzz.saved(state, archive=True))

@@ -225,7 +225,7 @@ def check_rows(path: Path, kind: type[Any]) -> None:
     try:
         table = read(path, kind)
     except BadInput as error:
-        refused("rows", error, path)
+        refused("rows", error, path.parent)
         return
     for field in fields(kind):
         column = table[field.name]
@@ -238,10 +238,15 @@ def check_rows(path: Path, kind: type[Any]) -> None:
 
 
 @fuzz
-@given(st.sampled_from([ROW, CURVE, TIMING]), st.lists(st.tuples(st.integers(0, 200), st.integers(0, 60), cells), max_size=4))
-def test_rows_with_a_few_cells_that_make_no_sense(place: Path, row: Any, edits: list[tuple[int, int, str]]) -> None:
-    path = place / "rows.csv"
-    write(path, type(row), [row, row])
+@given(
+    st.sampled_from([Row, Curve, Timing]),
+    st.sampled_from(["its own", "cells.csv", "scenarios.csv"]),
+    st.lists(st.tuples(st.integers(0, 200), st.integers(0, 60), cells), max_size=4),
+)
+def test_rows_with_a_few_cells_that_make_no_sense(place: Path, kind: Any, spoiled: str, edits: list[tuple[int, int, str]]) -> None:
+    write(place, [ROW, ROW], [CURVE, CURVE], [TIMING, TIMING])
+    own = place / f"{kind.__name__.lower()}s.csv"
+    path = own if spoiled == "its own" else place / spoiled
     lines = [line.split(",") for line in path.read_text().splitlines()]
     for line, column, text in edits:
         one = lines[line % len(lines)]
@@ -249,14 +254,14 @@ def test_rows_with_a_few_cells_that_make_no_sense(place: Path, row: Any, edits: 
         if column > 50:
             one.append(text)
     path.write_bytes("\n".join(",".join(line) for line in lines).encode(errors="surrogatepass"))
-    check_rows(path, type(row))
+    check_rows(own, kind)
 
 
 @fuzz
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 40), st.binary(max_size=6)), max_size=4), st.booleans())
 def test_rows_with_bytes_changed(place: Path, changes: list[tuple[int, int, bytes]], nothing: bool) -> None:
     path = place / "rows.csv"
-    write(path, Row, [ROW, ROW])
+    write(place, [ROW, ROW], [], [])
     path.write_bytes(changed(b"" if nothing else path.read_bytes(), changes))
     check_rows(path, Row)
 

@@ -16,7 +16,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,12 @@ from PIL import Image
 from rich.console import Console
 
 from benchmark.data import image_files
-from benchmark.run.session import own_model as mymodel
-from benchmark.report.report import tables
 from benchmark.data.datasets import DatasetSpec, load
-from benchmark.settings.matrix import load_matrix
+from benchmark.report import tables
+from benchmark.run import own_model as mymodel
 from benchmark.run.progress import RunProgress
-from benchmark.storage.rows import Row, read
+from benchmark.settings.matrix import load_matrix
+from benchmark.storage.rows import CELL, SCENARIO, Row, read, write
 from models import BACKBONES
 from models.backbone import Backbone
 from models.resnet import ResNet8
@@ -360,20 +360,30 @@ MATRICES = [
 # -- rows, and names in what is written ------------------------------------------------------------------------------------------
 
 
-def rows(text: str) -> Callable[[Path], object]:
+ROW = Row(
+    matrix="m", dataset="d", backbone="b", attack="a", rate=0.1, seed=0, track="model", scope="whole", defense="none", cell="x",
+    target=0, label_mode="all-to-one", realised_rate=0.1, control=True, selection="default", status="ok",
+)  # fmt: skip
+
+
+def rows(text: str, name: str = "rows.csv") -> Callable[[Path], object]:
+    """Reads rows where ``text`` is in the place of one of the files; ``{}`` in it is what that file held."""
+
     def act(folder: Path) -> object:
-        (folder / "rows.csv").write_text(text)
+        write(folder, [ROW], [], [])
+        (folder / name).write_text(text.replace("{}", (folder / name).read_text()))
         return len(read(folder / "rows.csv", Row))
 
     return act
 
 
-HEADER = ",".join(Row.__dataclass_fields__)
+COLUMNS = {f.name: str(f.type) for f in fields(Row) if f.name not in (*SCENARIO, *CELL)}
+HEADER = ",".join(["cell", *(name for name in COLUMNS if name != "cell")])
 BLANK = {"int": "0", "float": "", "bool": "true"}
 
 
 def line(**odd: str) -> str:
-    return ",".join(odd.get(name, BLANK.get(str(field.type), "x")) for name, field in Row.__dataclass_fields__.items())
+    return ",".join(odd.get(name, BLANK.get(COLUMNS[name], "x")) for name in HEADER.split(","))
 
 
 EVIL = "=x|y<script>alert(1)</script>\\input{/etc/passwd}[a](javascript:b)\x1b[2J\nnew\u202e"
@@ -393,9 +403,12 @@ def neutral(write: Callable[[object], str], *gone: str) -> Callable[[Path], obje
 FILES = [
     ("a row longer than the header", rows(f"{HEADER}\n{line()},more\n"), "longer than the header"),
     ("a row cut short", rows(f"{HEADER}\n{line()}\nx,y\n"), "not a rows file"),
-    ("neither true nor false", rows(f"{HEADER}\n{line(implanted='maybe')}\n"), "neither true nor false"),
-    ("a seed of 30 digits", rows(f"{HEADER}\n{line(seed='9' * 30)}\n"), "not a rows file"),
-    ("an infinite seed", rows(f"{HEADER}\n{line(seed='inf')}\n"), "not a rows file"),
+    ("neither true nor false", rows(f"{HEADER}\n{line(kept='maybe')}\n"), "neither true nor false"),
+    ("a count of 30 digits", rows(f"{HEADER}\n{line(pruned='9' * 30)}\n"), "not a rows file"),
+    ("an infinite count", rows(f"{HEADER}\n{line(pruned='inf')}\n"), "not a rows file"),
+    ("a cell that cells.csv does not have", rows(f"{HEADER}\n{line(cell='y')}\n"), "is not in cells.csv"),
+    ("a cell twice", rows("{}x,,,,,,,,,,,,\n", "cells.csv"), "cells.csv"),
+    ("a scenario that scenarios.csv does not have", rows("scenario\n", "scenarios.csv"), "scenarios.csv"),
     ("an open quote", rows(f'{HEADER}\n"{line()}\n'), "not a rows file"),
     ("nothing", rows(""), "not a rows file"),
     ("a name of everything evil in Markdown", neutral(tables.markdown, "<script", "x|y", "[a]("), ""),

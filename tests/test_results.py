@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmark.storage.rows import Curve, Row, Timing, read
 from benchmark.rules.selection import TAU, Selection
+from benchmark.storage.rows import Curve, Row, Timing, read
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = sorted(path.parent for path in (ROOT / "results").glob("*/rows.csv"))

@@ -30,8 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmark.storage.files import held, replaced, sweep
 from benchmark.data.image_files import DECODER_REVISION, Gathered, archive_key, listing_key, pixels, read
+from benchmark.storage.files import held, replaced, sweep
 from models.images import ImageSet, quantise
 from models.room import limit
 from models.spec import BadInput, Spec, canonical, check, digest, generator, nearest

@@ -11,15 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.report.tables import markdown
+from benchmark.storage.rows import FILES
 from models.spec import BadInput
 
 __all__ = [
     "HEADER", "KEYS", "Difference", "Outcome", "compare", "csv_text", "draw", "lines_of", "merged", "read_outcomes", "table",
 ]  # fmt: skip
 
-KEYS: Mapping[str, tuple[str, ...]] = {"rows.csv": ("cell", "selection"), "curves.csv": ("cell",), "timings.csv": ("cell",)}
+KEYS: Mapping[str, tuple[str, ...]] = {
+    "scenarios.csv": ("scenario",), "cells.csv": ("cell",), "rows.csv": ("cell", "selection"), "curves.csv": ("cell",),
+    "timings.csv": ("cell",),
+}  # fmt: skip
 """What a line of each file is about. Seconds differ between any two runs, so of timings.csv the keys alone are compared."""
-REPEATED = "rows.csv", "curves.csv"
+REPEATED = FILES[:-1]
 """The files whose every byte has to repeat."""
 
 

@@ -29,8 +29,6 @@ import pandas as pd
 from PIL import Image, ImageOps
 
 from benchmark.analysis import stats
-from benchmark.storage.files import write_text
-from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON
 from benchmark.report.style import METRIC_COLOURS, looks, wrapped
 from benchmark.report.tables import (
     GATE_WORDS,
@@ -47,6 +45,8 @@ from benchmark.report.tables import (
     setting_words,
     track_words,
 )
+from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON
+from benchmark.storage.files import write_text
 
 __all__ = ["PAGE", "Picture", "contents", "pictures", "write_page"]
 

@@ -9,10 +9,6 @@ from pathlib import Path
 import pandas as pd
 
 from benchmark.analysis import stats
-from benchmark.storage.files import write_text
-from benchmark.rules.metrics import IMPLANTED_ASR
-from benchmark.settings.provenance import STALE_WORDS, matrix_of, stale
-from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON
 from benchmark.report.tables import (
     GATE_WORDS,
     GIVEN_NOTES,
@@ -32,6 +28,10 @@ from benchmark.report.tables import (
     track_words,
     validity_markdown,
 )  # fmt: skip
+from benchmark.rules.metrics import IMPLANTED_ASR
+from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON
+from benchmark.settings.provenance import STALE_WORDS, matrix_of, stale
+from benchmark.storage.files import write_text
 
 __all__ = ["headline", "plain_words", "summary", "write_headline", "write_plain_words", "write_report"]
 

@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from benchmark.analysis import published
-from benchmark.analysis import stats
-from benchmark.storage.files import write_text
+from benchmark.analysis import published, stats
 from benchmark.rules.metrics import ADVERSARIAL_ASR, COSTS_POINTS, COSTS_SHARE, IMPLANTED_ASR, IMPLANTED_EFFECT
 from benchmark.rules.selection import LEAKY_TOLERANCE, TAU
 from benchmark.rules.tracks import TRACKS
+from benchmark.storage.files import write_text
 
 if TYPE_CHECKING:
     from rich.table import Table

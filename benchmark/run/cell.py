@@ -23,15 +23,15 @@ import torch
 from torch import Tensor
 
 from attacks.base import PoisonedSet, PoisonedTest, Power, Role, poison, poison_test
-from benchmark.rules.canary import Canary, Planted, Planting, plant
 from benchmark.data.datasets import Dataset, DatasetSpec, load, mean_std, split_budget, split_validation
+from benchmark.rules.canary import Canary, Planted, Planting, plant
+from benchmark.rules.metrics import Score, Scorer, der, gate, score, val_accuracy
+from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON, Measured, Selection, choose, paired_loss
+from benchmark.rules.tracks import view_for
 from benchmark.run.literature import compared, reference
 from benchmark.settings.matrix import Cell, Scenario
-from benchmark.rules.metrics import Score, Scorer, der, gate, score, val_accuracy
 from benchmark.storage.rows import Curve, Key, Row, Timing
-from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON, Measured, Selection, choose, paired_loss
 from benchmark.storage.store import Entry, Store
-from benchmark.rules.tracks import view_for
 from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge, Withheld
 from defenses.controls import NoDefense
 from models.backbone import Network

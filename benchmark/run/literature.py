@@ -13,9 +13,9 @@ import functools
 import math
 from dataclasses import dataclass
 
-from benchmark.settings.matrix import Scenario
 from benchmark.analysis.published import FOLDER
 from benchmark.rules.metrics import Score
+from benchmark.settings.matrix import Scenario
 from models.backbone import Backbone
 from models.training import Recipe
 

@@ -21,11 +21,11 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from benchmark.run.session import local as executors
+from benchmark.run import local as executors
 from benchmark.run.local import SHARING, Failure, Schedule, Stage, StageError, Watcher
+from benchmark.settings.matrix import Matrix
 from benchmark.storage.files import abandoned, held
 from benchmark.storage.machine import arithmetic, sources, versions
-from benchmark.settings.matrix import Matrix
 from models.spec import BadInput, digest
 
 __all__ = ["Cluster", "connected"]

@@ -20,14 +20,14 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from benchmark.storage import rows as files
-from benchmark.run.cell import CellResult, cell_key, cell_rows, extractor_key, victim_key
 from benchmark.data.datasets import Dataset, load
+from benchmark.run.cell import CellResult, cell_key, cell_rows, extractor_key, victim_key
 from benchmark.run.local import Stage, extractors_of, places, run_stages, victims_of
+from benchmark.run.progress import RunProgress, notes
+from benchmark.settings.matrix import Cell, Matrix, Scenario, settings_hash
+from benchmark.storage import rows as files
 from benchmark.storage.files import held, why, write_bytes, write_text
 from benchmark.storage.machine import arithmetic, versions
-from benchmark.settings.matrix import Cell, Matrix, Scenario, settings_hash
-from benchmark.run.progress import RunProgress, notes
 from benchmark.storage.rows import Curve, Row, Timing
 from benchmark.storage.store import Entry, Store
 from models.spec import BadInput, canonical, digest, nearest
@@ -384,9 +384,7 @@ def _write(
                 _merge(folder / "curves.csv", Curve, curves, known),
                 _merge(folder / "timings.csv", Timing, timings, known),
             )
-        changed = files.write(folder / "rows.csv", Row, rows)
-        changed |= files.write(folder / "curves.csv", Curve, curves)
-        files.write(folder / "timings.csv", Timing, timings)
+        changed = files.write(folder, rows, curves, timings)
         write_text(folder / "matrix.toml", matrix.settings)
         for name, _ in matrix.plugins:  # without them the settings beside them could not be read by anybody else
             write_bytes(folder / "plugins" / name, (matrix.path.parent / name).read_bytes())

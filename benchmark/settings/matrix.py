@@ -33,8 +33,8 @@ except ImportError as error:
 
 from attacks import ATTACKS
 from attacks.base import Attack, Plan, Power
-from benchmark.rules.canary import Canary, canaries_for
 from benchmark.data.datasets import DatasetSpec
+from benchmark.rules.canary import Canary, canaries_for
 from benchmark.rules.selection import TAU
 from benchmark.rules.tracks import CONTROL, Track, track_named
 from defenses import DEFENSES

@@ -1,17 +1,26 @@
 """Rows are data; everything people look at is a function of them.
 
-Three files a matrix, sorted in matrix order, byte-identical however often and wherever on one machine type they are made:
-``rows.csv`` (one row per cell and selection), ``curves.csv`` (one row per candidate of a cell) and, apart because seconds are
-never the same twice, ``timings.csv``.
+Five files a matrix, in matrix order. On one machine type they are byte-identical however often they are made, but for the last:
+
+========================  ==========================================================================================
+``scenarios.csv``         one line per scenario: data set, backbone, attack, seed, the undefended model and its twin
+``cells.csv``             one line per cell: its scenario, the defense and what it was given
+``rows.csv``              one line per cell and selection
+``curves.csv``            one line per candidate of a cell
+``timings.csv``           one line per cell: seconds and memory, which are never the same twice
+========================  ==========================================================================================
+
+:func:`read` joins them: a row, a curve or a timing comes with the columns of its cell and of its scenario.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +30,10 @@ import pandas as pd
 from benchmark.storage.files import write_text
 from models.spec import BadInput
 
-__all__ = ["Curve", "Key", "Row", "Timing", "frame", "read", "text_of", "write"]
+__all__ = ["FILES", "Curve", "Key", "Row", "Timing", "frame", "read", "text_of", "write"]
+
+FILES = ("scenarios.csv", "cells.csv", "rows.csv", "curves.csv", "timings.csv")
+"""The files of a matrix. Those before the last repeat byte for byte."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +52,7 @@ class Key:
     """``head`` or ``whole``: which weights the defense might edit."""
     defense: str
     cell: str
-    """First 12 hex digits of the cell's key: joins the three files and the store."""
+    """First 12 hex digits of the cell's key: joins the files and the store."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +90,7 @@ class Row(Key):
     acc_loss_se: float = math.nan
     """Its standard error over the test images."""
     implanted: bool = False
-    """The gate on this seed alone; rankings take the mean over the seeds of a scenario (:func:`benchmark.analysis.stats.scenarios`)."""
+    """The gate on this seed alone; rankings take the mean over a scenario's seeds (:func:`benchmark.analysis.stats.scenarios`)."""
     gate: str = ""
     """The attack-validity gate in words."""
     literature: str = ""
@@ -171,6 +183,19 @@ class Timing(Key):
     victim_gpu_mib: float = math.nan
 
 
+SCENARIO = (
+    "matrix", "dataset", "backbone", "attack", "rate", "seed", "target", "label_mode", "realised_rate", "acc_undefended",
+    "asr_undefended", "ra_undefended", "acc_benign", "asr_benign", "effect", "acc_loss", "acc_loss_se", "implanted", "gate",
+    "literature", "acc_literature", "asr_literature", "features",
+)  # fmt: skip
+"""Columns of ``scenarios.csv``: what all cells of a scenario share."""
+CELL = (
+    "track", "scope", "defense", "control", "preset", "used", "clean_images", "train_images", "trained_anew", "extractor",
+    "extractor_epochs", "dial_name",
+)  # fmt: skip
+"""Columns of ``cells.csv``: what all rows and candidates of a cell share."""
+TYPES: Mapping[str, str] = {"scenario": "str", **{f.name: str(f.type) for kind in (Row, Curve, Timing) for f in fields(kind)}}
+
 T = TypeVar("T", Row, Curve, Timing)
 
 
@@ -183,30 +208,128 @@ def text_of(value: Any) -> str:
     return str(value)
 
 
-def write(path: Path, kind: type[T], rows: Iterable[T]) -> bool:
-    """Writes rows as CSV, whole or not at all; True when the file's content changed."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([f.name for f in fields(kind)])
-    for row in rows:
-        writer.writerow([text_of(value) for value in asdict(row).values()])
-    return write_text(path, out.getvalue())
-
-
 def frame(rows: Sequence[T]) -> pd.DataFrame:
-    """Rows as a table, exactly as reading the written file would give them."""
+    """Rows as a table, exactly as reading the written files would give them."""
     return pd.DataFrame([asdict(row) for row in rows])
 
 
-def read(path: Path, kind: type[T]) -> pd.DataFrame:
-    """A written file as a table with the columns of ``kind``.
+# -- writing -------------------------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, rows: Sequence[Row], curves: Sequence[Curve], timings: Sequence[Timing]) -> bool:
+    """Writes the files of a matrix into ``folder``, each whole or not at all.
+
+    A process that is killed between two files leaves files that :func:`read` can still join: the scenarios and cells of the old
+    and the new rows are written first, and those of the old rows are removed last.
+
+    Returns:
+        Whether the content of a file other than timings.csv changed.
 
     Raises:
-        BadInput: the file is missing, is not CSV, or lacks a column (named).
+        BadInput: the folder cannot be written.
+        ValueError: a curve or a timing of a cell that has no row.
     """
+    scenarios, cells = _keys(rows, curves)
+    known = {line[0] for line in cells}
+    homeless = next((one for one in (*curves, *timings) if one.cell not in known), None)
+    if homeless is not None:
+        raise ValueError(f"cell {homeless.cell} has a {type(homeless).__name__.lower()} and no row")
+    keys = {"scenarios.csv": (_header("scenario", SCENARIO), scenarios), "cells.csv": (_header("cell", ("scenario", *CELL)), cells)}
+    before = {name: _bytes(folder / name) for name in FILES}
+    for name, (header, lines) in keys.items():
+        if before[name] is not None:
+            new = {line[0] for line in lines}
+            write_text(folder / name, _text(header, [*lines, *(line for line in _lines(folder / name) if line[0] not in new)]))
+    for name, kind, records in (("rows.csv", Row, rows), ("curves.csv", Curve, curves), ("timings.csv", Timing, timings)):
+        header = _own(kind)
+        write_text(folder / name, _text(header, ([text_of(getattr(one, column)) for column in header] for one in records)))
+    for name, (header, lines) in keys.items():
+        write_text(folder / name, _text(header, lines))
+    return any(_bytes(folder / name) != before[name] for name in FILES[:-1])
+
+
+def _keys(rows: Sequence[Row], curves: Sequence[Curve]) -> tuple[list[list[str]], list[list[str]]]:
+    """Lines of scenarios.csv and of cells.csv. A scenario is named by a hash of its line, so that equal lines are one."""
+    dials = {curve.cell: curve.dial_name for curve in curves}
+    scenarios: dict[str, list[str]] = {}
+    cells: dict[str, list[str]] = {}
+    for row in rows:
+        line = [text_of(getattr(row, column)) for column in SCENARIO]
+        name = hashlib.sha256("\0".join(line).encode()).hexdigest()[:8]
+        scenarios[name] = [name, *line]
+        own = [dials.get(row.cell, "") if column == "dial_name" else text_of(getattr(row, column)) for column in CELL]
+        cells[row.cell] = [row.cell, name, *own]
+    return list(scenarios.values()), list(cells.values())
+
+
+def _own(kind: type[T]) -> tuple[str, ...]:
+    """Columns of a kind that its own file holds: the cell's name and what is neither the cell's nor the scenario's."""
+    return _header("cell", (f.name for f in fields(kind) if f.name not in (*SCENARIO, *CELL)))
+
+
+def _header(key: str, columns: Iterable[str]) -> tuple[str, ...]:
+    return (key, *(column for column in columns if column != key))
+
+
+def _text(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(lines)
+    return out.getvalue()
+
+
+def _bytes(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+def _lines(path: Path) -> Iterator[list[str]]:
+    """Lines of a file that is about to be replaced, without its header; none where it is not readable as CSV."""
+    try:
+        with path.open(newline="", encoding="utf-8") as handle:
+            yield from [line for line in list(csv.reader(handle))[1:] if line]
+    except (OSError, ValueError, csv.Error):
+        return
+
+
+# -- reading -------------------------------------------------------------------------------------------------------------------
+
+
+def read(path: Path, kind: type[T]) -> pd.DataFrame:
+    """A written file, joined with the cells and the scenarios beside it: a table with the columns of ``kind``, in its order.
+
+    Raises:
+        BadInput: a file is missing, is not CSV, or lacks a column (named); a cell or a scenario is missing or there twice.
+    """
+    own = _table(path, _own(kind))
+    cells = _table(path.with_name("cells.csv"), _header("cell", ("scenario", *CELL)))
+    scenarios = _table(path.with_name("scenarios.csv"), _header("scenario", SCENARIO))
+    of_cell = _joined(own, cells, "cell", path)
+    of_scenario = _joined(of_cell, scenarios, "scenario", path.with_name("cells.csv"))
+    whole = pd.concat([own, of_cell.drop(columns="cell"), of_scenario.drop(columns="scenario")], axis=1)
+    return whole[[f.name for f in fields(kind)]]
+
+
+def _joined(table: pd.DataFrame, keys: pd.DataFrame, key: str, path: Path) -> pd.DataFrame:
+    """The line of ``keys`` that each line of ``table`` names, in the order of ``table``."""
+    beside = path.with_name(f"{key}s.csv")
+    index = pd.Index(keys[key])
+    if not index.is_unique:
+        raise BadInput(f"{beside}: {key} {index[index.duplicated()][0]!r} is there twice")
+    places = index.get_indexer(pd.Index(table[key]))
+    if (places < 0).any():
+        raise BadInput(f"{path}: {key} {table[key][places < 0].iloc[0]!r} is not in {beside.name}")
+    return keys.take(places).reset_index(drop=True)
+
+
+def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """One file as a table with (at least) ``columns``."""
     if not path.is_file():
         raise BadInput(f"{path}: no such file; run the matrix first")
-    wanted = {f.name: str(f.type) for f in fields(kind)}
+    wanted = {name: TYPES[name] for name in columns}
     numbers = {"int": "int64", "float": "float64"}
     types: dict[Any, Any] = {name: numbers.get(text, "str") for name, text in wanted.items()}
     # Only numbers may be missing: a defense called "nan" is a name.
@@ -235,4 +358,4 @@ def read(path: Path, kind: type[T]) -> pd.DataFrame:
             if len(odd):
                 raise BadInput(f"{path}: not a rows file: {name} = {str(odd.iloc[0])!r} is neither true nor false")
             table[name] = table[name] == "true"
-    return table
+    return table[list(wanted)]

@@ -59,8 +59,8 @@ def _told(root: Path) -> Iterator[None]:
 def sweep_store(root: Path) -> None:
     """Removes what killed writers left: temporary folders, locks that nobody holds, empty places for damaged entries.
 
-    All of it has to be old (:func:`benchmark.storage.files.abandoned`), and a folder or lock goes only while this process holds that very
-    lock: whoever writes a stage holds it too. What cannot be removed stays.
+    All of it must be old (:func:`benchmark.storage.files.abandoned`), and a folder or lock is removed only while this process holds
+    the same lock: whoever writes a stage holds it too. What cannot be removed is left.
     """
     with suppress(OSError, BadInput):
         for path in [path for path in root.glob("*/??/.*-*") if abandoned(path)]:

@@ -20,8 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmark.data import datasets
-from benchmark.data import image_files
+from benchmark.data import datasets, image_files
 from benchmark.data.datasets import Dataset, DatasetSpec, load, mean_std, split_budget, split_validation
 from models.images import ImageSet
 from models.spec import BadInput, digest

@@ -100,9 +100,7 @@ def test_wrong_filters_name_the_nearest(only: str, words: str) -> None:
 def test_show_explains_rows_of_a_folder(tmp_path: Path) -> None:
     from benchmark.storage.rows import Timing, write
 
-    write(tmp_path / "m" / "rows.csv", Row, [ROW])
-    write(tmp_path / "m" / "curves.csv", Curve, [POINT, KEPT])
-    write(tmp_path / "m" / "timings.csv", Timing, [Timing(**KEY, seconds=1.0, peak_mib=1.0, victim_seconds=1.0)])
+    write(tmp_path / "m", [ROW], [POINT, KEPT], [Timing(**KEY, seconds=1.0, peak_mib=1.0, victim_seconds=1.0)])
     (tmp_path / "m" / "matrix.toml").write_text("")
     done = CliRunner().invoke(app, ["show", "-m", "m", "--only", "defense=anp", "--results", str(tmp_path)])
     assert done.exit_code == 0, done.output

@@ -21,13 +21,12 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from benchmark.report.report import page
 from benchmark.analysis import stats
-from benchmark.report.report import tables
-from benchmark.report.charts import trigger_gallery
 from benchmark.present import draw_page
-from benchmark.storage.rows import Curve, Key, Row, Timing, frame, write
+from benchmark.report import page, tables
+from benchmark.report.charts import trigger_gallery
 from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON
+from benchmark.storage.rows import Curve, Key, Row, Timing, frame, write
 
 ROOT = Path(__file__).parents[3]
 ASSETS = ROOT / "benchmark" / "assets"
@@ -403,8 +402,7 @@ def test_second_run_changes_no_byte(text: str, tmp_path: Path) -> None:
 
 def test_the_verb_writes_what_the_frames_give(tmp_path: Path) -> None:
     rows = field(1)
-    for name, kind, lines in (("rows", Row, rows), ("curves", Curve, dials(rows)), ("timings", Timing, clocks(rows))):
-        write(tmp_path / f"{name}.csv", kind, lines)  # type: ignore[type-var, arg-type]
+    write(tmp_path, rows, dials(rows), clocks(rows))
     (tmp_path / "matrix.toml").write_text('title = "tiny"\nabout = "One sentence."\n')
     draw_page(tmp_path, Console(file=io.StringIO()))
     text = (tmp_path / "leaderboard.html").read_text(encoding="utf-8")

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmark.report.report import report
-from benchmark.report.report import tables
-from benchmark.storage.rows import Curve, Row, Timing, frame
+from benchmark.report import report, tables
 from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON
+from benchmark.storage.rows import Curve, Row, Timing, frame
 
 
 def row(attack: str, seed: int, defense: str, ra: float = 0.0, **more: object) -> Row:

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from benchmark.report.report import tables
+from benchmark.report import tables
 from benchmark.storage.rows import Curve, Row, Timing, frame, read, write
 
 HOSTILE = "=x|y<b>$z_1%&#{}\\ [a](b) `c` *d* \x1b[31m\nnew\u202e"
@@ -95,7 +95,7 @@ def test_second_run_changes_no_byte(tmp_path):
 
 def test_tables_of_a_read_file_equal_those_of_the_frame(tmp_path):
     rows = field()
-    write(tmp_path / "rows.csv", Row, rows)
+    write(tmp_path, rows, [], [])
     assert tables.leaderboard_markdown(
         tables.stats.leaderboard(read(tmp_path / "rows.csv", Row), "model+clean", "validation"), ""
     ) == (tables.leaderboard_markdown(tables.stats.leaderboard(frame(rows), "model+clean", "validation"), ""))

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmark.run.session import cell as pipeline
+from benchmark.run import cell as pipeline
 from benchmark.run.cell import cell_key, world
+from benchmark.run.session import run_matrix
 from benchmark.settings.matrix import Matrix, find_matrix, load_matrix, matrix_names, settings_hash
 from benchmark.storage.rows import Row, read
-from benchmark.run.session import run_matrix
 from benchmark.storage.store import Store
 from models.spec import BadInput
 from models.training import predict

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmark.run.session import local as executors
-from benchmark.run.cell import victim_key
 from benchmark.data.datasets import load
+from benchmark.run import local as executors
+from benchmark.run.cell import victim_key
 from benchmark.run.local import Failure, Stage, run_stages
-from benchmark.storage.files import held
 from benchmark.settings.matrix import load_matrix
+from benchmark.storage.files import held
 from benchmark.storage.store import Store
 from models.spec import BadInput
 

@@ -18,14 +18,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from benchmark.run.session import local as executors
-from benchmark.run.session import on_ray as ray_executor
+from benchmark.run import local as executors
+from benchmark.run import on_ray as ray_executor
 from benchmark.run.cell import run_victim
 from benchmark.run.local import Failure, Schedule, Stage, run_stages
+from benchmark.run.session import run_matrix
+from benchmark.settings.matrix import Matrix, load_matrix
 from benchmark.storage.files import held
 from benchmark.storage.machine import arithmetic, sources, versions
-from benchmark.settings.matrix import Matrix, load_matrix
-from benchmark.run.session import run_matrix
 from benchmark.storage.store import Store
 from models.spec import BadInput
 

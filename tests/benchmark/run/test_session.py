@@ -21,12 +21,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmark.run.local import Failure, Stage, run_stages
-from benchmark.storage.files import held
-from benchmark.settings.matrix import Matrix, load_matrix
-from benchmark.storage.rows import Curve, Row, read
-from benchmark.run.session import Outcome, parse_only, run_matrix
 from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON, Selection
+from benchmark.run.local import Failure, Stage, run_stages
+from benchmark.run.session import Outcome, parse_only, run_matrix
+from benchmark.settings.matrix import Matrix, load_matrix
+from benchmark.storage.files import held
+from benchmark.storage.rows import Curve, Row, read
 from models.spec import BadInput, digest
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -14,19 +14,17 @@ import pytest
 from typer.testing import CliRunner
 
 from attacks.adaptive import Adaptive
-from benchmark.report.report.exhibits import answers_axes
-from benchmark.report.report.exhibits import answers_boards
-from benchmark.report.report.exhibits import evidence
-from benchmark.report.report.exhibits import plots as exhibit_plots
-from benchmark.report.report.exhibits import write as exhibits
-from benchmark.analysis import stats
-from benchmark.report.report import style
-from benchmark.storage import rows as files
 from benchmark.__main__ import app
-from benchmark.run.cell import cell_rows
+from benchmark.analysis import stats
+from benchmark.report import style
+from benchmark.report.exhibits import answers_axes, answers_boards, evidence
+from benchmark.report.exhibits import plots as exhibit_plots
+from benchmark.report.exhibits import write as exhibits
 from benchmark.report.exhibits.evidence import Dots, Lines, Missing, Source
 from benchmark.report.exhibits.write import EXHIBITS, caption, command, source_of, table_latex, table_markdown, write_exhibits
+from benchmark.run.cell import cell_rows
 from benchmark.settings.matrix import Cell, Matrix, find_matrix, load_matrix, matrix_names
+from benchmark.storage import rows as files
 from benchmark.storage.rows import Curve, Row, Timing
 from benchmark.storage.store import Entry
 from defenses.base import Knowledge
@@ -116,11 +114,9 @@ def made_up(
 def stored(source: Source, results: Path) -> None:
     """Writes a source as a run would."""
     folder = results / source.name
-    kinds: tuple[tuple[str, type[Any], pd.DataFrame], ...] = (
-        ("rows", Row, source.rows), ("curves", Curve, source.curves), ("timings", Timing, source.timings)
-    )  # fmt: skip
-    for stem, kind, table in kinds:
-        files.write(folder / f"{stem}.csv", kind, [kind(**record) for record in table.to_dict("records")])
+    kinds: tuple[tuple[type[Any], pd.DataFrame], ...] = (Row, source.rows), (Curve, source.curves), (Timing, source.timings)
+    rows, curves, timings = ([kind(**record) for record in table.to_dict("records")] for kind, table in kinds)
+    files.write(folder, rows, curves, timings)
     (folder / "matrix.toml").write_text(source.matrix.settings)
     (folder / "manifest.json").write_text('{"datasets": {"digits": {"train": 1250, "test": 100}}}')
 
