@@ -77,7 +77,7 @@ def run(
     cache: CacheOption = CACHE,
 ) -> None:
     """Run a matrix: implant, defend, score; then tables, plots, page, report and the leaderboard."""
-    from benchmark.settings.matrix import find_matrix, load_matrix
+    from benchmark.settings.load import find_matrix, load_matrix
     from benchmark.present import present
     from benchmark.run.progress import notes
     from benchmark.run.session import run_matrix

@@ -240,7 +240,8 @@ def catalogue(console: Console) -> None:
     """Prints everything a matrix may name."""
     from attacks import ATTACKS
     from benchmark.data.datasets import DATASETS
-    from benchmark.settings.matrix import FOLDER, matrix_names, presets
+    from benchmark.settings.load import FOLDER, matrix_names
+    from benchmark.settings.presets import presets
     from benchmark.rules.tracks import TRACKS
     from defenses import DEFENSES
     from models import BACKBONES

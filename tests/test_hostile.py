@@ -30,7 +30,7 @@ from benchmark.data import image_files
 from benchmark.run.session import own_model as mymodel
 from benchmark.report.report import tables
 from benchmark.data.datasets import DatasetSpec, load
-from benchmark.settings.matrix import load_matrix
+from benchmark.settings.load import load_matrix
 from benchmark.run.progress import RunProgress
 from benchmark.storage.rows import Row, read
 from models import BACKBONES

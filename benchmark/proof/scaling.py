@@ -25,7 +25,7 @@ from rich.console import Console
 from benchmark.run.session import local as executors
 from benchmark.run.cell import run_victim
 from benchmark.run.local import Stage, run_stages
-from benchmark.settings.matrix import find_matrix, load_matrix
+from benchmark.settings.load import find_matrix, load_matrix
 from benchmark.run.progress import notes
 from benchmark.run.session import run_matrix
 from benchmark.storage.store import Store

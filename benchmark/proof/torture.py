@@ -38,7 +38,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from benchmark.proof.faults import HEADER, KEYS, Difference, Outcome, compare, csv_text, draw, lines_of, merged, read_outcomes, table
-from benchmark.settings.matrix import find_matrix
+from benchmark.settings.load import find_matrix
 from models.files import write_text
 from models.spec import BadInput, generator, nearest
 

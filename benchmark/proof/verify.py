@@ -28,7 +28,8 @@ from scipy.stats import binomtest
 
 from benchmark.storage import rows as files
 from benchmark.run.cell import cell_key
-from benchmark.settings.matrix import Cell, Matrix, load_matrix, settings_hash
+from benchmark.settings.cells import Cell, Matrix, settings_hash
+from benchmark.settings.load import load_matrix
 from benchmark.run.progress import notes
 from benchmark.storage.rows import Row, Timing, text_of
 from benchmark.run.session import manifest as manifest_of

@@ -26,7 +26,7 @@ from attacks.base import PoisonedSet, PoisonedTest, Power, Role, poison, poison_
 from benchmark.rules.canary import Canary, Planted, Planting, plant
 from benchmark.data.datasets import Dataset, DatasetSpec, load, mean_std, split_budget, split_validation
 from benchmark.run.literature import compared, reference
-from benchmark.settings.matrix import Cell, Scenario
+from benchmark.settings.cells import Cell, Scenario
 from benchmark.rules.metrics import Score, Scorer, der, gate, score, val_accuracy
 from benchmark.storage.rows import Curve, Key, Row, Timing
 from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON, Measured, Selection, choose, paired_loss

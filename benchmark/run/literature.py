@@ -13,7 +13,7 @@ import functools
 import math
 from dataclasses import dataclass
 
-from benchmark.settings.matrix import Scenario
+from benchmark.settings.cells import Scenario
 from benchmark.analysis.published import FOLDER
 from benchmark.rules.metrics import Score
 from models.backbone import Backbone

@@ -25,7 +25,7 @@ from benchmark.run.session import local as executors
 from benchmark.run.local import SHARING, Failure, Schedule, Stage, StageError, Watcher
 from benchmark.storage.files import abandoned, held
 from benchmark.storage.machine import arithmetic, sources, versions
-from benchmark.settings.matrix import Matrix
+from benchmark.settings.cells import Matrix
 from models.spec import BadInput, digest
 
 __all__ = ["Cluster", "connected"]

@@ -24,7 +24,8 @@ from attacks import ATTACKS
 from attacks.base import PoisonedSet, poison_test
 from benchmark.run.cell import Victim, World, defend, measured_from, world
 from benchmark.storage.files import write_text
-from benchmark.settings.matrix import Cell, find_matrix, load_matrix
+from benchmark.settings.cells import Cell
+from benchmark.settings.load import find_matrix, load_matrix
 from benchmark.rules.metrics import Score, Scorer
 from benchmark.run.progress import notes
 from benchmark.rules.selection import Selection, choose

@@ -26,7 +26,7 @@ from benchmark.data.datasets import Dataset, load
 from benchmark.run.local import Stage, extractors_of, places, run_stages, victims_of
 from benchmark.storage.files import held, why, write_bytes, write_text
 from benchmark.storage.machine import arithmetic, versions
-from benchmark.settings.matrix import Cell, Matrix, Scenario, settings_hash
+from benchmark.settings.cells import Cell, Matrix, Scenario, settings_hash
 from benchmark.run.progress import RunProgress, notes
 from benchmark.storage.rows import Curve, Row, Timing
 from benchmark.storage.store import Entry, Store

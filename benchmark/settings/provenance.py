@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmark.settings.matrix import Matrix, load_matrix, settings_hash
+from benchmark.settings.cells import Matrix, settings_hash
+from benchmark.settings.load import load_matrix
 from models.spec import BadInput
 
 __all__ = ["STALE_WORDS", "matrix_of", "stale"]

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from benchmark.analysis import stats
-from benchmark.settings.matrix import Matrix
+from benchmark.settings.cells import Matrix
 from benchmark.analysis.stats import SCENARIO, WORLD, Interval
 from benchmark.report.tables import gate_words, markdown
 

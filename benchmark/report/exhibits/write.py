@@ -22,7 +22,7 @@ from benchmark.report.report.exhibits import answers_training
 from benchmark.report.exhibits.evidence import Column, Missing, Shown, Source
 from benchmark.report.exhibits.plots import draw
 from benchmark.storage.files import write_text
-from benchmark.settings.matrix import load_matrix
+from benchmark.settings.load import load_matrix
 from benchmark.settings.provenance import STALE_WORDS, stale
 from benchmark.storage.rows import Curve, Row, Timing, read
 from benchmark.analysis.stats import headline, tracks

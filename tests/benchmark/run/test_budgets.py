@@ -13,7 +13,8 @@ from rich.console import Console
 
 from benchmark.run.session import cell as pipeline
 from benchmark.run.cell import cell_key, world
-from benchmark.settings.matrix import Matrix, find_matrix, load_matrix, matrix_names, settings_hash
+from benchmark.settings.cells import Matrix, settings_hash
+from benchmark.settings.load import find_matrix, load_matrix, matrix_names
 from benchmark.storage.rows import Row, read
 from benchmark.run.session import run_matrix
 from benchmark.storage.store import Store

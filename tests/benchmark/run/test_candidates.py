@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from benchmark.run.cell import Victim, World, cell_rows, defend, read_victim, world
-from benchmark.settings.matrix import CANDIDATES, Cell, load_matrix
+from benchmark.settings.cells import CANDIDATES, Cell
+from benchmark.settings.load import load_matrix
 from benchmark.storage.store import Entry, Store
 from defenses.base import Candidate, DefenderView, Defense, Knowledge
 from models.backbone import Network

@@ -17,7 +17,7 @@ from benchmark.run.cell import victim_key
 from benchmark.data.datasets import load
 from benchmark.run.local import Failure, Stage, run_stages
 from benchmark.storage.files import held
-from benchmark.settings.matrix import load_matrix
+from benchmark.settings.load import load_matrix
 from benchmark.storage.store import Store
 from models.spec import BadInput
 

@@ -24,7 +24,8 @@ from benchmark.run.cell import run_victim
 from benchmark.run.local import Failure, Schedule, Stage, run_stages
 from benchmark.storage.files import held
 from benchmark.storage.machine import arithmetic, sources, versions
-from benchmark.settings.matrix import Matrix, load_matrix
+from benchmark.settings.cells import Matrix
+from benchmark.settings.load import load_matrix
 from benchmark.run.session import run_matrix
 from benchmark.storage.store import Store
 from models.spec import BadInput

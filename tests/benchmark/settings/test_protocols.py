@@ -12,7 +12,8 @@ from rich.console import Console
 
 from attacks.base import poison_test
 from benchmark.run.cell import defend, read_victim, world
-from benchmark.settings.matrix import Cell, Matrix, load_matrix
+from benchmark.settings.cells import Cell, Matrix
+from benchmark.settings.load import load_matrix
 from benchmark.rules.metrics import score
 from benchmark.storage.rows import Row, read
 from benchmark.run.session import run_matrix
