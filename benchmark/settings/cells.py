@@ -1,4 +1,4 @@
-"""What a matrix expands to: scenarios (attacked worlds) and cells (a scenario, a defense, a track and a scope)."""
+"""What a matrix expands to: scenarios (attacked models) and cells (a scenario, a defense, a track and a scope)."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from models.training import Recipe
 __all__ = ["CANDIDATES", "Cell", "Frozen", "Matrix", "Scenario", "settings_hash"]
 
 CANDIDATES = 80
-"""Models a defense may offer a cell, over all settings of its knob: ANP's twenty thresholds at four radii."""
+"""Models that a defense may offer in a cell, over all settings of its knob: as many as ANP's twenty thresholds at four radii."""
 
 
 @dataclass(frozen=True)
 class Frozen(Spec):
-    """How a victim on given features is trained: its head alone, with Adam at a constant rate on the embedded poisoned set.
+    """How a victim on given features is trained: its head alone, with Adam at a constant rate on the features of the poisoned set.
 
     Attributes:
-        extractor: whose features; its head is left out.
-        label: the matrix's name of it.
-        epochs, lr, batch: of the head (ours, those of the heads that Hölder pruning inspects).
+        extractor: what gives the features; its head is left out.
+        label: its label in the matrix.
+        epochs, lr, batch: of training the head (our choice: as for the heads that Hölder pruning inspects).
     """
 
     name: ClassVar[str] = "frozen"
@@ -53,7 +53,7 @@ class Frozen(Spec):
 
 @dataclass(frozen=True)
 class Scenario:
-    """The attacked world; knows no defense. ``attack`` None = the benign twin; ``frozen`` None = trained end to end."""
+    """An attacked model, before any defense. ``attack`` None = the benign twin; ``frozen`` None = trained end to end."""
 
     dataset: DatasetSpec
     clean_fraction: float
@@ -66,10 +66,10 @@ class Scenario:
     seed: int
     frozen: Frozen | None = None
     weights_seed: int | None = None
-    """Of the initial weights and the batches alone, where they are not those of ``seed``."""
+    """Seed of the initial weights and the batches alone; None = ``seed``."""
 
     def spec(self) -> dict[str, Any]:
-        """What determines the trained victim: labels are left out."""
+        """All that determines the trained victim; labels are left out."""
         return {
             **({"frozen": self.frozen.spec()} if self.frozen else {}),
             **({} if self.weights_seed is None else {"weights_seed": self.weights_seed}),
@@ -83,13 +83,13 @@ class Scenario:
         }
 
     def twin(self) -> Scenario:
-        """The same world without the attack."""
+        """The same scenario without the attack."""
         return dataclasses.replace(self, attack=None, attack_label="none")
 
     def surrogate(self) -> Scenario | None:
-        """Where the attack's surrogate is trained; None for attacks that take none.
+        """The scenario that trains the attack's surrogate; None for attacks that need none.
 
-        It is the benign twin, or a network that the attacker trains end to end on the same images from a seed of its own.
+        It is the benign twin, or a network that the attacker trains end to end on the same images with another seed.
         """
         if self.attack is None or not self.attack.needs_surrogate:
             return None
@@ -102,7 +102,7 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Cell:
-    """One meeting: a scenario, a defense, the track it enters and the scope it may edit."""
+    """One run of a defense: the scenario, the defense, its track and the scope that it may edit."""
 
     scenario: Scenario
     defense: Defense
@@ -114,27 +114,27 @@ class Cell:
     extractor: Extractor | None = None
     extractor_label: str = ""
     budget: float | None = None
-    """Share of the training images that the defender gets as its clean budget, out of those held out; None = all of them."""
+    """The clean budget as a share of the training images; None = all images that the scenario holds out."""
     candidates: int = CANDIDATES
-    """Models the defense may offer over all settings of its knob; the dial of the published setting is always whole."""
+    """Models that the defense may offer over all settings of its knob; the published setting's dial is never cut short."""
     canaries: tuple[Canary, ...] = ()
-    """What the canary rule plants; empty = the matrix does without that rule."""
+    """What the canary rule plants; empty = the matrix does not use that rule."""
 
     @property
     def canaried(self) -> bool:
-        """Whether the canary rule runs: the defense edits the model with nothing but the clean budget, and can be run on a copy."""
+        """Whether the canary rule runs: the defense edits the model with the clean budget alone, so it can be run on a copy."""
         both = Knowledge.MODEL | Knowledge.CLEAN
         edits = Knowledge.MODEL in self.defense.needs and not self.defense.needs & ~both
         return bool(self.canaries) and both in self.grants and edits and not isinstance(self.defense, NoDefense)
 
     @property
     def grants(self) -> Knowledge:
-        """What the defender may hold: what the track gives, and an extractor trained on it, which is its own work."""
+        """What the defender is given: what the track grants, and the extractor of this cell."""
         return self.track.grants | (Knowledge.EXTRACTOR if self.extractor else Knowledge.NONE)
 
     @property
     def extractors(self) -> tuple[Extractor, ...]:
-        """Every extractor the defense uses: the one it is given, and the one it trains for itself."""
+        """Every extractor of the defense: the one it is given, and the one it trains."""
         return tuple(one for one in (self.extractor, self.defense.extractor) if one is not None)
 
     def spec(self) -> dict[str, Any]:
@@ -153,7 +153,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A checked matrix. ``scenarios`` and ``cells`` are in table order; ``settings`` is the file's text."""
+    """A checked matrix.
+
+    Attributes:
+        name: of the file, without the suffix. path: of the file.
+        title, about: its texts. settings: the text of the whole file.
+        scenarios, cells: in the order of the file's tables.
+        plugins: (file name, sha256) of every plug-in that was loaded.
+    """
+
 
     name: str
     path: Path
@@ -163,9 +171,8 @@ class Matrix:
     scenarios: tuple[Scenario, ...]
     cells: tuple[Cell, ...]
     plugins: tuple[tuple[str, str], ...]
-    """(file name, sha256) of every plug-in file that was loaded."""
 
 
 def settings_hash(matrix: Matrix) -> str:
-    """sha256 over everything the cells say: the identity of a matrix's results."""
+    """sha256 (hex) over the settings of all cells: it identifies a matrix's results."""
     return digest([cell.spec() for cell in matrix.cells])

@@ -1,12 +1,8 @@
-"""A matrix: TOML -> checked settings -> cells. Every number of a run stands in such a file; no flag sets one.
+"""A matrix file -> checked settings -> cells. Every number of a run is in such a file; no command-line flag sets one.
 
-A matrix names one data set, backbones, a recipe, attacks, seeds, extractors, and defenses with the tracks and scopes they enter.
-Its cells are the product. A table's keys beside ``name`` are the fields of that method's dataclass (units and ranges stand there);
-keys the benchmark itself reads are listed in the ``*Table`` classes below. A defense's table may also name its ``tracks``,
-``scopes``, ``label``, ``preset``, ``extractors``, ``backbones`` (labels of those it meets; by default all), and ``budgets``: clean
-budgets it is met with, as shares of the training set, on the same victims, each a part of what ``clean_fraction`` holds out.
-``candidates`` at the top of the file bounds how many models a defense may offer a cell over all settings of its knob, the same for
-every defense; ``canary = true`` adds the rule that chooses by planted canaries (:mod:`benchmark.rules.canary`).
+A matrix names one data set, backbones, a recipe, attacks, seeds, extractors, and defenses with their tracks and scopes. Its cells
+are the product. :mod:`benchmark.settings.schema` lists the keys that the benchmark reads; a table's other keys are the fields of
+that method's dataclass, whose docstring gives units and ranges.
 """
 
 from __future__ import annotations
@@ -20,7 +16,7 @@ from typing import Any
 from benchmark.settings.cells import Matrix
 from benchmark.settings.expand import expand
 from benchmark.settings.plugins import load_plugins
-from benchmark.settings.schema import parsed
+from benchmark.settings.schema import parse
 from models.spec import BadInput, nearest
 
 __all__ = ["FOLDER", "find_matrix", "load_matrix", "matrix_names"]
@@ -29,9 +25,9 @@ FOLDER = Path(__file__).parent / "matrices"
 MAX_BYTES = 2**20
 MAX_DEPTH = 16
 MAX_DOTS = 200
-"""In a line, between two marks: far more than any key's, and than any sentence's."""
+"""Dots between two marks of a line: more than any key or sentence has."""
 MAX_WORDS = 500
-"""Letters of a complaint: it may quote a value, and values may be as long as the file."""
+"""Characters of an error message: it may quote a value, and a value may be as long as the file."""
 
 
 def matrix_names() -> list[str]:
@@ -58,36 +54,21 @@ def load_matrix(path: Path, note: Callable[[str], None] = lambda line: None) -> 
     """Reads and checks a matrix file.
 
     Args:
-        note: is told, in one line each, which plug-ins the file names, before they run.
+        path: the file; its name without the suffix is the matrix's name.
+        note: called with one line for each plug-in that the file names, before the plug-in runs.
 
     Raises:
         BadInput: not readable, not TOML, an unknown key or name, a wrong type or a number out of range; one line that names the
-            file, the place, the value and the nearest right one.
+            file, the table, the value and the nearest right one.
     """
-    if path.stem.startswith(".") or not path.stem.isprintable():  # it names the folder of results
+    if path.stem.startswith(".") or not path.stem.isprintable():  # it becomes the name of a folder of results
         raise BadInput(f"{str(path)!r}: a matrix is called like its file, so {path.stem!r} cannot be one; rename the file")
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise BadInput(f"{path}: larger than {MAX_BYTES // 2**20} MiB; no settings file is")
-        settings = path.read_text(encoding="utf-8")
-        if _dotted(settings) > MAX_DOTS:
-            raise BadInput(f"{path}: a key of more than {MAX_DOTS} parts; no setting is nested as deep")
-        raw = tomllib.loads(settings)
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        raise BadInput(f"{path}: cannot be read: {error}") from error
-    except BadInput:
-        raise
-    except ValueError as error:  # tomllib's own, and Python's refusal to read numbers of thousands of digits
-        raise BadInput(f"{path}: not TOML: {error}") from error
-    _bounded(raw, path)
-    try:
-        table = parsed(raw)
-    except BadInput as error:
-        raise BadInput(f"{path}: {_short(str(error))}") from error
-    if len(set(table.seeds)) != len(table.seeds):
-        raise BadInput(f"{path}: seeds {table.seeds} name one seed twice")
-    plugins, found = load_plugins(path, table.plugins, note)
-    try:
+        settings = _text(path)
+        table = parse(_toml(settings))
+        if len(set(table.seeds)) != len(table.seeds):
+            raise BadInput(f"seeds {table.seeds} name one seed twice")
+        plugins, found = load_plugins(path, table.plugins, note)
         scenarios, cells = expand(table, found)
     except BadInput as error:
         raise BadInput(f"{path}: {_short(str(error))}") from error
@@ -98,24 +79,51 @@ def _short(text: str) -> str:
     return text if len(text) <= MAX_WORDS else f"{text[:MAX_WORDS]} ..."
 
 
+def _text(path: Path) -> str:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise BadInput(f"larger than {MAX_BYTES // 2**20} MiB; no settings file is")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot be read: {error}") from error
+
+
+def _toml(settings: str) -> dict[str, Any]:
+    """The tables of a file, refused where they are larger than any settings are.
+
+    Raises:
+        BadInput: not TOML, too long a key, too deep, or a whole number beyond 64 bits.
+    """
+    if _dotted(settings) > MAX_DOTS:
+        raise BadInput(f"a key of more than {MAX_DOTS} parts; no setting is nested as deep")
+    try:
+        raw = tomllib.loads(settings)
+    except RecursionError as error:
+        raise BadInput(f"cannot be read: {error}") from error
+    except ValueError as error:  # tomllib's own, and Python's refusal to read numbers of thousands of digits
+        raise BadInput(f"not TOML: {error}") from error
+    _bounded(raw)
+    return raw
+
+
 def _dotted(settings: str) -> int:
     """The most dots between two marks of a line, so at least its longest key's; tomllib's time grows with their square."""
     lines = (line for line in settings.splitlines() if not line.lstrip().startswith("#"))
     return max((piece.count(".") for line in lines for piece in re.split(r"[={},\[\]]", line)), default=0)
 
 
-def _bounded(raw: dict[str, Any], path: Path) -> None:
-    """Refuses what no setting is, before anything tries to print it.
+def _bounded(raw: dict[str, Any]) -> None:
+    """Refuses values that would be too large to print.
 
     Raises:
-        BadInput: tables or lists within each other deeper than any setting, or whole numbers beyond 64 bits.
+        BadInput: tables or lists nested deeper than any setting, or a whole number beyond 64 bits.
     """
     left: list[tuple[str, Any, int]] = [("", raw, 0)]
     while left:
         place, value, depth = left.pop()
         if depth > MAX_DEPTH:
-            raise BadInput(f"{path}: {_short(place.split('.')[0])!r} is nested more than {MAX_DEPTH} deep; no setting is")
+            raise BadInput(f"{_short(place.split('.')[0])!r} is nested more than {MAX_DEPTH} deep; no setting is")
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise BadInput(f"{path}: {_short(place)!r} is a whole number of more than 64 bits")
+            raise BadInput(f"{_short(place)!r} is a whole number of more than 64 bits")
         items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
         left += [(f"{place}.{key}" if place else str(key), item, depth + 1) for key, item in items]

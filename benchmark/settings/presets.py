@@ -25,12 +25,12 @@ def presets() -> dict[str, dict[str, dict[str, Any]]]:
 
 @functools.lru_cache(maxsize=1)
 def recipes() -> dict[str, dict[str, Any]]:
-    """Ways to train that have a name, as ``recipes.toml`` has them."""
+    """Training recipes by name, as ``recipes.toml`` has them."""
     return tomllib.loads((Path(__file__).parent / "recipes.toml").read_text(encoding="utf-8"))
 
 
 def _words(value: Any) -> str:
-    """A setting for people: lists in brackets, the (field, value) pairs of another method's settings as such."""
+    """A setting as text: lists in brackets, (field, value) pairs of another method's settings as ``field=value``."""
     if isinstance(value, tuple):
         return f"[{', '.join(_words(item) for item in value)}]"
     if isinstance(value, list):
@@ -39,7 +39,15 @@ def _words(value: Any) -> str:
 
 
 def preset_settings(defense: type[Defense], preset: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """A defense's settings under a preset, and the preset's name with what the matrix changes of it.
+    """A defense's settings under a preset, with those that the matrix changes.
+
+    Args:
+        defense: the method.
+        preset: a name that ``presets.toml`` has for it, or :data:`PUBLISHED`.
+        given: the settings in the matrix; they win over the preset's.
+
+    Returns:
+        The preset's name with the changed settings, as rows record it (``cpu; epochs=7``), and all settings.
 
     Raises:
         BadInput: the method has no such preset.
