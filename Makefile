@@ -39,7 +39,7 @@ benchmark: $(STAMP) ## run MATRIX, then draw its tables, plots, page and report 
 	@$(LEVELFIELD) run --matrix $(MATRIX) $(ARGS)
 
 slices: $(STAMP) ## run MATRIX defense by defense, as the file orders them: every attack undefended first (ONLY=seed=0 takes a part)
-	@$(RUN) -c 'from benchmark.settings.matrix import find_matrix, load_matrix; \
+	@$(RUN) -c 'from benchmark.settings.load import find_matrix, load_matrix; \
 	  print(*dict.fromkeys(cell.defense_label for cell in load_matrix(find_matrix("$(MATRIX)")).cells), sep="\n")' | \
 	while IFS= read -r defense; do \
 	  $(LEVELFIELD) run --matrix $(MATRIX) --only "$(if $(ONLY),$(ONLY)$(comma))defense=$$defense" $(ARGS) </dev/null || exit; \

@@ -241,7 +241,9 @@ def catalogue(console: Console) -> None:
     from attacks import ATTACKS
     from benchmark.data.datasets import DATASETS
     from benchmark.rules.tracks import TRACKS
+    from benchmark.settings.load import FOLDER, matrix_names
     from benchmark.settings.matrix import FOLDER, matrix_names, presets
+    from benchmark.settings.presets import presets
     from defenses import DEFENSES
     from models import BACKBONES
     from models.extractors import EXTRACTORS

@@ -14,7 +14,7 @@ import atheris
 with atheris.instrument_imports(include=["benchmark", "models", "tomllib", "safetensors"]):
     import test_fuzz as fuzz
 
-from benchmark.settings.matrix import find_matrix, matrix_names
+from benchmark.settings.load import find_matrix, matrix_names
 from benchmark.storage.rows import Row, write
 
 

@@ -20,7 +20,7 @@ PACKAGES = ("models", "attacks", "defenses", "benchmark")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 HOMES = {
     "wandb": {"benchmark/tracking.py"},
-    "pydantic": {"benchmark/settings/matrix.py"},
+    "pydantic": {"benchmark/settings/schema.py"},
     "matplotlib": {"benchmark/report/charts.py", "benchmark/report/style.py"},
     "seaborn": {"benchmark/report/charts.py", "benchmark/report/style.py"},
     "pytorch_lightning": {"models/classifier.py"},

@@ -29,7 +29,8 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 from attacks import ATTACKS
-from benchmark.settings.matrix import find_matrix, load_matrix, matrix_names, settings_hash
+from benchmark.settings.cells import settings_hash
+from benchmark.settings.load import find_matrix, load_matrix, matrix_names
 from benchmark.storage.rows import Curve, Row, Timing, read, write
 from defenses import DEFENSES
 from models.extractors import EXTRACTORS

@@ -27,6 +27,7 @@ from benchmark.run.cell import run_victim
 from benchmark.run.local import Stage, run_stages
 from benchmark.run.progress import notes
 from benchmark.run.session import run_matrix
+from benchmark.settings.load import find_matrix, load_matrix
 from benchmark.settings.matrix import find_matrix, load_matrix
 from benchmark.storage.store import Store
 from models.files import write_text

@@ -31,7 +31,7 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmark.run.local import SHARING, single_thread
-from benchmark.settings.matrix import recipes
+from benchmark.settings.presets import recipes
 from models import BACKBONES
 from models.backbone import Backbone, Network
 from models.classifier import Classifier

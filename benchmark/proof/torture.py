@@ -50,7 +50,7 @@ from benchmark.proof.faults import (
     read_outcomes,
     table,
 )
-from benchmark.settings.matrix import find_matrix
+from benchmark.settings.load import find_matrix
 from models.files import write_text
 from models.spec import BadInput, generator, nearest
 

@@ -31,6 +31,8 @@ from benchmark.run.cell import cell_key
 from benchmark.run.progress import notes
 from benchmark.run.session import manifest as manifest_of
 from benchmark.run.session import recompute
+from benchmark.settings.cells import Cell, Matrix, settings_hash
+from benchmark.settings.load import load_matrix
 from benchmark.settings.matrix import Cell, Matrix, load_matrix, settings_hash
 from benchmark.storage import rows as files
 from benchmark.storage.rows import Row, Timing, text_of

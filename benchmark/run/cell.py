@@ -29,7 +29,7 @@ from benchmark.rules.metrics import Score, Scorer, der, gate, score, val_accurac
 from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON, Measured, Selection, choose, paired_loss
 from benchmark.rules.tracks import view_for
 from benchmark.run.literature import compared, reference
-from benchmark.settings.matrix import Cell, Scenario
+from benchmark.settings.cells import Cell, Scenario
 from benchmark.storage.rows import Curve, Key, Row, Timing
 from benchmark.storage.store import Entry, Store
 from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge, Withheld

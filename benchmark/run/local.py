@@ -178,7 +178,7 @@ class News(NamedTuple):
 def enter(path: str, store: str, cache: str, news: Any, parent: int) -> None:
     """Makes this process a worker: it loads the matrix, opens the store, and ends with ``parent`` (0: it is its own)."""
     single_thread()
-    from benchmark.settings.matrix import load_matrix
+    from benchmark.settings.load import load_matrix
     from benchmark.storage.store import Store
 
     def report(line: str) -> None:

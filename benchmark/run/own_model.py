@@ -26,6 +26,8 @@ from benchmark.rules.metrics import Score, Scorer
 from benchmark.rules.selection import Selection, choose
 from benchmark.run.cell import Victim, World, defend, measured_from, world
 from benchmark.run.progress import notes
+from benchmark.settings.cells import Cell
+from benchmark.settings.load import find_matrix, load_matrix
 from benchmark.settings.matrix import Cell, find_matrix, load_matrix
 from benchmark.storage.files import write_text
 from defenses.base import Knowledge

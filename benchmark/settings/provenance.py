@@ -1,11 +1,12 @@
-"""Whether stored rows were made with the methods as they are now."""
+"""Whether recorded rows were made with the present versions of their methods."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from benchmark.settings.matrix import Matrix, load_matrix, settings_hash
+from benchmark.settings.cells import Matrix, settings_hash
+from benchmark.settings.load import load_matrix
 from models.spec import BadInput
 
 __all__ = ["STALE_WORDS", "matrix_of", "stale"]
@@ -27,8 +28,9 @@ def matrix_of(folder: Path) -> Matrix:
 
 
 def stale(folder: Path) -> bool:
-    """Whether a method of these results was revised since, so that the same settings would give other numbers: the hash of
-    the settings holds every method's revision. False where there is nothing to compare.
+    """Whether a method was revised since these results were made, so that the same settings would give other numbers.
+
+    The hash of the settings includes every method's revision. False where there is nothing to compare.
 
     Raises:
         BadInput: the manifest cannot be read.

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmark.settings.matrix import PUBLISHED, find_matrix, load_matrix, matrix_names, presets
+from benchmark.settings.load import find_matrix, load_matrix, matrix_names
+from benchmark.settings.presets import PUBLISHED, presets
 from defenses import dbd
 from defenses.base import Inapplicable, Knowledge
 from defenses.dbd import DBD, HEAD_START, symmetric_cross_entropy

@@ -30,7 +30,7 @@ def made_with() -> dict[str, str]:
 def measure(folder: Path) -> list[dict[str, object]]:
     """Every candidate of the tiny matrix."""
     from benchmark.run.session import run_matrix
-    from benchmark.settings.matrix import load_matrix
+    from benchmark.settings.load import load_matrix
     from benchmark.storage.rows import Curve, read
 
     matrix = load_matrix(HERE / "tiny.toml")

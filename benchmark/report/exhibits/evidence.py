@@ -21,6 +21,7 @@ import pandas as pd
 from benchmark.analysis import stats
 from benchmark.analysis.stats import SCENARIO, WORLD, Interval
 from benchmark.report.tables import gate_words, markdown
+from benchmark.settings.cells import Matrix
 from benchmark.settings.matrix import Matrix
 
 __all__ = [

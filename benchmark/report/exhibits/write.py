@@ -34,6 +34,7 @@ from benchmark.report.tables import (
     plain,
     setting_words,
 )
+from benchmark.settings.load import load_matrix
 from benchmark.settings.matrix import load_matrix
 from benchmark.settings.provenance import STALE_WORDS, stale
 from benchmark.storage.files import write_text

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import benchmark.__main__ as cli
 from benchmark.proof.verify import BEYOND, SHARES, TOLERANCE, Checked, _show, compare, stands, verify
 from benchmark.run.session import run_matrix
-from benchmark.settings.matrix import load_matrix
+from benchmark.settings.load import load_matrix
 from benchmark.storage.rows import Row, read
 from models.spec import BadInput
 

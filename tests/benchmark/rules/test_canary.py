@@ -18,7 +18,8 @@ from benchmark.rules.canary import CANARIES, Canary, Planted, Planting, canaries
 from benchmark.rules.selection import Selection, choose
 from benchmark.run import cell as pipeline
 from benchmark.run.cell import Victim, World, defend, measured_from, read_canary, read_victim, world
-from benchmark.settings.matrix import Cell, Matrix, load_matrix
+from benchmark.settings.cells import Cell, Matrix
+from benchmark.settings.load import load_matrix
 from benchmark.storage.store import Store
 from defenses.base import Candidate, DefenderView, Defense, Knowledge
 from models.images import to_float

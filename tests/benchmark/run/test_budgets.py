@@ -14,7 +14,8 @@ from rich.console import Console
 from benchmark.run import cell as pipeline
 from benchmark.run.cell import cell_key, world
 from benchmark.run.session import run_matrix
-from benchmark.settings.matrix import Matrix, find_matrix, load_matrix, matrix_names, settings_hash
+from benchmark.settings.cells import Matrix, settings_hash
+from benchmark.settings.load import find_matrix, load_matrix, matrix_names
 from benchmark.storage.rows import Row, read
 from benchmark.storage.store import Store
 from models.spec import BadInput
@@ -74,8 +75,8 @@ def test_a_budget_is_a_cell_with_its_label_on_the_same_victim(tmp_path: Path) ->
         ("budgets = []", "budgets is empty"),
         ("budgets = [0.3]", "at most the 0.2 that clean_fraction holds out"),
         ("budgets = [0]", "0 should be a share above 0"),
-        ("budgets = [true]", "True should be a share"),
-        ('budgets = ["1 %"]', "'1 %' should be a share"),
+        ("budgets = [true]", "True should be a number"),
+        ('budgets = ["1 %"]', "'1 %' should be a number"),
         ("budgets = [0.1, 0.1]", "name 0.1 twice"),
         ("budgets = 0.1", "should be a list"),
     ],

@@ -16,7 +16,8 @@ from attacks.base import Role
 from benchmark.run.cell import clean_seeds, defend, extractor_key, read_extractor, read_victim, run_extractor, world
 from benchmark.run.local import extractors_of
 from benchmark.run.session import run_matrix
-from benchmark.settings.matrix import Cell, Matrix, load_matrix
+from benchmark.settings.cells import Cell, Matrix
+from benchmark.settings.load import load_matrix
 from benchmark.storage.rows import Row, read
 from benchmark.storage.store import Store
 from defenses.base import DefenderView

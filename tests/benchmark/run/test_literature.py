@@ -16,7 +16,8 @@ from attacks.wanet import WaNet
 from benchmark.data.datasets import DatasetSpec
 from benchmark.rules.metrics import Score
 from benchmark.run.literature import PARAMETERS, Reference, compared, differences, nearest, reference, verdict
-from benchmark.settings.matrix import Frozen, Scenario, find_matrix, load_matrix
+from benchmark.settings.cells import Frozen, Scenario
+from benchmark.settings.load import find_matrix, load_matrix
 from models.extractors import Supervised
 from models.resnet import PreActResNet18
 from models.training import Recipe

@@ -16,7 +16,7 @@ from benchmark.data.datasets import load
 from benchmark.run import local as executors
 from benchmark.run.cell import victim_key
 from benchmark.run.local import Failure, Stage, run_stages
-from benchmark.settings.matrix import load_matrix
+from benchmark.settings.load import load_matrix
 from benchmark.storage.files import held
 from benchmark.storage.store import Store
 from models.spec import BadInput

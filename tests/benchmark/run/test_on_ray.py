@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from benchmark.settings.matrix import Matrix, load_matrix
 from rich.console import Console
 
 from benchmark.run import local as executors
@@ -23,7 +24,8 @@ from benchmark.run import on_ray as ray_executor
 from benchmark.run.cell import run_victim
 from benchmark.run.local import Failure, Schedule, Stage, run_stages
 from benchmark.run.session import run_matrix
-from benchmark.settings.matrix import Matrix, load_matrix
+from benchmark.settings.cells import Matrix
+from benchmark.settings.load import load_matrix
 from benchmark.storage.files import held
 from benchmark.storage.machine import arithmetic, sources, versions
 from benchmark.storage.store import Store

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 import benchmark.__main__ as cli
-from benchmark.settings.matrix import find_matrix, load_matrix
+from benchmark.settings.load import find_matrix, load_matrix
 from benchmark.storage.rows import Row, read
 from defenses import DEFENSES
 

@@ -15,7 +15,7 @@ from attacks.lc import LC
 from attacks.narcissus import Narcissus
 from benchmark.data.datasets import DatasetSpec
 from benchmark.run.cell import extractor_key, read_victim, run_victim, victim_key, world
-from benchmark.settings.matrix import Frozen, Scenario
+from benchmark.settings.cells import Frozen, Scenario
 from benchmark.storage.store import Store
 from models.classifier import Classifier
 from models.extractors import SelfSupervised, Supervised

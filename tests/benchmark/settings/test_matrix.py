@@ -6,9 +6,12 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from benchmark.settings.matrix import Cell, find_matrix, load_matrix, matrix_names, presets, recipes, settings_hash
 
 from benchmark.rules.tracks import TRACKS
-from benchmark.settings.matrix import Cell, find_matrix, load_matrix, matrix_names, presets, recipes, settings_hash
+from benchmark.settings.cells import Cell, settings_hash
+from benchmark.settings.load import find_matrix, load_matrix, matrix_names
+from benchmark.settings.presets import presets, recipes
 from defenses import DEFENSES
 from defenses.base import Knowledge, Scope
 from defenses.fine_tuning import FineTuning
@@ -179,7 +182,7 @@ BAD = {
     "unknown backbone": (GOOD.replace("resnet8", "resnet9"), "unknown backbone 'resnet9'; did you mean 'resnet8'"),
     "unknown setting": (GOOD.replace("u = 2", "uu = 2"), "defense clp: unknown key 'uu'; did you mean 'u'"),
     "unknown attack setting": (GOOD.replace("rate = 0.05", "raet = 0.05"), "unknown key 'raet'; did you mean 'rate'"),
-    "unknown recipe key": (GOOD.replace("epochs = 2", "epoch = 2"), "recipe recipe: unknown key 'epoch'; did you mean 'epochs'"),
+    "unknown recipe key": (GOOD.replace("epochs = 2", "epoch = 2"), "recipe: unknown key 'epoch'; did you mean 'epochs'"),
     "unknown track": (GOOD.replace('["model"]', '["modle"]'), "unknown track 'modle'; did you mean 'model'"),
     "unknown preset": (TUNED + 'preset = "cpuu"', "no preset 'cpuu'; did you mean 'cpu'"),
     "a preset nobody wrote": (GOOD.replace("u = 2", 'preset = "cpu"'), "defense clp: no preset 'cpu'"),
@@ -212,6 +215,15 @@ BAD = {
     "two alike": (GOOD + '[[defense]]\nname = "none"\n', "two defenses are called 'none'"),
     "unknown recipe preset": (GOOD.replace("epochs = 2", 'preset = "fsat"'), "recipe: no preset 'fsat'; did you mean 'fast'"),
     "recipe preset of a wrong type": (GOOD.replace("epochs = 2", "preset = 3"), "recipe: preset = 3 should be a str"),
+    "a defense's key misspelt": (GOOD.replace("scopes", "scoeps"), "defense clp: unknown key 'scoeps'; did you mean 'scopes'"),
+    "a list that is none": (GOOD.replace('["model"]', '"model"'), "defense clp: tracks = 'model' should be a list"),
+    "a name among names that is none": (GOOD.replace('["model"]', '["model", 3]'), "clp: tracks number 2 = 3 should be a string"),
+    "an entry that is no table": (
+        GOOD.split("[[attack]]")[0].replace("[dataset]", "attack = [3]\ndefense = [4]\n[dataset]"),
+        "attack number 1 = 3 should be a table",
+    ),
+    "a data set of a wrong type": (GOOD.replace('"digits"', "7"), "dataset: source = 7 should be a string"),
+    "no rates": (GOOD.replace("[0.1, 0.01]", "[]"), "attack badnets: rates = [] should have at least 1 item"),
     "not toml": (GOOD + "]]", "not TOML"),
     "rate and rates": (GOOD.replace("rates = [0.1, 0.01]", "rates = [0.1]\nrate = 0.1"), "either rate or rates"),
     "plugin missing": ('plugins = ["gone.py"]\n' + GOOD, "gone.py: no such file"),

@@ -13,8 +13,9 @@ from tests.benchmark.test_exhibits import made_up
 
 from benchmark.report.exhibits.answers_training import training
 from benchmark.report.exhibits.evidence import Missing
-from benchmark.settings.matrix import Cell, find_matrix, load_matrix
-from benchmark.settings.matrix import recipes as recipe_presets
+from benchmark.settings.cells import Cell
+from benchmark.settings.load import find_matrix, load_matrix
+from benchmark.settings.presets import recipes as recipe_presets
 from models.training import Recipe
 
 Triple = tuple[float, float, float]

@@ -23,7 +23,8 @@ from benchmark.report.exhibits import write as exhibits
 from benchmark.report.exhibits.evidence import Dots, Lines, Missing, Source
 from benchmark.report.exhibits.write import EXHIBITS, caption, command, source_of, table_latex, table_markdown, write_exhibits
 from benchmark.run.cell import cell_rows
-from benchmark.settings.matrix import Cell, Matrix, find_matrix, load_matrix, matrix_names
+from benchmark.settings.cells import Cell, Matrix
+from benchmark.settings.load import find_matrix, load_matrix, matrix_names
 from benchmark.storage import rows as files
 from benchmark.storage.rows import Curve, Row, Timing
 from benchmark.storage.store import Entry
