@@ -159,8 +159,10 @@ def present(folder: Path, matrix: Any, *, cache: Path, console: Console, track: 
 
 def _gallery(folder: Path, matrix: Any, cache: Path) -> None:
     """Clean, triggered and amplified difference of a few test images per attack, from the first backbone and seed."""
-    from benchmark.run.cell import read_victim, victim_key, world
     from benchmark.report.charts import trigger_gallery
+    from benchmark.run.keys import victim_key
+    from benchmark.run.victim import read_victim
+    from benchmark.run.world import world
     from benchmark.storage.store import Store
 
     store = Store(cache / "store")
@@ -240,8 +242,8 @@ def catalogue(console: Console) -> None:
     """Prints everything a matrix may name."""
     from attacks import ATTACKS
     from benchmark.data.datasets import DATASETS
-    from benchmark.settings.matrix import FOLDER, matrix_names, presets
     from benchmark.rules.tracks import TRACKS
+    from benchmark.settings.matrix import FOLDER, matrix_names, presets
     from defenses import DEFENSES
     from models import BACKBONES
     from models.extractors import EXTRACTORS

@@ -22,12 +22,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from benchmark.run.session import local as executors
-from benchmark.run.cell import run_victim
+from benchmark.run import local as executors
 from benchmark.run.local import Stage, run_stages
-from benchmark.settings.matrix import find_matrix, load_matrix
 from benchmark.run.progress import notes
 from benchmark.run.session import run_matrix
+from benchmark.run.victim import run_victim
+from benchmark.settings.matrix import find_matrix, load_matrix
 from benchmark.storage.store import Store
 from models.files import write_text
 from models.spec import BadInput

@@ -26,14 +26,14 @@ from rich.markup import escape
 from rich.table import Table
 from scipy.stats import binomtest
 
-from benchmark.storage import rows as files
-from benchmark.run.cell import cell_key
-from benchmark.settings.matrix import Cell, Matrix, load_matrix, settings_hash
+from benchmark.analysis.stats import ENTRY, SCENARIO
+from benchmark.run.keys import cell_key
 from benchmark.run.progress import notes
-from benchmark.storage.rows import Row, Timing, text_of
 from benchmark.run.session import manifest as manifest_of
 from benchmark.run.session import recompute
-from benchmark.analysis.stats import ENTRY, SCENARIO
+from benchmark.settings.matrix import Cell, Matrix, load_matrix, settings_hash
+from benchmark.storage import rows as files
+from benchmark.storage.rows import Row, Timing, text_of
 from models.spec import BadInput, generator
 
 __all__ = ["SHARES", "TOLERANCE", "Checked", "Verdict", "compare", "stands", "verify"]

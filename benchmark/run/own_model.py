@@ -22,12 +22,15 @@ from torch import Tensor
 
 from attacks import ATTACKS
 from attacks.base import PoisonedSet, poison_test
-from benchmark.run.cell import Victim, World, defend, measured_from, world
-from benchmark.storage.files import write_text
-from benchmark.settings.matrix import Cell, find_matrix, load_matrix
 from benchmark.rules.metrics import Score, Scorer
-from benchmark.run.progress import notes
 from benchmark.rules.selection import Selection, choose
+from benchmark.run.defend import defend
+from benchmark.run.outcome import measured_from
+from benchmark.run.progress import notes
+from benchmark.run.victim import Victim
+from benchmark.run.world import World, world
+from benchmark.settings.matrix import Cell, find_matrix, load_matrix
+from benchmark.storage.files import write_text
 from defenses.base import Knowledge
 from models import BACKBONES
 from models.backbone import Backbone, Network

@@ -20,14 +20,15 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from benchmark.storage import rows as files
-from benchmark.run.cell import CellResult, cell_key, cell_rows, extractor_key, victim_key
 from benchmark.data.datasets import Dataset, load
+from benchmark.run.keys import cell_key, extractor_key, victim_key
 from benchmark.run.local import Stage, extractors_of, places, run_stages, victims_of
+from benchmark.run.outcome import CellResult, cell_rows
+from benchmark.run.progress import RunProgress, notes
+from benchmark.settings.matrix import Cell, Matrix, Scenario, settings_hash
+from benchmark.storage import rows as files
 from benchmark.storage.files import held, why, write_bytes, write_text
 from benchmark.storage.machine import arithmetic, versions
-from benchmark.settings.matrix import Cell, Matrix, Scenario, settings_hash
-from benchmark.run.progress import RunProgress, notes
 from benchmark.storage.rows import Curve, Row, Timing
 from benchmark.storage.store import Entry, Store
 from models.spec import BadInput, canonical, digest, nearest

@@ -13,11 +13,14 @@ import torch
 from rich.console import Console
 
 from attacks.base import Role
-from benchmark.run.cell import clean_seeds, defend, extractor_key, read_extractor, read_victim, run_extractor, world
+from benchmark.run.defend import clean_seeds, defend
+from benchmark.run.keys import extractor_key
 from benchmark.run.local import extractors_of
+from benchmark.run.session import run_matrix
+from benchmark.run.victim import read_extractor, read_victim, run_extractor
+from benchmark.run.world import world
 from benchmark.settings.matrix import Cell, Matrix, load_matrix
 from benchmark.storage.rows import Row, read
-from benchmark.run.session import run_matrix
 from benchmark.storage.store import Store
 from defenses.base import DefenderView
 from models.extractors import Extractor
