@@ -161,6 +161,9 @@ def _gallery(folder: Path, matrix: Any, cache: Path) -> None:
     """Clean, triggered and amplified difference of a few test images per attack, from the first backbone and seed."""
     from benchmark.report.charts import trigger_gallery
     from benchmark.run.cell import read_victim, victim_key, world
+    from benchmark.run.keys import victim_key
+    from benchmark.run.victim import read_victim
+    from benchmark.run.world import world
     from benchmark.storage.store import Store
 
     store = Store(cache / "store")

@@ -23,10 +23,10 @@ import typer
 from rich.console import Console
 
 from benchmark.run import local as executors
-from benchmark.run.cell import run_victim
 from benchmark.run.local import Stage, run_stages
 from benchmark.run.progress import notes
 from benchmark.run.session import run_matrix
+from benchmark.run.victim import run_victim
 from benchmark.settings.load import find_matrix, load_matrix
 from benchmark.settings.matrix import find_matrix, load_matrix
 from benchmark.storage.store import Store

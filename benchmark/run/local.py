@@ -223,7 +223,8 @@ def work(kind: str, number: int, label: str) -> bool:
 
 
 def _run(kind: str, number: int) -> None:
-    from benchmark.run.cell import run_cell, run_extractor, run_victim
+    from benchmark.run.defend import run_cell
+    from benchmark.run.victim import run_extractor, run_victim
     from models.training import arithmetic
 
     matrix, store, cache = state["matrix"], state["store"], state["cache"]
@@ -267,7 +268,7 @@ def victims_of(matrix: Any) -> list[Any]:
 
 def extractors_of(matrix: Any) -> list[Any]:
     """Every (extractor, scenario) that is trained for a matrix, each once; those on clean images first: victims stand on them."""
-    from benchmark.run.cell import extractor_key
+    from benchmark.run.keys import extractor_key
 
     wanted = [(s.frozen.extractor, s) for s in victims_of(matrix) if s.frozen]
     for cell in matrix.cells:

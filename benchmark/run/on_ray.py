@@ -23,6 +23,7 @@ from typing import Any
 
 from benchmark.run import local as executors
 from benchmark.run.local import SHARING, Failure, Schedule, Stage, StageError, Watcher
+from benchmark.run.session import local as executors
 from benchmark.settings.cells import Matrix
 from benchmark.settings.matrix import Matrix
 from benchmark.storage.files import abandoned, held
@@ -131,7 +132,7 @@ def _enter(job: Mapping[str, Any]) -> str:
         os.environ[GPU] = ""
     _entered.setdefault("gpu", os.environ.get(GPU))
     try:
-        import benchmark.run.cell  # noqa: F401 - so that all that a stage runs is loaded
+        import benchmark.run.defend  # noqa: F401 - so that all that a stage runs is loaded
 
         executors.enter(job["matrix"], job["store"], job["cache"], _Told(), os.getppid())
     except BadInput as error:

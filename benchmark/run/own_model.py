@@ -25,7 +25,11 @@ from attacks.base import PoisonedSet, poison_test
 from benchmark.rules.metrics import Score, Scorer
 from benchmark.rules.selection import Selection, choose
 from benchmark.run.cell import Victim, World, defend, measured_from, world
+from benchmark.run.defend import defend
+from benchmark.run.outcome import measured_from
 from benchmark.run.progress import notes
+from benchmark.run.victim import Victim
+from benchmark.run.world import World, world
 from benchmark.settings.cells import Cell
 from benchmark.settings.load import find_matrix, load_matrix
 from benchmark.settings.matrix import Cell, find_matrix, load_matrix

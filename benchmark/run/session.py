@@ -22,7 +22,9 @@ from rich.console import Console
 
 from benchmark.data.datasets import Dataset, load
 from benchmark.run.cell import CellResult, cell_key, cell_rows, extractor_key, victim_key
+from benchmark.run.keys import cell_key, extractor_key, victim_key
 from benchmark.run.local import Stage, extractors_of, places, run_stages, victims_of
+from benchmark.run.outcome import CellResult, cell_rows
 from benchmark.run.progress import RunProgress, notes
 from benchmark.settings.cells import Cell, Matrix, Scenario, settings_hash
 from benchmark.settings.matrix import Cell, Matrix, Scenario, settings_hash

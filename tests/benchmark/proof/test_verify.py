@@ -234,7 +234,7 @@ def test_files_that_do_not_belong_together_are_named(
 
 def test_other_images_under_the_same_name_are_refused(folder: Path, tmp_path: Path) -> None:
     """A manifest and rows that agree with each other, and not with the data here."""
-    from benchmark.run.cell import cell_key
+    from benchmark.run.keys import cell_key
 
     real = json.loads((folder / "manifest.json").read_text())["datasets"]["digits"]["fingerprint"]
     (tmp_path / "code").mkdir()

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from benchmark.settings.matrix import Cell, Matrix, load_matrix
 from torch import Tensor
 
 from attacks import ATTACKS
@@ -17,7 +18,12 @@ from attacks.base import PoisonedSet, PoisonedTest
 from benchmark.rules.canary import CANARIES, Canary, Planted, Planting, canaries_for, plant
 from benchmark.rules.selection import Selection, choose
 from benchmark.run import cell as pipeline
+from benchmark.run import defend as pipeline
 from benchmark.run.cell import Victim, World, defend, measured_from, read_canary, read_victim, world
+from benchmark.run.defend import defend, read_canary
+from benchmark.run.outcome import measured_from, score_of
+from benchmark.run.victim import Victim, read_victim
+from benchmark.run.world import World, defender_seed, world
 from benchmark.settings.cells import Cell, Matrix
 from benchmark.settings.load import load_matrix
 from benchmark.storage.store import Store
@@ -149,7 +155,7 @@ def test_a_canary_takes_and_leaves_the_rest_of_the_network_as_it_was(place: Plac
 def _pattern_seed(place: Place, canary: Canary) -> int:
     from models.spec import derive_seed
 
-    seed = derive_seed(pipeline._defender_seed(place.cell.scenario), "canary", canary.name)
+    seed = pipeline.derive_seed(defender_seed(place.cell.scenario), "canary", canary.name)
     return derive_seed(seed, "pattern")
 
 
@@ -178,7 +184,7 @@ def test_choosing_by_canaries_reads_nothing_of_the_attack_or_the_test_set(place:
     measured = [{key: value for key, value in entry.items() if not key.startswith("canary")} for entry in whole["candidates"]]
     copies = [
         plant(canary, place.victim.net, without.clean, without.validation, place.cell.scenario.recipe,
-              pipeline.derive_seed(pipeline._defender_seed(place.cell.scenario), "canary", canary.name))
+              pipeline.derive_seed(defender_seed(place.cell.scenario), "canary", canary.name))
         for canary in place.cell.canaries
     ]  # fmt: skip
     scenario = replace(place.cell.scenario, attack=guarded, plan=guarded)
@@ -193,7 +199,7 @@ def test_its_candidates_are_those_of_the_same_dial(place: Place) -> None:
     bare = [{key: value for key, value in entry.items() if not key.startswith("canary")} for entry in outcome["candidates"]]
     assert bare == plain["candidates"]
     offered = [measured_from(entry) for entry in outcome["candidates"]]
-    chosen = choose(Selection.CANARY, offered, pipeline._score_of(place.victim.outcome), place.cell.tau)
+    chosen = choose(Selection.CANARY, offered, score_of(place.victim.outcome), place.cell.tau)
     assert chosen is not None
     assert offered[-1].kept
     kept = [place.planted(canary) for canary in place.cell.canaries]
@@ -251,7 +257,7 @@ def test_the_triggered_set_is_what_no_rule_without_hindsight_reads(place: Place)
     exchanged = PoisonedTest(triggered.images, triggered.target_labels, triggered.true_labels, triggered.source)
     scorer = type(place.victim.scorer)(place.victim.net, place.w.data.test, exchanged, place.w.validation)
     other = defend(place.cell, place.w, replace(place.victim, triggered=exchanged, scorer=scorer), planted=place.planted)
-    before = pipeline._score_of(place.victim.outcome)
+    before = score_of(place.victim.outcome)
     for how in (Selection.DEFAULT, Selection.VALIDATION, Selection.STRONGEST, Selection.CANARY):
         picks = {choose(how, [measured_from(entry) for entry in found["candidates"]], before) for found in (outcome, other)}
         assert len(picks) == 1

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmark.run import cell as pipeline
-from benchmark.run.cell import cell_key, world
+from benchmark.run.defend import _validated_on, defend
+from benchmark.run.keys import cell_key
 from benchmark.run.session import run_matrix
+from benchmark.run.victim import read_victim
+from benchmark.run.world import lesser, world
 from benchmark.settings.cells import Matrix, settings_hash
 from benchmark.settings.load import find_matrix, load_matrix, matrix_names
 from benchmark.storage.rows import Row, read
@@ -114,10 +116,10 @@ def images(data: object) -> set[bytes]:
 def test_a_smaller_budget_is_a_part_of_a_larger_one_and_of_the_pool(tmp_path: Path) -> None:
     matrix = matrix_of(tmp_path, ASKED)
     pool = world(matrix.cells[0].scenario, tmp_path)
-    assert pipeline._lesser(pool, matrix.cells[-1]) is pool
+    assert lesser(pool, matrix.cells[-1]) is pool
     before: set[bytes] = set()
     for cell, size in zip(matrix.cells[1:3], (4, 20), strict=True):
-        got = pipeline._lesser(pool, cell)
+        got = lesser(pool, cell)
         assert len(got.clean) + len(got.validation) == size
         assert len(got.validation) == max(1, round(size / 5))
         assert got.train is pool.train
@@ -169,10 +171,10 @@ def test_losses_count_from_the_victim_on_the_smaller_part(tmp_path: Path) -> Non
     matrix = matrix_of(tmp_path, ASKED)
     cell, cache, store = matrix.cells[2], tmp_path / "cache", Store(tmp_path / "store")
     pool = world(cell.scenario, cache)
-    lesser = pipeline._lesser(pool, cell)
-    victim = pipeline._validated_on(lesser, pipeline.read_victim(cell.scenario, store, cache))
-    outcome = pipeline.defend(cell, lesser, victim)
-    right = predict(victim.net, lesser.validation.images) == lesser.validation.labels
+    smaller = lesser(pool, cell)
+    victim = _validated_on(smaller, read_victim(cell.scenario, store, cache))
+    outcome = defend(cell, smaller, victim)
+    right = predict(victim.net, smaller.validation.images) == smaller.validation.labels
     for entry in outcome["candidates"]:
         assert entry["val_loss"] == pytest.approx(float(right.double().mean()) - entry["val_acc"], abs=1e-12)
     untouched = outcome["candidates"][-1]

@@ -11,7 +11,10 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from benchmark.run.cell import Victim, World, cell_rows, defend, read_victim, world
+from benchmark.run.defend import defend
+from benchmark.run.outcome import cell_rows
+from benchmark.run.victim import Victim, read_victim
+from benchmark.run.world import World, world
 from benchmark.settings.cells import CANDIDATES, Cell
 from benchmark.settings.load import load_matrix
 from benchmark.storage.store import Entry, Store

@@ -13,9 +13,12 @@ import torch
 from rich.console import Console
 
 from attacks.base import Role
-from benchmark.run.cell import clean_seeds, defend, extractor_key, read_extractor, read_victim, run_extractor, world
+from benchmark.run.defend import clean_seeds, defend
+from benchmark.run.keys import extractor_key
 from benchmark.run.local import extractors_of
 from benchmark.run.session import run_matrix
+from benchmark.run.victim import read_extractor, read_victim, run_extractor
+from benchmark.run.world import world
 from benchmark.settings.cells import Cell, Matrix
 from benchmark.settings.load import load_matrix
 from benchmark.storage.rows import Row, read

@@ -15,7 +15,9 @@ import torch
 from benchmark.data.datasets import load
 from benchmark.run import local as executors
 from benchmark.run.cell import victim_key
+from benchmark.run.keys import victim_key
 from benchmark.run.local import Failure, Stage, run_stages
+from benchmark.run.session import local as executors
 from benchmark.settings.load import load_matrix
 from benchmark.storage.files import held
 from benchmark.storage.store import Store
@@ -285,8 +287,8 @@ def test_a_stage_computes_as_precisely_as_its_victims_recipe(monkeypatch: pytest
         yield
 
     monkeypatch.setattr("models.training.arithmetic", noted)
-    monkeypatch.setattr("benchmark.run.cell.run_victim", lambda *arguments: entered.append("victim"))
-    monkeypatch.setattr("benchmark.run.cell.run_cell", lambda *arguments: entered.append("cell"))
+    monkeypatch.setattr("benchmark.run.victim.run_victim", lambda *arguments: entered.append("victim"))
+    monkeypatch.setattr("benchmark.run.defend.run_cell", lambda *arguments: entered.append("cell"))
     monkeypatch.setattr(executors, "state", {"matrix": matrix, "store": None, "cache": tmp_path})
     executors._run("victim", 0)
     executors._run("cell", 1)

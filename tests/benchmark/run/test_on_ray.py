@@ -21,9 +21,9 @@ from rich.console import Console
 
 from benchmark.run import local as executors
 from benchmark.run import on_ray as ray_executor
-from benchmark.run.cell import run_victim
 from benchmark.run.local import Failure, Schedule, Stage, run_stages
 from benchmark.run.session import run_matrix
+from benchmark.run.victim import run_victim
 from benchmark.settings.cells import Matrix
 from benchmark.settings.load import load_matrix
 from benchmark.storage.files import held
@@ -375,7 +375,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"mark": "/nowhere/run-1"}, "does not see the run's store, .*must be shared, under the same path"),
         ({"versions": {**versions(), "torch": "0.4"}}, r"torch is \S+ there and 0\.4 where the run was started"),
-        ({"sources": {**sources(), "benchmark/run/cell.py": ""}}, "benchmark/run/cell.py is not the file"),
+        ({"sources": {**sources(), "benchmark/run/defend.py": ""}}, "benchmark/run/defend.py is not the file"),
         ({"sources": {**sources(), "benchmark/settings/presets.toml": ""}}, "benchmark/settings/presets.toml is not the file"),
         ({"settings": "of another file"}, "tiny.toml says something else there, or has been changed"),
         ({"matrix": "/nowhere/tiny.toml"}, "cannot be read"),

@@ -1,0 +1,52 @@
+"""Keys of stored stages: a victim, an extractor, a canary, a defense run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attacks.base import Power
+from benchmark.rules.canary import Canary, Planting
+from benchmark.settings.matrix import Cell, Scenario
+from models.extractors import Extractor
+from models.spec import digest
+
+__all__ = ["REVISION", "canary_key", "cell_key", "extractor_key", "victim_key"]
+
+REVISION = 2
+"""Raised when the stages of this package give something else for the same settings. 2: victims are compared with their twins;
+losses are paired."""
+
+
+def victim_key(scenario: Scenario, fingerprint: str) -> str:
+    """Key of a scenario's victim; ``fingerprint`` of the data set it stands on."""
+    return digest("victim", REVISION, scenario.spec(), fingerprint)
+
+
+def extractor_key(extractor: Extractor, scenario: Scenario, fingerprint: str) -> str:
+    """Key of an extractor for a scenario: scenarios whose images and architecture agree share it."""
+    told: dict[str, Any] = {
+        "extractor": extractor.spec(),
+        "dataset": scenario.dataset.spec(),
+        "clean_fraction": scenario.clean_fraction,
+        "backbone": scenario.backbone.spec(),
+        "recipe": extractor.follows(scenario.recipe),
+        "seed": scenario.seed,
+    }
+    if extractor.reads == "poisoned" and scenario.attack is not None:
+        told |= {"attack": scenario.attack.spec(), "plan": scenario.plan.spec()}
+        if scenario.attack.power is Power.TRAINING:  # the poisoned set is what this victim's training left
+            told["victim"] = victim_key(scenario, fingerprint)
+        elif lent := scenario.surrogate():
+            told["surrogate"] = victim_key(lent, fingerprint)
+    return digest("extractor", REVISION, told, fingerprint)
+
+
+def cell_key(cell: Cell, fingerprint: str) -> str:
+    """Key of a cell's defense run."""
+    return digest("defended", REVISION, cell.spec(), victim_key(cell.scenario, fingerprint))
+
+
+def canary_key(cell: Cell, canary: Canary, fingerprint: str) -> str:
+    """Key of a copy of the cell's victim with a canary: cells on one victim and budget share it."""
+    budget = {"budget": cell.budget} if cell.budget is not None else {}
+    return digest("canary", REVISION, canary.spec(), Planting().spec(), budget, victim_key(cell.scenario, fingerprint))

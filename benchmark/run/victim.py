@@ -1,0 +1,303 @@
+"""Two stored stages: extractors and victims."""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attacks.base import PoisonedSet, PoisonedTest, Power, Role, poison, poison_test
+from benchmark.rules.metrics import Scorer, score, val_accuracy
+from benchmark.rules.selection import paired_loss
+from benchmark.run.keys import extractor_key, victim_key
+from benchmark.run.outcome import gpu_mib, none_of, numbers, peak_mib, reset_peak
+from benchmark.run.world import World, defender_seed, fresh, world
+from benchmark.settings.matrix import Scenario
+from benchmark.storage.store import Store
+from models.backbone import Network
+from models.classifier import Classifier
+from models.cost import metered
+from models.extractors import Extractor, embeddings, fit_head, mlp
+from models.images import ImageSet
+from models.room import copied, taken
+from models.spec import BadInput, derive_seed
+from models.training import Diverged, Fitted, fit, predict
+
+__all__ = ["Victim", "read_extractor", "read_victim", "run_extractor", "run_victim", "surrogate_of"]
+
+
+@dataclass(frozen=True)
+class Victim:
+    """A stored victim, put together again."""
+
+    net: Network
+    poisoned: PoisonedSet
+    triggered: PoisonedTest | None
+    scorer: Scorer
+    outcome: dict[str, Any]
+
+
+def run_extractor(extractor: Extractor, scenario: Scenario, store: Store, cache: Path, poisoned: ImageSet | None = None) -> None:
+    """Trains an extractor for the scenario and stores it; no-op when it stands, or reads none of our images.
+
+    ``poisoned``: the scenario's poisoned training set, where the caller has it; otherwise it is read off the victim.
+    """
+    if extractor.reads == "nothing":
+        return
+    w = world(scenario, cache)
+    key = extractor_key(extractor, scenario, w.data.fingerprint)
+    store.once("extractor", key, lambda: _make_extractor(extractor, scenario, w, key, store, cache, poisoned))
+
+
+def _make_extractor(
+    extractor: Extractor, scenario: Scenario, w: World, key: str, store: Store, cache: Path, poisoned: ImageSet | None
+) -> None:
+    if extractor.reads == "clean":
+        data = w.train
+    elif poisoned is not None:
+        data = poisoned
+    else:
+        data = read_victim(scenario, store, cache).poisoned.visible
+    outcome: dict[str, Any]
+    tensors: dict[str, Tensor] = {}
+    try:
+        fitted = _extractor(extractor, scenario, w, data)
+        outcome = {
+            "status": "ok",
+            "forward": fitted.samples_forward,
+            "backward": fitted.samples_backward,
+            "seconds": fitted.seconds,
+        }
+        tensors = {f"net.{name}": value for name, value in fitted.net.state_dict().items()}
+    except Diverged as error:
+        outcome = {"status": "failed", "reason": f"{extractor.name}: {error}"}
+    store.write("extractor", key, {"extractor": extractor.spec(), "scenario": scenario.spec()}, outcome, tensors)
+
+
+def _extractor(extractor: Extractor, scenario: Scenario, w: World, data: ImageSet) -> Fitted:
+    seed = derive_seed(defender_seed(scenario), "extractor")
+    return extractor.build(functools.partial(fresh, scenario, w), data, scenario.recipe, seed)
+
+
+@functools.lru_cache(maxsize=2)
+def _read_extractor(extractor: Extractor, scenario: Scenario, store: Store, cache: Path) -> Fitted | None:
+    w = world(scenario, cache)
+    if extractor.reads == "nothing":
+        return _extractor(extractor, scenario, w, w.train)
+    entry = store.read("extractor", extractor_key(extractor, scenario, w.data.fingerprint))
+    if entry is None:
+        return None
+    if entry.outcome["status"] != "ok":
+        raise Diverged(entry.outcome["reason"])
+    net = fresh(scenario, w, 0)
+    net.load_state_dict({name.removeprefix("net."): value for name, value in entry.tensors.items()})
+    net.eval()
+    return Fitted(net, entry.outcome["seconds"], entry.outcome["forward"], entry.outcome["backward"])
+
+
+def read_extractor(extractor: Extractor, scenario: Scenario, store: Store, cache: Path, poisoned: ImageSet | None = None) -> Fitted:
+    """A stored extractor with its cost; trained first when it is absent or damaged.
+
+    Raises:
+        Diverged: its training did.
+    """
+    fitted = _read_extractor(extractor, scenario, store, cache)
+    if fitted is None:
+        _read_extractor.cache_clear()
+        run_extractor(extractor, scenario, store, cache, poisoned)
+        fitted = _read_extractor(extractor, scenario, store, cache)
+    assert fitted is not None
+    return fitted
+
+
+def _on_features(given: Network, scenario: Scenario, w: World, seed: int) -> Network:
+    """``given``'s features under a fresh head of the scenario's backbone."""
+    first = given.head[0]
+    assert isinstance(first, torch.nn.Linear)
+    hidden = (scenario.backbone.hidden,) if scenario.backbone.hidden else ()
+    return Network(given.normalise, given.features, mlp(first.in_features, hidden, w.train.num_classes, seed)).eval()
+
+
+def _fit_on_features(scenario: Scenario, w: World, data: ImageSet, seed: int, store: Store, cache: Path) -> Network:
+    """A victim on given features: its head, trained on ``data``."""
+    frozen = scenario.frozen
+    assert frozen is not None
+    given = read_extractor(frozen.extractor, scenario, store, cache, data).net
+    net = _on_features(given, scenario, w, derive_seed(scenario.backbone.spec(), scenario.seed, "init"))
+    z = embeddings(net, data)
+    fit_head(net.head, z, data.labels, epochs=frozen.epochs, lr=frozen.lr, batch=frozen.batch, seed=seed)
+    if not all(bool(torch.isfinite(value).all()) for value in net.head.state_dict().values()):
+        raise Diverged(f"training diverged: the head's weights are not finite after {frozen.epochs} epochs at lr {frozen.lr}")
+    return net
+
+
+def run_victim(scenario: Scenario, store: Store, cache: Path) -> None:
+    """Trains the scenario's victim and stores it with its poisoned samples and triggered test set; no-op when it stands."""
+    w = world(scenario, cache)
+    key = victim_key(scenario, w.data.fingerprint)
+    store.once("victim", key, lambda: _make_victim(scenario, w, key, store, cache))
+
+
+def _make_victim(scenario: Scenario, w: World, key: str, store: Store, cache: Path) -> None:
+    start = time.perf_counter()
+    reset_peak()
+    # The initial weights depend on the backbone and the seed alone: benign twin and victim start from the same network.
+    weights = scenario.seed if scenario.weights_seed is None else scenario.weights_seed
+    net = fresh(scenario, w, derive_seed(scenario.backbone.spec(), weights, "init"))
+    seed = derive_seed(weights, "train")
+    outcome: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    triggered: PoisonedTest | None = None
+    twin = None if scenario.attack is None else read_victim(scenario.twin(), store, cache)
+    try:
+        with metered() as cost:
+            if scenario.attack is None:
+                if scenario.frozen:
+                    trained = _fit_on_features(scenario, w, w.train, seed, store, cache)
+                else:
+                    trained = fit(Classifier(net, scenario.recipe), w.train, scenario.recipe, seed).net
+            else:
+                trained, poisoned, triggered = _attack(scenario, w, net, seed, store, cache, outcome)
+                touched = torch.nonzero(poisoned.role != Role.CLEAN).flatten()
+                tensors |= {
+                    "role": poisoned.role,
+                    "touched": touched,
+                    "touched_images": taken(poisoned.visible.images, touched),
+                    "labels": poisoned.visible.labels,
+                    "test_images": triggered.images,
+                    "test_source": triggered.source,
+                    "test_target": triggered.target_labels,
+                }
+        measured = score(trained, w.data.test, triggered)
+        outcome |= {
+            "status": "ok",
+            **numbers(measured),
+            **_single_keys(scenario, w, trained),
+            **_against_twin(w, twin, trained, triggered),
+            "val_acc": none_of(val_accuracy(trained, w.validation)),
+            "samples_forward": cost.forward,
+            "samples_backward": cost.backward,
+            "train_size": len(w.train),
+        }
+        # Given features are stored once, as the extractor.
+        own = trained.state_dict().items()
+        tensors |= {f"net.{name}": value for name, value in own if not scenario.frozen or name.startswith("head.")}
+    except Diverged as error:
+        outcome, tensors = {"status": "failed", "reason": str(error), "train_size": len(w.train)}, {}
+    outcome |= {"seconds": time.perf_counter() - start, "peak_mib": peak_mib(), "gpu_mib": gpu_mib()}
+    store.write("victim", key, scenario.spec(), outcome, tensors)
+
+
+def _against_twin(w: World, twin: Victim | None, net: Network, triggered: PoisonedTest | None) -> dict[str, Any]:
+    """What the trigger does to the benign twin, and what the attack costs on the clean test images, image by image; nothing for a
+    twin itself, or where the twin's training failed."""
+    if twin is None or triggered is None or twin.outcome["status"] != "ok":
+        return {}
+    answered = score(twin.net, w.data.test.subset(torch.zeros(0, dtype=torch.int64)), triggered)
+    right = [predict(one, w.data.test.images) == w.data.test.labels for one in (twin.net, net)]
+    loss, error = paired_loss(right[0], right[1])
+    found = {"asr_benign": answered.asr, "ra_benign": answered.ra, "acc_loss": loss, "acc_loss_se": error}
+    return {name: none_of(value) for name, value in found.items()}
+
+
+def _single_keys(scenario: Scenario, w: World, net: Network) -> dict[str, Any]:
+    """What each key of a trigger of several scores by itself; nothing for other triggers."""
+    if scenario.attack is None:
+        return {}
+    keys = scenario.attack.single_keys(net, w.train, scenario.plan, derive_seed(scenario.seed, "attack"))
+    alone = {name: score(net, w.data.test, poison_test(w.data.test, key, scenario.plan)) for name, key in keys.items()}
+    return {"single_keys": {name: {"asr": none_of(one.asr), "ra": none_of(one.ra)} for name, one in alone.items()}} if alone else {}
+
+
+def surrogate_of(scenario: Scenario, store: Store, cache: Path) -> Network | None:
+    """The network that the scenario's attack crafts on, trained first when it is absent; None = it takes none.
+
+    Raises:
+        Diverged: its training did.
+    """
+    lent = scenario.surrogate()
+    if lent is None:
+        return None
+    trained = read_victim(lent, store, cache)
+    if trained.outcome["status"] != "ok":
+        raise Diverged(f"no surrogate: {trained.outcome['reason']}")
+    return trained.net
+
+
+def _attack(
+    scenario: Scenario, w: World, net: Network, seed: int, store: Store, cache: Path, outcome: dict[str, Any]
+) -> tuple[Network, PoisonedSet, PoisonedTest]:
+    attack, plan, recipe = scenario.attack, scenario.plan, scenario.recipe
+    assert attack is not None
+    if plan.target >= w.train.num_classes:
+        raise BadInput(f"attack {attack.name}: target = {plan.target}: {w.data.name} has classes 0 to {w.train.num_classes - 1}")
+    surrogate = surrogate_of(scenario, store, cache)
+    # Which samples are poisoned depends on the seed alone, so it is the same for every attack, backbone and defense.
+    attack_seed = derive_seed(scenario.seed, "attack")
+    crafted = attack.craft(w.train, plan, attack_seed, surrogate)
+    module = attack.victim(net, recipe, crafted, plan, attack_seed)
+    if attack.poisons_batches:
+        trained = fit(module, w.train, recipe, seed).net
+        crafted = attack.finished(module, crafted)
+        poisoned = poison(w.train, attack, crafted, plan, attack_seed)
+    else:
+        poisoned = poison(w.train, attack, crafted, plan, attack_seed)
+        if scenario.frozen:
+            trained = _fit_on_features(scenario, w, poisoned.visible, seed, store, cache)
+        else:
+            trained = fit(module, poisoned.visible, recipe, seed).net
+            crafted = attack.finished(module, crafted)
+    shares = getattr(module, "realised", {"poison": poisoned.realised(Role.POISON), "cover": poisoned.realised(Role.COVER)})
+    outcome |= {
+        "realised_rate": shares["poison"],
+        "realised_cover": shares["cover"],
+        "exported": attack.power is Power.TRAINING,
+    }
+    return trained, poisoned, poison_test(w.data.test, attack.recraft(trained, crafted, w.train, plan, attack_seed), plan)
+
+
+@functools.lru_cache(maxsize=2)
+def _read_victim(scenario: Scenario, store: Store, cache: Path) -> Victim | None:
+    w = world(scenario, cache)
+    entry = store.read("victim", victim_key(scenario, w.data.fingerprint))
+    if entry is None:
+        return None
+    weights = {name.removeprefix("net."): value for name, value in entry.tensors.items() if name.startswith("net.")}
+    t = entry.tensors
+    touched = None
+    if "role" in t:
+        images = copied(w.train.images)
+        images[t["touched"]] = t["touched_images"]
+        touched = ImageSet(images, t["labels"], w.train.num_classes)
+    net = fresh(scenario, w, 0)
+    if weights and scenario.frozen:
+        given = read_extractor(scenario.frozen.extractor, scenario, store, cache, touched if touched is not None else w.train).net
+        net = _on_features(given, scenario, w, 0)
+        net.head.load_state_dict({name.removeprefix("head."): value for name, value in weights.items()})
+    elif weights:
+        net.load_state_dict(weights)
+    net.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    if touched is None:
+        nothing = torch.zeros(len(w.train), dtype=torch.int8)
+        scorer = Scorer(net, w.data.test, None, w.validation)
+        return Victim(net, PoisonedSet(w.train, nothing, w.train.labels), None, scorer, entry.outcome)
+    poisoned = PoisonedSet(touched, t["role"], w.train.labels)
+    source = t["test_source"]
+    triggered = PoisonedTest(t["test_images"], w.data.test.labels[source], t["test_target"], source)
+    return Victim(net, poisoned, triggered, Scorer(net, w.data.test, triggered, w.validation), entry.outcome)
+
+
+def read_victim(scenario: Scenario, store: Store, cache: Path) -> Victim:
+    """A stored victim; trained first when it is absent or damaged."""
+    victim = _read_victim(scenario, store, cache)
+    if victim is None:
+        _read_victim.cache_clear()
+        run_victim(scenario, store, cache)
+        victim = _read_victim(scenario, store, cache)
+    assert victim is not None
+    return victim
