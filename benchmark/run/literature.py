@@ -17,7 +17,7 @@ from benchmark.settings.matrix import Scenario
 from benchmark.analysis.published import FOLDER
 from benchmark.rules.metrics import Score
 from models.backbone import Backbone
-from models.training import Recipe
+from models.recipe import Recipe
 
 __all__ = ["NO_REFERENCE", "Reference", "compared", "differences", "nearest", "reference", "verdict"]
 

@@ -43,7 +43,7 @@ from defenses.controls import NoDefense
 from models import BACKBONES
 from models.backbone import Backbone
 from models.extractors import EXTRACTORS, Extractor
-from models.training import Recipe
+from models.recipe import Recipe
 
 __all__ = ["Cell", "Frozen", "Matrix", "Scenario", "find_matrix", "load_matrix", "matrix_names", "settings_hash"]
 

@@ -14,12 +14,12 @@ from attacks.badnets import BadNets
 from attacks.base import Plan
 from attacks.wanet import WaNet
 from benchmark.data.datasets import DatasetSpec
+from benchmark.rules.metrics import Score
 from benchmark.run.literature import PARAMETERS, Reference, compared, differences, nearest, reference, verdict
 from benchmark.settings.matrix import Frozen, Scenario, find_matrix, load_matrix
-from benchmark.rules.metrics import Score
 from models.extractors import Supervised
+from models.recipe import Recipe
 from models.resnet import PreActResNet18
-from models.training import Recipe
 from models.vgg import VGG11BN, VGG19BN
 
 PUBLISHED = Scenario(

@@ -13,15 +13,16 @@ from attacks.base import Attack, Plan, apply
 from attacks.flat_lipschitz import FlatLipschitz
 from attacks.lc import LC
 from attacks.narcissus import Narcissus
-from benchmark.run.cell import extractor_key, read_victim, run_victim, victim_key, world
 from benchmark.data.datasets import DatasetSpec
+from benchmark.run.cell import extractor_key, read_victim, run_victim, victim_key, world
 from benchmark.settings.matrix import Frozen, Scenario
 from benchmark.storage.store import Store
 from models.classifier import Classifier
 from models.extractors import SelfSupervised, Supervised
+from models.recipe import Recipe
 from models.resnet import ResNet8
 from models.spec import derive_seed
-from models.training import Recipe, fit
+from models.training import fit
 from models.vgg import VGG11BN
 
 RECIPE = Recipe(epochs=1, batch=32, lr=0.05, crop=1, flip=False)
