@@ -15,8 +15,8 @@ from attacks.base import Attack, Crafted, Plan, Power
 from models.backbone import Backbone, Network
 from models.classifier import Classifier
 from models.images import ImageSet
+from models.recipe import Recipe
 from models.spec import BadInput, check, lookup, nearest
-from models.training import Recipe
 
 __all__ = ["Adaptive"]
 

@@ -19,9 +19,10 @@ from torch import Tensor
 from models.backbone import Backbone, Network
 from models.classifier import Classifier
 from models.images import ImageSet, quantise, to_float
+from models.recipe import Recipe
 from models.room import copied, room, taken
 from models.spec import BadInput, Spec, check, generator, uniforms
-from models.training import Recipe, default_device
+from models.training import default_device
 
 __all__ = [
     "Attack", "Crafted", "Plan", "PoisonedSet", "PoisonedTest", "Power", "Role", "Trigger", "apply", "poison", "poison_test",

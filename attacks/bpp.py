@@ -27,8 +27,8 @@ from attacks.dynamic import DynamicVictim, Rounding, another
 from models.backbone import Network
 from models.classifier import Classifier
 from models.images import ImageSet, to_float
+from models.recipe import Recipe
 from models.spec import check, derive_seed
-from models.training import Recipe
 
 __all__ = ["Bpp", "dithered", "squeezed"]
 

@@ -29,10 +29,11 @@ from attacks.base import Attack, Crafted, Plan, Power, Trigger
 from attacks.blended import LUMINANCE
 from attacks.dynamic import DynamicVictim, Rounding
 from models.backbone import Network
-from models.classifier import Classifier, Epochs
+from models.classifier import Classifier
 from models.images import ImageSet, to_float
+from models.loop import Epochs
+from models.recipe import Recipe
 from models.spec import BadInput, check, generator
-from models.training import Recipe
 
 __all__ = ["DFST", "DetoxVictim", "neighbourhoods", "ssim", "stylised", "sunrise"]
 

@@ -15,8 +15,8 @@ from attacks.base import Crafted, Plan, Role, uniforms
 from models.backbone import Network
 from models.classifier import Classifier
 from models.images import quantise, to_float
+from models.recipe import Recipe
 from models.spec import derive_seed
-from models.training import Recipe
 
 __all__ = ["DynamicVictim", "Rounding", "another", "batch_roles"]
 

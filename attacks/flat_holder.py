@@ -22,8 +22,8 @@ from attacks.adaptive import Adaptive
 from attacks.base import Crafted, Plan
 from models.backbone import Network
 from models.classifier import Classifier
+from models.recipe import Recipe
 from models.spec import check
-from models.training import Recipe
 from models.units import UnitLayer, capture, unit_layers
 
 __all__ = ["FlatHolder", "peakedness", "responses"]

@@ -29,10 +29,11 @@ from attacks.badnets import patch
 from attacks.base import Attack, Crafted, Plan, Power
 from attacks.dynamic import DynamicVictim, Rounding
 from models.backbone import Network
-from models.classifier import Classifier, Epochs
+from models.classifier import Classifier
 from models.images import ImageSet, to_float
+from models.loop import Epochs
+from models.recipe import Recipe
 from models.spec import BadInput, check, generator
-from models.training import Recipe
 
 __all__ = ["IMC", "IMCVictim", "Mark", "marked"]
 

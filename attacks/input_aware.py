@@ -26,7 +26,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,10 @@ from attacks.generated import in_fixed_batches
 from models.backbone import Network, Normalise
 from models.classifier import Classifier
 from models.images import ImageSet, to_float
+from models.loop import Loop
+from models.recipe import Recipe
 from models.spec import BadInput, check, derive_seed
-from models.training import Recipe, fit, seeded
+from models.training import optimise, seeded
 
 __all__ = ["CrossTrigger", "Generator", "InputAware", "OwnTrigger", "diversity", "hardened", "mixed", "statistics"]
 
@@ -162,11 +164,11 @@ class CrossTrigger(OwnTrigger):
         return to_float(self.train.images[chosen]).to(images.device)
 
 
-class MaskTraining(Classifier):
+class MaskTraining(Loop):
     """Trains a mask generator: ``norm_weight`` * mean(relu(mask - density)) + ``diversity_weight`` * :func:`diversity`."""
 
     def __init__(self, mask: Generator, recipe: Recipe, attack: InputAware) -> None:
-        super().__init__(cast(Network, mask), recipe)  # the loop asks a network for its weights and modes alone
+        super().__init__(recipe)
         self.mask, self.attack = mask, attack
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -315,7 +317,7 @@ class InputAware(Attack):
         with seeded(derive_seed(seed, "input-aware-generators")):
             mask, pattern = Generator(1, self.width, mean, std), Generator(channels, self.width, mean, std)
         recipe = Recipe(epochs=self.mask_epochs, batch=self.batch, crop=0, flip=False)
-        fit(MaskTraining(mask, recipe, self), train, recipe, derive_seed(seed, "input-aware-mask"))
+        optimise(MaskTraining(mask, recipe, self), train, recipe, derive_seed(seed, "input-aware-mask"))
         return self.triggers(pattern, mask, train, seed)
 
     def triggers(self, pattern: Generator, mask: Generator, train: ImageSet, seed: int) -> Crafted:

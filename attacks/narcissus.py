@@ -28,10 +28,12 @@ from torch.nn.functional import cross_entropy
 from attacks.base import Attack, Crafted, Plan
 from models import BACKBONES
 from models.backbone import Backbone, Network
-from models.classifier import Classifier, Epochs
+from models.classifier import Classifier
 from models.images import Batches, ImageSet
+from models.loop import Epochs
+from models.recipe import Recipe
 from models.spec import BadInput, check, derive_seed, lookup
-from models.training import Recipe, default_device, fit
+from models.training import default_device, fit
 
 __all__ = ["Narcissus", "inward"]
 

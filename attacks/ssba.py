@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +27,11 @@ from torch.nn.functional import binary_cross_entropy_with_logits, interpolate, m
 from attacks.base import Attack, Crafted, Plan, apply, uniforms
 from attacks.generated import in_fixed_batches
 from models.backbone import Network, he_init
-from models.classifier import Classifier
 from models.images import ImageSet, to_float
+from models.loop import Loop
+from models.recipe import Recipe
 from models.spec import BadInput, check, derive_seed, generator
-from models.training import Diverged, Recipe, default_device, fit, seeded
+from models.training import Diverged, default_device, optimise, seeded
 
 __all__ = ["SSBA", "Decoder", "Encoder", "Hiding", "Quality", "Stamp", "image_weight_at"]
 
@@ -117,17 +118,14 @@ def image_weight_at(since: int | None, weight: float, wait: int, ramp: int) -> f
     return 0.0 if since is None else weight * min(1.0, max(0.0, (since - wait) / ramp))
 
 
-class Hiding(Classifier):
+class Hiding(Loop):
     """Trains encoder and decoder on fresh bits in every image: cross-entropy of the bits + weight * mean squared error."""
 
     def __init__(self, encoder: Encoder, decoder: Decoder, recipe: Recipe, attack: SSBA, seed: int) -> None:
-        super().__init__(cast(Network, encoder), recipe)  # the loop asks a network for its weights and modes alone
+        super().__init__(recipe)
         self.encoder, self.decoder, self.attack = encoder, decoder, attack
         self.key = derive_seed(seed, "ssba-training-bits")
         self.since: int | None = None
-
-    def trainable(self) -> list[nn.Parameter]:
-        return [*self.encoder.parameters(), *self.decoder.parameters()]
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         images, _, index = batch
@@ -235,7 +233,7 @@ class SSBA(Attack):
             epochs=self.epochs, batch=self.batch, lr=self.lr, weight_decay=0.0, optimizer="adam", schedule="constant", crop=0,
             flip=False,
         )  # fmt: skip
-        fit(Hiding(encoder, decoder, recipe, self, seed), train, recipe, derive_seed(seed, "ssba-training"))
+        optimise(Hiding(encoder, decoder, recipe, self, seed), train, recipe, derive_seed(seed, "ssba-training"))
         secret = (torch.rand(1, self.bits, generator=generator(seed, "ssba-secret")) < 0.5).float()
         stamp = Stamp(encoder, decoder, secret, train, seed)
         found = stamp.quality

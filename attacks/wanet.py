@@ -26,8 +26,8 @@ from attacks.dynamic import DynamicVictim, Rounding
 from models.backbone import Network
 from models.classifier import Classifier
 from models.images import ImageSet
+from models.recipe import Recipe
 from models.spec import check, derive_seed, generator
-from models.training import Recipe
 
 __all__ = ["WaNet", "identity", "smooth_field", "warp"]
 

@@ -29,8 +29,9 @@ from models.augmentations import cutout
 from models.backbone import Network
 from models.classifier import Classifier
 from models.images import ImageSet
+from models.recipe import Precision, Recipe
 from models.spec import check, derive_seed, uniforms
-from models.training import Precision, Recipe, fit, logits
+from models.training import fit, logits
 
 __all__ = ["ABL", "local_ascent"]
 

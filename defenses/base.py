@@ -19,8 +19,8 @@ from torch import Tensor
 from models.backbone import Network
 from models.extractors import Extractor
 from models.images import ImageSet
+from models.recipe import Recipe
 from models.spec import Spec, derive_seed
-from models.training import Recipe
 from models.units import Masks, Pairing, Scope, UnitLayer, Writer, prune, unit_layers
 
 __all__ = [

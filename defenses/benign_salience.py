@@ -30,8 +30,9 @@ from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowle
 from defenses.fine_tuning import Tuned, tune
 from models.backbone import Network
 from models.images import ImageSet, to_float
+from models.recipe import Recipe
 from models.spec import check, derive_seed
-from models.training import Recipe, default_device
+from models.training import default_device
 from models.units import top_share
 
 __all__ = ["BenignSalience", "penalty", "salience", "updated"]

@@ -21,8 +21,9 @@ import torch
 from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge, Scope, pruned_candidate
 from models.classifier import Classifier
 from models.images import ImageSet
+from models.recipe import Recipe
 from models.spec import BadInput, check, derive_seed, generator, lookup, nearest
-from models.training import Recipe, fit
+from models.training import fit
 
 __all__ = ["NoDefense", "PerfectFilter", "RandomPruning", "TrainingFromScratch"]
 

@@ -27,8 +27,9 @@ from models.backbone import Network
 from models.extractors import SelfSupervised
 from models.images import ImageSet
 from models.mixmatch import MixMatch
+from models.recipe import Recipe
 from models.spec import check, derive_seed
-from models.training import Recipe, fit, logits
+from models.training import fit, logits
 
 __all__ = ["DBD", "HEAD_START", "symmetric_cross_entropy"]
 

@@ -23,8 +23,9 @@ from defenses.base import Candidate, DefenderView, Defense, Knowledge, Scope
 from models.backbone import Network
 from models.classifier import Classifier
 from models.images import ImageSet
+from models.recipe import Recipe
 from models.spec import check, derive_seed
-from models.training import Recipe, fit
+from models.training import fit
 from models.units import Writer, hold
 
 __all__ = ["FineTuning", "Tuned", "fine_tuned", "tune"]

@@ -30,8 +30,9 @@ from models.backbone import Network
 from models.extractors import SelfSupervised, embeddings, fit_head, mlp
 from models.images import ImageSet
 from models.mixmatch import MixMatch
+from models.recipe import Recipe
 from models.spec import check, derive_seed, generator
-from models.training import Recipe, default_device, fit
+from models.training import default_device, fit
 from models.units import Scope, Scores
 
 __all__ = ["HID", "clean_split"]

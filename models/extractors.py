@@ -28,9 +28,10 @@ from torch.nn.functional import cross_entropy, interpolate
 from models.backbone import Network, Normalise
 from models.classifier import Classifier
 from models.images import ImageSet
+from models.recipe import Recipe
 from models.simclr import SimCLR
 from models.spec import BadInput, Spec, check, derive_seed, generator, nearest
-from models.training import Fitted, Recipe, default_device, embed, fit, seeded
+from models.training import Fitted, default_device, embed, fit, seeded
 from models.weights import fit_state, read_state
 
 __all__ = ["EXTRACTORS", "Extractor", "Pretrained", "SelfSupervised", "Supervised", "embeddings", "fit_head", "mlp"]

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
 from models.backbone import Network
-from models.classifier import Classifier, Epochs
+from models.classifier import Classifier
 from models.images import Batches, ImageSet
+from models.loop import Epochs
+from models.recipe import Recipe
 from models.spec import derive_seed
-from models.training import Recipe
 
 __all__ = ["MixMatch", "interleave", "mixmatch_loss", "ramped", "sharpened"]
 

@@ -13,8 +13,9 @@ from torch.nn.functional import cross_entropy, normalize
 from models.augmentations import VIEW_DRAWS, simclr_view
 from models.backbone import Network
 from models.classifier import Classifier
+from models.recipe import Recipe
 from models.spec import derive_seed, uniforms
-from models.training import Recipe, seeded
+from models.training import seeded
 
 __all__ = ["SimCLR", "contrastive_loss"]
 

@@ -1,42 +1,39 @@
-"""The one training loop: the only place that builds a Trainer, picks a device or its arithmetic, or seeds the global generators.
+"""Training and evaluation: the only place that picks a device or its arithmetic, or seeds the global generators.
 
-Networks live on the CPU between two uses. Training and evaluation move them to the default device and back; what they return is on
-the CPU. On CUDA the same call gives the same bits on one type of GPU: cuDNN and PyTorch are held to their deterministic kernels.
-Where PyTorch has none, it warns. Going by its documentation, of what is used here that is the backward pass of max-pooling alone,
-whose windows do not overlap and so leave nothing to add up in another order.
+Networks are on the CPU between two uses. Training and evaluation move them to the default device and back; results are on the CPU.
+On CUDA the same call gives the same bits on one type of GPU: cuDNN and PyTorch use their deterministic kernels. Where PyTorch has
+none, it warns. According to its documentation, of the operations used here only the backward pass of max-pooling has none. Its
+windows do not overlap, so nothing is added up in another order.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 import math
 import os
-import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from models.backbone import Network
-from models.classifier import Classifier, LightningEnvironment, pl
-from models.cost import metered
+from models.classifier import Classifier
+from models.cost import Cost, metered
 from models.images import ImageSet, to_float
-from models.spec import Spec, check
+from models.loop import Loop, run
+from models.recipe import Precision, Recipe
 
 __all__ = [
-    "Diverged", "Fitted", "Precision", "Recipe", "accuracy", "arithmetic", "default_device", "embed", "fit", "logits", "predict",
+    "Diverged", "Fitted", "accuracy", "arithmetic", "default_device", "embed", "fit", "logits", "optimise", "predict",
     "predict_head", "seeded",
 ]  # fmt: skip
 
-Precision = Literal["reference", "tf32", "bf16"]
 FLOOR = 16
-"""Samples: for want of memory, a batch of an evaluation is halved down to this many."""
+"""Samples. Where memory is short, a batch of an evaluation is halved down to this many."""
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts: without it cuBLAS may sum in another order
 
@@ -46,55 +43,14 @@ class Diverged(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Recipe(Spec):
-    """How a network is trained. The defaults are BackdoorBench's CIFAR-10 recipe (config/attack/prototype/cifar10.yaml).
+class Fitted:
+    """A finished training and its cost.
 
     Attributes:
-        epochs: passes over the training set; 0 = leave the network as it is.
-        batch: samples per step.
-        lr: peak learning rate.
-        momentum, nesterov, weight_decay: of SGD (weight decay also of Adam).
-        optimizer: ``sgd`` or ``adam``.
-        schedule: ``cosine`` (per epoch, to zero), ``one-cycle`` (per step), ``multistep`` (x0.1 at 50 % and 75 %) or ``constant``.
-        crop: zero padding of the random crop, in pixels. flip: mirror half of the samples.
-        precision: of arithmetic. ``reference`` = float32 everywhere. ``tf32`` = products of float32 matrices and convs in TF32, in
-            evaluation too; float32 on the CPU, which has no such products. ``bf16`` = that, and the forward passes of training
-            under autocast to bfloat16 (losses, norms and weights stay float32), on the CPU too: faster than float32 on a processor
-            with instructions for it (AVX512-BF16, AMX), several times slower on others.
-    """
-
-    name: ClassVar[str] = "recipe"
-
-    epochs: int = 100
-    batch: int = 128
-    lr: float = 0.01
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 5e-4
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    schedule: Literal["cosine", "one-cycle", "multistep", "constant"] = "cosine"
-    crop: int = 4
-    flip: bool = True
-    precision: Precision = "reference"
-
-    def __post_init__(self) -> None:
-        check(self, "epochs", 0 <= self.epochs <= 10_000, "between 0 and 10000")
-        check(self, "batch", 2 <= self.batch <= 65_536, "between 2 and 65536 samples")
-        check(self, "lr", 0 <= self.lr <= 10, "between 0 and 10")
-        check(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
-        check(self, "weight_decay", 0 <= self.weight_decay <= 1, "in [0, 1]")
-        check(self, "crop", 0 <= self.crop <= 64, "between 0 and 64 pixels")
-        check(self, "optimizer", self.optimizer in ("sgd", "adam"), "'sgd' or 'adam'")
-        known = ("cosine", "one-cycle", "multistep", "constant")
-        check(self, "schedule", self.schedule in known, "one of " + ", ".join(known))
-        check(self, "precision", self.precision in ("reference", "tf32", "bf16"), "'reference', 'tf32' or 'bf16'")
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A finished training: the network in evaluation mode, and what it cost.
-
-    ``seconds`` is wall time; ``samples_forward`` and ``samples_backward`` count passes through the full network.
+        net: the network, in evaluation mode on the CPU.
+        seconds: wall time.
+        samples_forward: samples sent forward through the full network.
+        samples_backward: samples sent backward through it.
     """
 
     net: Network
@@ -142,76 +98,53 @@ def arithmetic(precision: Precision) -> Iterator[None]:
         _products(before)
 
 
-class seeded:  # noqa: N801 - used like a function
-    """Context: torch's global generators seeded inside, restored outside. For library code that takes no generator."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self._fork = torch.random.fork_rng(devices=range(torch.cuda.device_count()))
-
-    def __enter__(self) -> None:
-        self._fork.__enter__()
-        torch.manual_seed(self.seed)
-
-    def __exit__(self, *exception: object) -> None:
-        self._fork.__exit__(*exception)  # type: ignore[arg-type]
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds torch's global generators inside and restores them after. For library code that takes no generator."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
 
 
-def fit(module: Classifier, data: ImageSet, recipe: Recipe, seed: int) -> Fitted:
-    """Trains ``module`` on ``data``; the same arguments give the same weights, bit for bit, on one machine type.
+def optimise(loop: Loop, data: ImageSet, recipe: Recipe, seed: int) -> Cost:
+    """Trains ``loop`` in place; it ends in evaluation mode on the CPU. The same arguments give the same weights, bit for bit, on
+    one machine type.
 
-    The data are moved to the device once and stay there: batches are drawn, cropped and flipped on it. Lightning's logger,
-    checkpoints, progress bar and sanity check are off: the benchmark shows progress itself, and a small training would pay more for
-    them than for its own arithmetic. Nothing is compiled: a graph takes longer to compile than a short training runs.
+    The data are moved to the device once: batches are drawn, cropped and flipped there.
+
+    Args:
+        loop: what is trained.
+        data: the training set. Fewer than two samples, or no epochs, leave the weights as they are.
+        recipe: the loop's.
+        seed: of the batches and of all else that is drawn in the training.
+
+    Returns:
+        Samples sent through the full network.
 
     Raises:
         Diverged: a weight is not finite at the end.
     """
-    start = time.perf_counter()
-    net = module.net
     if recipe.epochs == 0 or len(data) < 2:
-        return Fitted(net.eval(), time.perf_counter() - start, 0, 0)
+        loop.eval()
+        return Cost()
     device = default_device()
-    batches = module.loader(data.to(device), seed)
-    module.total_steps = len(batches) * recipe.epochs
-    module.train()
+    batches = loop.loader(data.to(device), seed)
+    loop.total_steps = len(batches) * recipe.epochs
+    loop.train()
     with metered() as cost, seeded(seed), arithmetic(recipe.precision), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's advice on loaders, loggers and idle GPUs does not apply here
-        _quiet()
-        trainer = pl.Trainer(
-            max_epochs=recipe.epochs,
-            accelerator="gpu" if device.type == "cuda" else "cpu",
-            devices=1,
-            # In a Slurm job Lightning would take SIGUSR1 for a wish to be requeued, and the job's tasks for ranks of the training.
-            plugins=[LightningEnvironment()],
-            precision="bf16-mixed" if recipe.precision == "bf16" else "32-true",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            log_every_n_steps=module.total_steps + 1,
-            inference_mode=False,
-        )
-        on_interrupt = signal.getsignal(signal.SIGINT)
-        try:
-            trainer.fit(module, train_dataloaders=batches)
-        except SystemExit as stop:
-            if not trainer.interrupted:
-                raise
-            # Lightning turns Ctrl-C into an exit and leaves further ones ignored; callers must see the interrupt itself.
-            signal.signal(signal.SIGINT, on_interrupt)
-            raise KeyboardInterrupt from stop
-    net = net.to("cpu").eval()
-    if not all(bool(torch.isfinite(value).all()) for value in net.state_dict().values()):
+        run(loop, batches, recipe, device)
+    loop.to("cpu").eval()
+    if not all(bool(torch.isfinite(value).all()) for value in loop.state_dict().values()):
         raise Diverged(f"training diverged: weights are not finite after {recipe.epochs} epochs at lr {recipe.lr}")
-    return Fitted(net, time.perf_counter() - start, cost.forward, cost.backward)
+    return cost
 
 
-def _quiet() -> None:
-    for name in ("pytorch_lightning", "lightning.pytorch", "lightning"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.ERROR)
+def fit(module: Classifier, data: ImageSet, recipe: Recipe, seed: int) -> Fitted:
+    """Trains a network; arguments and errors as in :func:`optimise`."""
+    start = time.perf_counter()
+    cost = optimise(module, data, recipe, seed)
+    return Fitted(module.net, time.perf_counter() - start, cost.forward, cost.backward)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ HOMES = {
     "pydantic": {"benchmark/settings/schema.py"},
     "matplotlib": {"benchmark/report/charts.py", "benchmark/report/style.py"},
     "seaborn": {"benchmark/report/charts.py", "benchmark/report/style.py"},
-    "pytorch_lightning": {"models/classifier.py"},
+    "pytorch_lightning": {"models/loop.py"},
     "ray": {"benchmark/run/on_ray.py"},
     "filelock": {"benchmark/storage/files.py"},
 }

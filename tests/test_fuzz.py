@@ -34,9 +34,9 @@ from benchmark.settings.load import find_matrix, load_matrix, matrix_names
 from benchmark.storage.rows import Curve, Row, Timing, read, write
 from defenses import DEFENSES
 from models.extractors import EXTRACTORS
+from models.recipe import Recipe
 from models.resnet import ResNet8
 from models.spec import BadInput
-from models.training import Recipe
 from models.weights import fit_state, read_state, save_weights
 
 SECONDS = float(os.environ.get("LEVELFIELD_FUZZ", "0"))

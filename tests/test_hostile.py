@@ -23,7 +23,6 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from benchmark.settings.matrix import load_matrix
 from PIL import Image
 from rich.console import Console
 
@@ -33,6 +32,7 @@ from benchmark.report import tables
 from benchmark.run import own_model as mymodel
 from benchmark.run.progress import RunProgress
 from benchmark.settings.load import load_matrix
+from benchmark.settings.matrix import load_matrix
 from benchmark.storage.rows import CELL, SCENARIO, Row, read, write
 from models import BACKBONES
 from models.backbone import Backbone

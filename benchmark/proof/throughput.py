@@ -37,8 +37,9 @@ from models.backbone import Backbone, Network
 from models.classifier import Classifier
 from models.files import write_text
 from models.images import Batches, ImageSet
+from models.recipe import Precision, Recipe
 from models.spec import BadInput, generator, lookup
-from models.training import Precision, Recipe, arithmetic, default_device, fit, predict
+from models.training import arithmetic, default_device, fit, predict
 
 __all__ = [
     "DEFAULT", "PEAKS", "Pace", "Report", "Speed", "augmentation", "bare_loop", "flops", "main", "markdown", "measure", "pace",

@@ -27,8 +27,9 @@ from models.backbone import Network
 from models.classifier import Classifier
 from models.cost import metered
 from models.images import ImageSet, quantise, to_float
+from models.recipe import Recipe
 from models.spec import Spec, check, derive_seed, generator
-from models.training import Recipe, fit, predict
+from models.training import fit, predict
 
 __all__ = ["CANARIES", "Blend", "Canary", "Frame", "Patch", "Planted", "Planting", "Ripple", "canaries_for", "plant"]
 

@@ -9,8 +9,8 @@ from typing import Any
 from defenses.base import DefenderView, Defense, Knowledge, Scope
 from models.backbone import Network
 from models.extractors import Extractor
+from models.recipe import Recipe
 from models.spec import BadInput, nearest
-from models.training import Recipe
 
 __all__ = ["CONTROL", "TRACKS", "Track", "track_named", "view_for"]
 

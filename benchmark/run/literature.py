@@ -18,7 +18,7 @@ from benchmark.rules.metrics import Score
 from benchmark.settings.cells import Scenario
 from benchmark.settings.matrix import Scenario
 from models.backbone import Backbone
-from models.training import Recipe
+from models.recipe import Recipe
 
 __all__ = ["NO_REFERENCE", "Reference", "compared", "differences", "nearest", "reference", "verdict"]
 

@@ -15,8 +15,9 @@ from attacks.rescaled import Rescaled
 from attacks.sig import SIG
 from attacks.wanet import WaNet
 from models.backbone import Network
+from models.recipe import Recipe
 from models.spec import BadInput
-from models.training import Recipe, fit
+from models.training import fit
 
 PLAN = Plan(rate=0.25, target=1)
 RECIPE = Recipe(epochs=2, batch=16, lr=0.05, crop=1)

@@ -11,8 +11,9 @@ from attacks.dynamic import DynamicVictim, another, batch_roles
 from models.backbone import Network, Normalise
 from models.classifier import Classifier
 from models.images import ImageSet, to_float
+from models.recipe import Recipe
 from models.spec import BadInput, derive_seed
-from models.training import Recipe, fit, seeded
+from models.training import fit, seeded
 
 
 def nearest_level(value: float, levels: int) -> float:

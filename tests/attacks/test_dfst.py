@@ -11,8 +11,9 @@ from attacks.dynamic import DynamicVictim
 from models.backbone import GlobalAverage, Network, Normalise
 from models.classifier import Classifier
 from models.images import ImageSet, to_float
+from models.recipe import Recipe
 from models.spec import BadInput
-from models.training import Recipe, fit
+from models.training import fit
 
 PLAN = Plan(rate=0.1, target=1)
 RECIPE = Recipe(epochs=3, batch=32, lr=0.01, crop=1, flip=True)

@@ -11,7 +11,8 @@ from attacks.badnets import BadNets
 from attacks.base import Attack, Plan
 from attacks.flat_holder import FlatHolder, peakedness, responses
 from models.images import to_float
-from models.training import Recipe, fit
+from models.recipe import Recipe
+from models.training import fit
 from models.units import capture, unit_layers
 
 PLAN = Plan(rate=0.25, target=1)

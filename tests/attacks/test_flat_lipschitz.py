@@ -10,7 +10,8 @@ import torch
 from attacks.base import Plan, poison
 from attacks.flat_lipschitz import FlatLipschitz, bounds, outstanding
 from models import BACKBONES
-from models.training import Recipe, fit
+from models.recipe import Recipe
+from models.training import fit
 from models.units import unit_layers, weight_bounds
 
 PLAN = Plan(rate=0.25, target=1)

@@ -10,8 +10,9 @@ from attacks.dynamic import batch_roles
 from attacks.imc import IMC, IMCVictim, Mark, marked
 from models.backbone import Network, Normalise
 from models.images import ImageSet, quantise, to_float
+from models.recipe import Recipe
 from models.spec import BadInput, derive_seed, generator
-from models.training import Recipe, fit, seeded
+from models.training import fit, seeded
 
 CLASSES = 4
 SHAPE = (1, 8, 10)

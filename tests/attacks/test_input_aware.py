@@ -24,8 +24,9 @@ from attacks.input_aware import (
 )
 from models.backbone import Network, Normalise
 from models.images import ImageSet, quantise, to_float
+from models.recipe import Recipe
 from models.spec import BadInput, derive_seed
-from models.training import Recipe, fit, seeded
+from models.training import fit, seeded
 
 TINY = InputAware(width=2, mask_epochs=2, batch=16)
 RECIPE = Recipe(epochs=2, batch=16, lr=0.05, crop=1, flip=True)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from attacks.base import Plan, Power, Role, apply, poison, uniforms
 from attacks.ssba import SSBA, Decoder, Encoder, Hiding, Stamp, image_weight_at
 from models.images import ImageSet, quantise, to_float
+from models.recipe import Recipe
 from models.spec import BadInput, derive_seed, generator
-from models.training import Diverged, Recipe, seeded
+from models.training import Diverged, seeded
 
 TINY = SSBA(bits=4, epochs=1, batch=16, lr=1e-3, width=2, min_bit_accuracy=0.0, min_psnr=0.0)
 

@@ -11,8 +11,9 @@ from attacks.wanet import WaNet, identity, smooth_field, warp
 from models.backbone import Network, Normalise
 from models.classifier import Classifier
 from models.images import ImageSet, to_float
+from models.recipe import Recipe
 from models.spec import BadInput, derive_seed, generator
-from models.training import Recipe, fit
+from models.training import fit
 
 
 def cubic(t: float) -> float:

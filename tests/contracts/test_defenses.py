@@ -20,8 +20,8 @@ from models import BACKBONES
 from models.backbone import Network, Normalise
 from models.extractors import Extractor, SelfSupervised, Supervised
 from models.images import ImageSet
+from models.recipe import Recipe
 from models.spec import canonical, derive_seed, generator
-from models.training import Recipe
 from models.units import EMBEDDING, Writer, embedding_layer, prune
 
 QUICK: Mapping[str, Mapping[str, object]] = {

@@ -27,14 +27,16 @@ from torch.utils._pytree import tree_leaves, tree_map
 from attacks import ATTACKS
 from attacks.base import Attack, Crafted, Plan, Role, poison, poison_test
 from defenses.base import Candidate, Defense, Inapplicable, Scope
-from models import training
+from models import loop, training
 from models.backbone import Network
-from models.classifier import Classifier, pl
+from models.classifier import Classifier
 from models.extractors import SelfSupervised
 from models.images import ImageSet, to_float
+from models.loop import pl
 from models.mixmatch import MixMatch
+from models.recipe import Precision, Recipe
 from models.resnet import ResNet8
-from models.training import Precision, Recipe, accuracy, embed, fit, logits, predict, predict_head
+from models.training import accuracy, embed, fit, logits, predict, predict_head
 from models.vgg import VGG11BN
 
 # -- a device that is only said to be one ---------------------------------------------------------------------------------------
@@ -126,7 +128,7 @@ def trained_elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             return pl.Trainer(**{**settings, "accelerator": Elsewhere(), "strategy": strategy})
 
     with monkeypatch.context() as patched:
-        patched.setattr(training, "pl", Changed())
+        patched.setattr(loop, "pl", Changed())
         yield
 
 

@@ -11,8 +11,8 @@ from torch import nn
 from defenses.base import DefenderView, Defense, Knowledge, Scope
 from models.backbone import Network, Normalise
 from models.images import ImageSet
+from models.recipe import Recipe
 from models.spec import generator
-from models.training import Recipe
 
 ALL = Knowledge.MODEL | Knowledge.CLEAN | Knowledge.TRAIN | Knowledge.EXTRACTOR | Knowledge.ROLES
 

@@ -12,8 +12,8 @@ from torch.func import functional_call
 from defenses.anp import ANP, ascend, scaled
 from defenses.base import Inapplicable, Scope
 from models.images import to_float
+from models.recipe import Recipe
 from models.spec import BadInput, generator
-from models.training import Recipe
 from models.units import UnitLayer, unit_layers
 
 QUICK = {"iterations": 6, "batch": 8}

@@ -12,8 +12,8 @@ from defenses.base import Inapplicable, Scope
 from defenses.benign_salience import BenignSalience, penalty, salience, selected, updated
 from defenses.fine_tuning import Tuned, tune
 from models.images import to_float
+from models.recipe import Recipe
 from models.spec import BadInput, derive_seed
-from models.training import Recipe
 
 POINTS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 

@@ -10,8 +10,9 @@ from defenses.clp import CLP
 from defenses.controls import NoDefense, PerfectFilter, RandomPruning, TrainingFromScratch
 from defenses.holder_pruning import HolderPruning
 from models.classifier import Classifier
+from models.recipe import Recipe
 from models.spec import BadInput, derive_seed
-from models.training import Recipe, fit
+from models.training import fit
 
 
 def states_equal(a, b):

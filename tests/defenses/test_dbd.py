@@ -17,8 +17,9 @@ from models.classifier import Classifier
 from models.extractors import SelfSupervised
 from models.images import ImageSet, to_float
 from models.mixmatch import MixMatch, ramped
+from models.recipe import Recipe
 from models.spec import BadInput, derive_seed, generator
-from models.training import Recipe, fit
+from models.training import fit
 
 TINY = DBD(ssl_epochs=1, ssl_batch=16, head_epochs=1, head_batch=8, semi_epochs=2, iterations=2, semi_batch=8)
 

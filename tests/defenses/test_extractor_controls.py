@@ -9,8 +9,9 @@ from defenses.base import DefenderView, Inapplicable, Knowledge, Scope
 from defenses.extractor_controls import LinearProbe, NearestClassMean, class_means
 from models.extractors import mlp
 from models.images import to_float
+from models.recipe import Recipe
 from models.spec import BadInput, derive_seed, generator
-from models.training import Recipe, accuracy, predict
+from models.training import accuracy, predict
 
 
 def only(defense, view):

@@ -7,8 +7,8 @@ from torch.nn.functional import cross_entropy
 from defenses.base import Scope
 from defenses.fine_tuning import FineTuning, fine_tuned
 from models.images import to_float
+from models.recipe import Recipe
 from models.spec import BadInput
-from models.training import Recipe
 
 
 def only(defense, view):

@@ -14,9 +14,10 @@ from models.classifier import Classifier
 from models.cost import metered
 from models.extractors import EXTRACTORS, Pretrained, SelfSupervised, Supervised, embeddings, fit_head, mlp
 from models.images import ImageSet, to_float
+from models.recipe import Recipe
 from models.simclr import SimCLR
 from models.spec import BadInput, canonical, derive_seed, generator
-from models.training import Recipe, fit, seeded
+from models.training import fit, seeded
 from models.vgg import VGG11BN
 from models.weights import save_weights
 

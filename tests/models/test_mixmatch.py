@@ -10,8 +10,9 @@ from torch import Tensor
 from models.backbone import Network
 from models.images import ImageSet, to_float
 from models.mixmatch import MixMatch, interleave, mixmatch_loss, ramped, sharpened
+from models.recipe import Recipe
 from models.spec import generator
-from models.training import Recipe, fit, logits
+from models.training import fit, logits
 from models.vgg import VGG11BN
 
 RECIPE = Recipe(epochs=2, batch=6, lr=0.01, optimizer="adam", weight_decay=0, schedule="constant", crop=1, flip=True)

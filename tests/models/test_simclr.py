@@ -13,9 +13,10 @@ from torchvision.transforms.functional import adjust_hue
 from models.augmentations import VIEW_DRAWS, blurred, cutout, hue_turned, simclr_view
 from models.backbone import Network
 from models.images import ImageSet, to_float
+from models.recipe import Recipe
 from models.simclr import SimCLR, contrastive_loss
 from models.spec import generator, uniforms
-from models.training import Recipe, fit
+from models.training import fit
 from models.vgg import VGG11BN
 
 

@@ -17,9 +17,10 @@ from models.backbone import Network
 from models.classifier import Classifier
 from models.cost import metered
 from models.images import ImageSet
+from models.recipe import Recipe
 from models.resnet import ResNet8
 from models.spec import BadInput, canonical, generator
-from models.training import Diverged, Recipe, accuracy, arithmetic, embed, fit, logits, predict, predict_head, seeded
+from models.training import Diverged, accuracy, arithmetic, embed, fit, logits, predict, predict_head, seeded
 
 TINY = Recipe(epochs=2, batch=8, lr=0.05, crop=1)
 

@@ -15,8 +15,9 @@ from benchmark.proof import throughput
 from benchmark.proof.throughput import bare_loop, main, markdown, measure, random_images
 from models.backbone import GlobalAverage, Network, Normalise
 from models.classifier import Classifier
+from models.recipe import Recipe
 from models.resnet import ResNet8
-from models.training import Recipe, fit
+from models.training import fit
 
 BACKBONE = ResNet8(width=4, hidden=0)
 

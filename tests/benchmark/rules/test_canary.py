@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from benchmark.settings.matrix import Cell, Matrix, load_matrix
 from torch import Tensor
 
 from attacks import ATTACKS
@@ -26,6 +25,7 @@ from benchmark.run.victim import Victim, read_victim
 from benchmark.run.world import World, defender_seed, world
 from benchmark.settings.cells import Cell, Matrix
 from benchmark.settings.load import load_matrix
+from benchmark.settings.matrix import Cell, Matrix, load_matrix
 from benchmark.storage.store import Store
 from defenses.base import Candidate, DefenderView, Defense, Knowledge
 from models.images import to_float

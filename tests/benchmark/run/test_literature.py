@@ -19,8 +19,8 @@ from benchmark.run.literature import PARAMETERS, Reference, compared, difference
 from benchmark.settings.cells import Frozen, Scenario
 from benchmark.settings.load import find_matrix, load_matrix
 from models.extractors import Supervised
+from models.recipe import Recipe
 from models.resnet import PreActResNet18
-from models.training import Recipe
 from models.vgg import VGG11BN, VGG19BN
 
 PUBLISHED = Scenario(

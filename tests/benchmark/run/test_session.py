@@ -19,7 +19,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from benchmark.settings.matrix import Matrix, load_matrix
 from rich.console import Console
 
 from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON, Selection
@@ -27,6 +26,7 @@ from benchmark.run.local import Failure, Stage, run_stages
 from benchmark.run.session import Outcome, parse_only, run_matrix
 from benchmark.settings.cells import Matrix
 from benchmark.settings.load import load_matrix
+from benchmark.settings.matrix import Matrix, load_matrix
 from benchmark.storage.files import held
 from benchmark.storage.rows import Curve, Row, read
 from models.spec import BadInput, digest

@@ -22,9 +22,10 @@ from benchmark.settings.cells import Frozen, Scenario
 from benchmark.storage.store import Store
 from models.classifier import Classifier
 from models.extractors import SelfSupervised, Supervised
+from models.recipe import Recipe
 from models.resnet import ResNet8
 from models.spec import derive_seed
-from models.training import Recipe, fit
+from models.training import fit
 from models.vgg import VGG11BN
 
 RECIPE = Recipe(epochs=1, batch=32, lr=0.05, crop=1, flip=False)

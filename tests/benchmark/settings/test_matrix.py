@@ -6,17 +6,17 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from benchmark.settings.matrix import Cell, find_matrix, load_matrix, matrix_names, presets, recipes, settings_hash
 
 from benchmark.rules.tracks import TRACKS
 from benchmark.settings.cells import Cell, settings_hash
 from benchmark.settings.load import find_matrix, load_matrix, matrix_names
+from benchmark.settings.matrix import Cell, find_matrix, load_matrix, matrix_names, presets, recipes, settings_hash
 from benchmark.settings.presets import presets, recipes
 from defenses import DEFENSES
 from defenses.base import Knowledge, Scope
 from defenses.fine_tuning import FineTuning
+from models.recipe import Recipe
 from models.spec import BadInput, canonical, lookup
-from models.training import Recipe
 
 GOOD = """
 title = "tiny"

@@ -8,7 +8,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from benchmark.settings.matrix import Cell, Matrix, load_matrix
 from rich.console import Console
 
 from attacks.base import poison_test
@@ -20,6 +19,7 @@ from benchmark.run.victim import read_victim
 from benchmark.run.world import world
 from benchmark.settings.cells import Cell, Matrix
 from benchmark.settings.load import load_matrix
+from benchmark.settings.matrix import Cell, Matrix, load_matrix
 from benchmark.storage.rows import Row, read
 from benchmark.storage.store import Store
 from models.backbone import Network

@@ -16,7 +16,7 @@ from benchmark.report.exhibits.evidence import Missing
 from benchmark.settings.cells import Cell
 from benchmark.settings.load import find_matrix, load_matrix
 from benchmark.settings.presets import recipes as recipe_presets
-from models.training import Recipe
+from models.recipe import Recipe
 
 Triple = tuple[float, float, float]
 RANKED = {"fine-tuning": 0.3, "fine-pruning": 0.5, "clp": 0.2, "holder-pruning": 0.1, "pruning": 0.4}
