@@ -28,7 +28,7 @@ from rich.console import Console
 
 from benchmark.data import image_files
 from benchmark.run.session import own_model as mymodel
-from benchmark.report.report import tables
+from benchmark.report import tables
 from benchmark.data.datasets import DatasetSpec, load
 from benchmark.settings.matrix import load_matrix
 from benchmark.run.progress import RunProgress

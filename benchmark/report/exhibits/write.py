@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmark.report.report.exhibits import answers_axes
-from benchmark.report.report.exhibits import answers_boards
-from benchmark.report.report.exhibits import answers_training
+from benchmark.report.exhibits import answers_axes
+from benchmark.report.exhibits import answers_boards
+from benchmark.report.exhibits import answers_training
 from benchmark.report.exhibits.evidence import Column, Missing, Shown, Source
 from benchmark.report.exhibits.plots import draw
 from benchmark.storage.files import write_text

@@ -10,11 +10,11 @@ import pandas as pd
 import pytest
 
 import benchmark
-from benchmark.report.report import charts as plots
+from benchmark.report import charts as plots
 from benchmark.analysis import published
 from benchmark.analysis import stats
-from benchmark.report.report import style
-from benchmark.report.report import tables
+from benchmark.report import style
+from benchmark.report import tables
 from benchmark.storage.rows import Curve, Row, Timing, frame
 
 DASH = "\N{EN DASH}"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmark.report.report import report
-from benchmark.report.report import tables
+from benchmark.report import report
+from benchmark.report import tables
 from benchmark.storage.rows import Curve, Row, Timing, frame
 from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from benchmark.report.report import tables
+from benchmark.report import tables
 from benchmark.storage.rows import Curve, Row, Timing, frame, read, write
 
 HOSTILE = "=x|y<b>$z_1%&#{}\\ [a](b) `c` *d* \x1b[31m\nnew\u202e"
