@@ -29,7 +29,7 @@ from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON
 from benchmark.storage.rows import Curve, Key, Row, Timing, frame, write
 
 ROOT = Path(__file__).parents[3]
-ASSETS = ROOT / "benchmark" / "assets"
+ASSETS = ROOT / "benchmark" / "report" / "assets"
 DASH, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 HOSTILE = '</script><script>hacked()</script><!--<img src=x onerror="hacked()"> & "q" \'s\' {{data}} \x1b[31m\n\u2028\u202e'
 RA = {"good": 0.7, "weak": 0.2, "none": 0.0, "random": 0.1}
