@@ -81,7 +81,6 @@ def run(
     from benchmark.run.progress import notes
     from benchmark.run.session import run_matrix
     from benchmark.settings.load import find_matrix, load_matrix
-    from benchmark.settings.matrix import find_matrix, load_matrix
 
     loaded = load_matrix(find_matrix(matrix), notes(console))
     try:

@@ -160,7 +160,6 @@ def present(folder: Path, matrix: Any, *, cache: Path, console: Console, track: 
 def _gallery(folder: Path, matrix: Any, cache: Path) -> None:
     """Clean, triggered and amplified difference of a few test images per attack, from the first backbone and seed."""
     from benchmark.report.charts import trigger_gallery
-    from benchmark.run.cell import read_victim, victim_key, world
     from benchmark.run.keys import victim_key
     from benchmark.run.victim import read_victim
     from benchmark.run.world import world
@@ -245,7 +244,6 @@ def catalogue(console: Console) -> None:
     from benchmark.data.datasets import DATASETS
     from benchmark.rules.tracks import TRACKS
     from benchmark.settings.load import FOLDER, matrix_names
-    from benchmark.settings.matrix import FOLDER, matrix_names, presets
     from benchmark.settings.presets import presets
     from defenses import DEFENSES
     from models import BACKBONES

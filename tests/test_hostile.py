@@ -32,7 +32,6 @@ from benchmark.report import tables
 from benchmark.run import own_model as mymodel
 from benchmark.run.progress import RunProgress
 from benchmark.settings.load import load_matrix
-from benchmark.settings.matrix import load_matrix
 from benchmark.storage.rows import CELL, SCENARIO, Row, read, write
 from models import BACKBONES
 from models.backbone import Backbone

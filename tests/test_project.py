@@ -20,7 +20,6 @@ from benchmark import __main__ as command_line
 from benchmark.data.datasets import DATASETS
 from benchmark.rules.tracks import view_for
 from benchmark.settings.load import load_matrix, matrix_names
-from benchmark.settings.matrix import load_matrix, matrix_names
 from defenses.base import Knowledge
 from models.images import ImageSet
 

@@ -28,7 +28,6 @@ from benchmark.run.progress import notes
 from benchmark.run.session import run_matrix
 from benchmark.run.victim import run_victim
 from benchmark.settings.load import find_matrix, load_matrix
-from benchmark.settings.matrix import find_matrix, load_matrix
 from benchmark.storage.store import Store
 from models.files import write_text
 from models.spec import BadInput

@@ -33,7 +33,6 @@ from benchmark.run.session import manifest as manifest_of
 from benchmark.run.session import recompute
 from benchmark.settings.cells import Cell, Matrix, settings_hash
 from benchmark.settings.load import load_matrix
-from benchmark.settings.matrix import Cell, Matrix, load_matrix, settings_hash
 from benchmark.storage import rows as files
 from benchmark.storage.rows import Row, Timing, text_of
 from models.spec import BadInput, generator

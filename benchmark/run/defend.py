@@ -23,7 +23,7 @@ from benchmark.run.keys import canary_key, cell_key
 from benchmark.run.outcome import gpu_mib, measured_from, nan_of, none_of, numbers, peak_mib, reset_peak, score_of
 from benchmark.run.victim import Victim, read_extractor, read_victim, surrogate_of
 from benchmark.run.world import World, defender_seed, fresh, lesser, world
-from benchmark.settings.matrix import Cell, Scenario
+from benchmark.settings.cells import Cell, Scenario
 from benchmark.storage.store import Store
 from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge, Withheld
 from defenses.controls import NoDefense

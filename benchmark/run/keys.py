@@ -6,7 +6,7 @@ from typing import Any
 
 from attacks.base import Power
 from benchmark.rules.canary import Canary, Planting
-from benchmark.settings.matrix import Cell, Scenario
+from benchmark.settings.cells import Cell, Scenario
 from models.extractors import Extractor
 from models.spec import digest
 

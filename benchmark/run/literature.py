@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from benchmark.analysis.published import FOLDER
 from benchmark.rules.metrics import Score
 from benchmark.settings.cells import Scenario
-from benchmark.settings.matrix import Scenario
 from models.backbone import Backbone
 from models.recipe import Recipe
 

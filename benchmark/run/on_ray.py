@@ -23,9 +23,7 @@ from typing import Any
 
 from benchmark.run import local as executors
 from benchmark.run.local import SHARING, Failure, Schedule, Stage, StageError, Watcher
-from benchmark.run.session import local as executors
 from benchmark.settings.cells import Matrix
-from benchmark.settings.matrix import Matrix
 from benchmark.storage.files import abandoned, held
 from benchmark.storage.machine import arithmetic, sources, versions
 from models.spec import BadInput, digest

@@ -13,7 +13,7 @@ from benchmark.rules.metrics import Score, der, gate
 from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON, Measured, Selection, choose
 from benchmark.run.keys import cell_key
 from benchmark.run.literature import compared, reference
-from benchmark.settings.matrix import Cell
+from benchmark.settings.cells import Cell
 from benchmark.storage.rows import Curve, Key, Row, Timing
 from benchmark.storage.store import Entry
 from defenses.base import Knowledge

@@ -24,7 +24,6 @@ from attacks import ATTACKS
 from attacks.base import PoisonedSet, poison_test
 from benchmark.rules.metrics import Score, Scorer
 from benchmark.rules.selection import Selection, choose
-from benchmark.run.cell import Victim, World, defend, measured_from, world
 from benchmark.run.defend import defend
 from benchmark.run.outcome import measured_from
 from benchmark.run.progress import notes
@@ -32,7 +31,6 @@ from benchmark.run.victim import Victim
 from benchmark.run.world import World, world
 from benchmark.settings.cells import Cell
 from benchmark.settings.load import find_matrix, load_matrix
-from benchmark.settings.matrix import Cell, find_matrix, load_matrix
 from benchmark.storage.files import write_text
 from defenses.base import Knowledge
 from models import BACKBONES

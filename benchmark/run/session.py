@@ -21,13 +21,11 @@ import torch
 from rich.console import Console
 
 from benchmark.data.datasets import Dataset, load
-from benchmark.run.cell import CellResult, cell_key, cell_rows, extractor_key, victim_key
 from benchmark.run.keys import cell_key, extractor_key, victim_key
 from benchmark.run.local import Stage, extractors_of, places, run_stages, victims_of
 from benchmark.run.outcome import CellResult, cell_rows
 from benchmark.run.progress import RunProgress, notes
 from benchmark.settings.cells import Cell, Matrix, Scenario, settings_hash
-from benchmark.settings.matrix import Cell, Matrix, Scenario, settings_hash
 from benchmark.storage import rows as files
 from benchmark.storage.files import held, why, write_bytes, write_text
 from benchmark.storage.machine import arithmetic, versions

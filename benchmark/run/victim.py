@@ -17,7 +17,7 @@ from benchmark.rules.selection import paired_loss
 from benchmark.run.keys import extractor_key, victim_key
 from benchmark.run.outcome import gpu_mib, none_of, numbers, peak_mib, reset_peak
 from benchmark.run.world import World, defender_seed, fresh, world
-from benchmark.settings.matrix import Scenario
+from benchmark.settings.cells import Scenario
 from benchmark.storage.store import Store
 from models.backbone import Network
 from models.classifier import Classifier

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmark.data.datasets import Dataset, DatasetSpec, load, mean_std, split_budget, split_validation
-from benchmark.settings.matrix import Cell, Scenario
+from benchmark.settings.cells import Cell, Scenario
 from defenses.base import Inapplicable
 from models.backbone import Network
 from models.images import ImageSet

@@ -13,7 +13,7 @@ import torch
 
 from attacks.base import Plan, poison
 from benchmark.rules.tracks import view_for
-from benchmark.settings.matrix import load_matrix
+from benchmark.settings.load import load_matrix
 from defenses.base import Knowledge
 from models.images import ImageSet
 

@@ -23,7 +23,6 @@ from benchmark.analysis.stats import SCENARIO, WORLD, Interval
 from benchmark.report.figures import DotPanel, Dots, Lines, Panel, Series
 from benchmark.report.tables import gate_words, markdown
 from benchmark.settings.cells import Matrix
-from benchmark.settings.matrix import Matrix
 
 __all__ = [
     "END_TO_END", "FIGURES", "MEANS", "UNMEASURED", "Column", "DotPanel", "Dots", "Entry", "Lines", "Missing", "Panel", "Series",

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from benchmark.analysis.stats import UNDEFENDED
-from benchmark.report.exhibits.evidence import DotPanel, Dots, Lines, Panel, Series
 from benchmark.report.figures import DotPanel, Dots, Lines, Panel, Series
 from benchmark.report.style import METRIC_COLOURS, Look, Panels, log_axis, percent_axis, wrapped
 from benchmark.report.tables import plain

@@ -35,7 +35,6 @@ from benchmark.report.tables import (
     setting_words,
 )
 from benchmark.settings.load import load_matrix
-from benchmark.settings.matrix import load_matrix
 from benchmark.settings.provenance import STALE_WORDS, stale
 from benchmark.storage.files import write_text
 from benchmark.storage.rows import Curve, Row, Timing, read

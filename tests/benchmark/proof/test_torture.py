@@ -14,7 +14,6 @@ from benchmark.proof import torture as harness
 from benchmark.proof.faults import Difference, Outcome, compare, csv_text, draw, merged, read_outcomes
 from benchmark.proof.torture import FAULTS, Draws, Moment, Torture
 from benchmark.settings.load import find_matrix, load_matrix
-from benchmark.settings.matrix import find_matrix, load_matrix
 from models.spec import BadInput
 
 # -- counting ------------------------------------------------------------------------------------------------------------------

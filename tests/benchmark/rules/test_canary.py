@@ -16,16 +16,13 @@ from attacks.adaptive import Adaptive
 from attacks.base import PoisonedSet, PoisonedTest
 from benchmark.rules.canary import CANARIES, Canary, Planted, Planting, canaries_for, plant
 from benchmark.rules.selection import Selection, choose
-from benchmark.run import cell as pipeline
 from benchmark.run import defend as pipeline
-from benchmark.run.cell import Victim, World, defend, measured_from, read_canary, read_victim, world
 from benchmark.run.defend import defend, read_canary
 from benchmark.run.outcome import measured_from, score_of
 from benchmark.run.victim import Victim, read_victim
 from benchmark.run.world import World, defender_seed, world
 from benchmark.settings.cells import Cell, Matrix
 from benchmark.settings.load import load_matrix
-from benchmark.settings.matrix import Cell, Matrix, load_matrix
 from benchmark.storage.store import Store
 from defenses.base import Candidate, DefenderView, Defense, Knowledge
 from models.images import to_float

@@ -14,10 +14,8 @@ import torch
 
 from benchmark.data.datasets import load
 from benchmark.run import local as executors
-from benchmark.run.cell import victim_key
 from benchmark.run.keys import victim_key
 from benchmark.run.local import Failure, Stage, run_stages
-from benchmark.run.session import local as executors
 from benchmark.settings.load import load_matrix
 from benchmark.storage.files import held
 from benchmark.storage.store import Store

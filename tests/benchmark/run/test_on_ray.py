@@ -25,7 +25,6 @@ from benchmark.run.session import run_matrix
 from benchmark.run.victim import run_victim
 from benchmark.settings.cells import Matrix
 from benchmark.settings.load import load_matrix
-from benchmark.settings.matrix import Matrix, load_matrix
 from benchmark.storage.files import held
 from benchmark.storage.machine import arithmetic, sources, versions
 from benchmark.storage.store import Store

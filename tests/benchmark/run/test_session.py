@@ -26,7 +26,6 @@ from benchmark.run.local import Failure, Stage, run_stages
 from benchmark.run.session import Outcome, parse_only, run_matrix
 from benchmark.settings.cells import Matrix
 from benchmark.settings.load import load_matrix
-from benchmark.settings.matrix import Matrix, load_matrix
 from benchmark.storage.files import held
 from benchmark.storage.rows import Curve, Row, read
 from models.spec import BadInput, digest

@@ -14,7 +14,6 @@ from attacks.flat_lipschitz import FlatLipschitz
 from attacks.lc import LC
 from attacks.narcissus import Narcissus
 from benchmark.data.datasets import DatasetSpec
-from benchmark.run.cell import extractor_key, read_victim, run_victim, victim_key, world
 from benchmark.run.keys import extractor_key, victim_key
 from benchmark.run.victim import read_victim, run_victim
 from benchmark.run.world import world

@@ -10,7 +10,6 @@ import pytest
 from benchmark.rules.tracks import TRACKS
 from benchmark.settings.cells import Cell, settings_hash
 from benchmark.settings.load import find_matrix, load_matrix, matrix_names
-from benchmark.settings.matrix import Cell, find_matrix, load_matrix, matrix_names, presets, recipes, settings_hash
 from benchmark.settings.presets import presets, recipes
 from defenses import DEFENSES
 from defenses.base import Knowledge, Scope

@@ -12,14 +12,12 @@ from rich.console import Console
 
 from attacks.base import poison_test
 from benchmark.rules.metrics import score
-from benchmark.run.cell import defend, read_victim, world
 from benchmark.run.defend import defend
 from benchmark.run.session import run_matrix
 from benchmark.run.victim import read_victim
 from benchmark.run.world import world
 from benchmark.settings.cells import Cell, Matrix
 from benchmark.settings.load import load_matrix
-from benchmark.settings.matrix import Cell, Matrix, load_matrix
 from benchmark.storage.rows import Row, read
 from benchmark.storage.store import Store
 from models.backbone import Network

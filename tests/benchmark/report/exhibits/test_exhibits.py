@@ -11,9 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from benchmark.report.report.exhibits import answers_axes, answers_boards, evidence
-from benchmark.report.report.exhibits import plots as exhibit_plots
-from benchmark.report.report.exhibits import write as exhibits
 from typer.testing import CliRunner
 
 from attacks.adaptive import Adaptive
@@ -25,8 +22,6 @@ from benchmark.report.exhibits import plots as exhibit_plots
 from benchmark.report.exhibits import write as exhibits
 from benchmark.report.exhibits.evidence import Dots, Lines, Missing, Source
 from benchmark.report.exhibits.write import EXHIBITS, caption, command, source_of, table_latex, table_markdown, write_exhibits
-from benchmark.report.report import style
-from benchmark.run.cell import cell_rows
 from benchmark.run.outcome import cell_rows
 from benchmark.settings.cells import Cell, Matrix
 from benchmark.settings.load import find_matrix, load_matrix, matrix_names
