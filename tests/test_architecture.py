@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,6 +78,35 @@ def test_import_contracts_hold(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 @pytest.mark.parametrize("library", HOMES)
 def test_a_library_has_one_home(library: str) -> None:
     assert {name(path) for path in MODULES if library in imported(path.read_text())} <= HOMES[library]
+
+
+def lengths(source: str) -> dict[str, int]:
+    """Lines of every function of a module, by name."""
+    found = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    return {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in found}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_modules_and_functions_are_short(path: Path) -> None:
+    source = path.read_text()
+    assert len(source.splitlines()) <= 450
+    assert not {function: lines for function, lines in lengths(source).items() if lines > 60}
+
+
+def test_a_folder_of_the_benchmark_holds_few_modules() -> None:
+    """At most 12 modules in a folder; the exhibits are one file a question, like the methods."""
+    folders = {path.parent for path in MODULES if name(path).startswith("benchmark/")} - {ROOT / "benchmark" / "report" / "exhibits"}
+    for folder in folders:
+        assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= 12, name(folder)
+
+
+def test_the_whole_is_simple() -> None:
+    """McCabe complexity of at most 10 everywhere."""
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "C901", "--output-format", "concise", *PACKAGES],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
 
 
 def test_siblings_do_not_meet_and_nothing_looks_up() -> None:

@@ -15,8 +15,8 @@ from defenses.base import Defense, Knowledge, Scope
 from defenses.controls import NoDefense
 from models.backbone import Backbone
 from models.extractors import Extractor
+from models.recipe import Recipe
 from models.spec import Spec, check, derive_seed, digest
-from models.training import Recipe
 
 __all__ = ["CANDIDATES", "Cell", "Frozen", "Matrix", "Scenario", "settings_hash"]
 

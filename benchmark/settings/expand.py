@@ -30,8 +30,8 @@ from defenses.base import Defense, Knowledge, Scope
 from models import BACKBONES
 from models.backbone import Backbone
 from models.extractors import EXTRACTORS, Extractor
+from models.recipe import Recipe
 from models.spec import BadInput, Spec, lookup, nearest
-from models.training import Recipe
 
 __all__ = ["expand"]
 

@@ -262,7 +262,7 @@ def _keys(rows: Sequence[Row], curves: Sequence[Curve]) -> tuple[list[list[str]]
     return list(scenarios.values()), list(cells.values())
 
 
-def _own(kind: type[T]) -> tuple[str, ...]:
+def _own(kind: type[Key]) -> tuple[str, ...]:
     """Columns of a kind that its own file holds: the cell's name and what is neither the cell's nor the scenario's."""
     return _header("cell", (f.name for f in fields(kind) if f.name not in (*SCENARIO, *CELL)))
 
