@@ -24,7 +24,8 @@ from torch import Tensor
 
 from attacks.base import PoisonedSet, PoisonedTest, Power, Role, poison, poison_test
 from benchmark.rules.canary import Canary, Planted, Planting, plant
-from benchmark.data.datasets import Dataset, DatasetSpec, load, mean_std, split_budget, split_validation
+from benchmark.data.datasets import Dataset, DatasetSpec, load, mean_std
+from benchmark.data.splits import split_budget, split_validation
 from benchmark.run.literature import compared, reference
 from benchmark.settings.cells import Cell, Scenario
 from benchmark.rules.metrics import Score, Scorer, der, gate, score, val_accuracy
