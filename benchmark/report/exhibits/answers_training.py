@@ -38,7 +38,7 @@ from benchmark.report.exhibits.evidence import (
     points_words,
     verdict,
 )
-from benchmark.analysis.stats import Interval
+from benchmark.analysis.intervals import Interval
 from benchmark.report.tables import markdown, number_text
 
 __all__ = ["training"]
