@@ -241,7 +241,7 @@ def _plain(value: Any) -> Any:
 def catalogue(console: Console) -> None:
     """Prints everything a matrix may name."""
     from attacks import ATTACKS
-    from benchmark.data.datasets import DATASETS
+    from benchmark.data.sources import DATASETS
     from benchmark.rules.tracks import TRACKS
     from benchmark.settings.load import FOLDER, matrix_names
     from benchmark.settings.presets import presets
@@ -260,7 +260,7 @@ def catalogue(console: Console) -> None:
         console.print(grid)
 
     table("matrices", [(name, str(tomllib.loads((FOLDER / f"{name}.toml").read_text())["title"])) for name in matrix_names()])
-    table("data sets", list(DATASETS.items()))
+    table("data sets", [(source.name, source.about) for source in DATASETS])
     table("backbones", [(cls.name, head(cls)) for cls in BACKBONES])
     table("attacks", [(cls.name, head(cls)) for cls in ATTACKS])
     table("defenses", [(cls.name + (" (control)" if cls.control else ""), head(cls)) for cls in DEFENSES])

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 
 from attacks.base import Attack, Plan, poison
 from benchmark import __main__ as command_line
-from benchmark.data.datasets import DATASETS
+from benchmark.data.sources import DATASETS
 from benchmark.rules.tracks import view_for
 from benchmark.settings.load import load_matrix, matrix_names
 from defenses.base import Knowledge
@@ -73,7 +73,7 @@ def test_the_matrices_of_the_readme_exist() -> None:
 def test_the_datasets_of_the_readme_exist() -> None:
     section = README[README.index("## Data") : README.index("## Defend a model")]
     listed = set(re.findall(r"`([A-Za-z0-9:-]+)`", "\n".join(re.findall(r"^\| (`.*?) \|", section, re.MULTILINE))))
-    assert listed == set(DATASETS)
+    assert listed == {source.name for source in DATASETS}
 
 
 def test_the_readme_is_whole() -> None:

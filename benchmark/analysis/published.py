@@ -1,8 +1,8 @@
 """Published beside measured: what the literature printed about the same attack and defense, next to what came out here.
 
 Publications disagree (half of the cells that two of them share are more than 10 points of ASR apart, a quarter more than 50), and
-almost every matrix here follows another protocol. So the printed figures are shown as a band, each with its source, and nothing is
-ever judged by them. Which undefended victims may be judged, and how: :mod:`benchmark.run.literature`.
+almost every matrix here follows another protocol. So the printed figures are shown as a band, each with its source, and no verdict
+depends on them. :mod:`benchmark.run.literature` compares the undefended victims that follow the literature's protocol.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ import pandas as pd
 
 from benchmark.analysis import stats
 
-__all__ = ["BOARD", "FOLDER", "METRICS", "PROTOCOL", "TEST_ASR", "Comparison", "Printed", "band", "comparisons", "counterpart", "printed",
-           "settings_words"]  # fmt: skip
+__all__ = [
+    "BOARD", "FOLDER", "METRICS", "PROTOCOL", "TEST_ASR", "Comparison", "Printed", "band", "comparisons", "counterpart", "printed",
+    "settings_words",
+]  # fmt: skip
 
 FOLDER = Path(__file__).parent / "published"
 """Where the figures are: two CSV files."""
@@ -40,7 +42,7 @@ PROTOCOL = {
     "seeds": "one training per figure",
     "selection": "as printed; the board's ANP has the threshold of the lowest test ASR, its fine-pruning stops on test accuracy",
 }
-"""The literature's side of the comparison, in words."""
+"""The protocol of the literature's figures, in words."""
 
 
 @dataclass(frozen=True)
@@ -106,14 +108,14 @@ def printed() -> tuple[Printed, ...]:
     ):
         with (FOLDER / f"{name}.csv").open(encoding="utf-8", newline="") as file:
             for line in csv.DictReader(file):
-                told: dict[str, Any] = {**given, **line}
-                numbers = {metric: _share(told[metric]) for metric in METRICS}
-                found.append(Printed(**{**told, **numbers, "rate": float(told["rate"] or math.nan)}))
+                figure: dict[str, Any] = {**given, **line}
+                numbers = {metric: _share(figure[metric]) for metric in METRICS}
+                found.append(Printed(**{**figure, **numbers, "rate": float(figure["rate"] or math.nan)}))
     return tuple(found)
 
 
 def counterpart(label: str, names: Iterable[str]) -> str | None:
-    """The published name that a matrix's label stands for: the longest it is or begins with, up to the end of a word.
+    """The published name of a matrix's label: the longest that it is or begins with, up to the end of a word.
 
     "blended 2 %" is blended, "wrn16-1-w8" is wrn16-1, "cifar10-q95" is cifar10 and "cifar100" is not.
     """

@@ -1,41 +1,37 @@
-"""Numbers about numbers: scenarios, intervals, ranks, gaps. Pure functions of the tables :func:`benchmark.storage.rows.read` returns.
+"""Scenarios, boards, ranks and gaps: pure functions of the tables that :func:`benchmark.storage.rows.read` returns.
 
 Vocabulary
     scenario: (dataset, backbone, attack). world: a scenario with one seed, that is, one attacked model.
-    implanted: a scenario passes the attack-validity gate (:func:`benchmark.rules.metrics.gate`) on the means over its seeds. Aggregates
-    take implanted scenarios only, and all of their worlds: no defense is credited for an attack that was never there.
-    entry: (defense, scope), one line of a table. field: the entries that stand in one track's tables; controls (and the
-    undefended model) measured in another track are repeated, and say where they come from.
+    implanted: a scenario passes the attack-validity gate (:func:`benchmark.rules.metrics.gate`) on the means over its seeds.
+    Aggregates take implanted scenarios only, and all of their worlds: no defense is credited for an attack that did not work.
+    entry: (defense, scope), one line of a table. field: the entries in one track's tables; controls (and the undefended model)
+    measured in another track are repeated, with the track they come from.
 
 Seeds are averaged inside a scenario first, then scenarios are averaged: a scenario with more seeds weighs no more. Refused and
-failed cells never enter a mean; in the ranking of a scenario they share the last place, so failing never pays.
+failed cells never enter a mean; in the ranking of a scenario they share the last place, so that failing is never an advantage.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from itertools import combinations
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
+from benchmark.analysis.intervals import Interval, interval, intervals, spread
 from benchmark.rules.metrics import COSTS_POINTS, COSTS_SHARE, gate
 from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON, TAU
 from benchmark.rules.tracks import TRACKS
 from defenses.base import Knowledge
 
 __all__ = [
-    "ENTRY", "EXPORTED", "HINDSIGHT", "LEVEL", "MIN_BLOCKS", "NO_ATTACK", "RANK_KEY", "SCENARIO", "SCRATCH", "SELECTIONS",
-    "UNDEFENDED", "WORLD",
-    "Interval", "Significance", "at_published_knob", "average_ranks", "blocks_needed", "detectors", "entries", "field", "given",
-    "headline",
-    "holm", "implanted_worlds", "interval", "judged_boards", "leaderboard", "least_p", "paired", "problems", "resolves",
-    "scenarios", "selection_gaps", "selections", "significance", "spread", "stealthy", "timing_summary", "tracks",
-    "validation_images",
+    "ENTRY", "EXPORTED", "HINDSIGHT", "NO_ATTACK", "RANK_KEY", "SCENARIO", "SCRATCH", "SELECTIONS", "UNDEFENDED", "WORLD",
+    "at_published_knob", "average_ranks", "detectors", "entries", "field", "given", "headline", "implanted_worlds", "judged_boards",
+    "leaderboard", "problems", "resolves", "scenarios", "seed_means", "selection_gaps", "selections", "stealthy", "timing_summary",
+    "tracks", "validation_images",
 ]  # fmt: skip
 
 SCENARIO = ["dataset", "backbone", "attack"]
@@ -54,60 +50,17 @@ RANK_KEY = "ra"
 broken model, which has a low ASR for free, cannot score on it."""
 SCRATCH = "training-from-scratch"
 """The control that paired tests compare with: what the clean budget gives without the attacked model."""
-LEVEL = 0.05
-"""Of significance."""
-MIN_BLOCKS = 11
-"""Fewest implanted scenarios for which a rank test is reported; below, its chi-squared approximation is not to be trusted."""
 
 EXPORTED = "met through its exported static set"
-"""In the note of a row: the attack needs control of training, and a defense that reads the training set met what it left behind."""
+"""In the note of a row: the attack controls training, and the defense, which reads the training set, was given its exported one."""
 
-_RESAMPLES = 2000
 _METRICS = ("acc", "asr", "ra", "der", "d_acc", "d_asr", "d_ra")
-
-
-class Interval(NamedTuple):
-    """A mean with its 95 % interval; bounds are NaN when a scenario has a single seed (no spread can be seen)."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def interval(samples: Mapping[tuple[str, ...], Sequence[float]] | Sequence[Sequence[float]]) -> Interval:
-    """Mean over scenarios of the means over seeds, with a 95 % percentile interval.
-
-    Seeds are resampled within each scenario, independently (stratified bootstrap, ``scipy.stats.bootstrap``, 2,000 resamples,
-    fixed seed: the same samples give the same bits). It speaks of seeds alone: which attacks stand in the matrix is not random.
-
-    Args:
-        samples: one sequence of finite values per scenario, one value per seed; empty scenarios are left out.
-    """
-    groups = samples.values() if isinstance(samples, Mapping) else samples
-    data = [np.asarray(group, dtype=np.float64)[None, :] for group in groups if len(group)]
-    return Interval(*(float(part[0]) for part in _intervals(data))) if data else Interval(math.nan, math.nan, math.nan)
-
-
-def _intervals(data: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """As :func:`interval`, for several metrics at once: one (metrics, seeds) array per scenario; the metrics share the draws."""
-
-    def statistic(*groups: np.ndarray, axis: int = -1) -> np.ndarray:
-        means: np.ndarray = np.stack([group.mean(axis=axis) for group in groups])
-        return np.asarray(means.mean(axis=0))
-
-    mean = statistic(*data)
-    if min(group.shape[-1] for group in data) < 2:
-        return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
-    result = scipy_stats.bootstrap(
-        data, statistic, n_resamples=_RESAMPLES, vectorized=True, axis=-1, method="percentile", rng=0
-    )  # fmt: skip
-    return mean, result.confidence_interval.low, result.confidence_interval.high
 
 
 def tracks(rows: pd.DataFrame) -> list[str]:
     """Tracks in which something other than a control competes, in matrix order; all tracks when there are only controls.
 
-    None where nothing but the undefended models was run: there is nobody to compare.
+    Empty where nothing but the undefended models was run.
     """
     if (rows["defense"] == UNDEFENDED).all():
         return []
@@ -116,20 +69,20 @@ def tracks(rows: pd.DataFrame) -> list[str]:
 
 
 def selections(rows: pd.DataFrame, track: str | None = None) -> list[str]:
-    """The selections present, the honest one first; of a track: without those that not all its competitors can be chosen by."""
+    """The selections present, the ranked one first; of a track: only those that apply to all of its competing entries."""
     present = set(rows["selection"])
     if track is not None:
         mine = rows[(rows["track"] == track) & ~_is_control(rows)]
         blind = set(mine.loc[mine["reason"] == NOTHING_TO_VALIDATE_ON, "selection"])
         if any(known.name == track and Knowledge.CLEAN not in known.grants for known in TRACKS):
-            # Where every method has one candidate there was no choice to make, and none is claimed.
+            # Where every method has one candidate there was no choice to make, so no choice is reported.
             blind |= {"validation", "strongest", "canary"}
         present = set(mine["selection"]) - blind or present
     return [name for name in SELECTIONS if name in present]
 
 
 def headline(rows: pd.DataFrame, track: str) -> str:
-    """The selection a track is judged by: validation, or the published default where the track grants nothing to validate on."""
+    """The selection a track is ranked by: validation, or the published default where the track grants no clean images."""
     return next(iter(selections(rows, track)), "default")
 
 
@@ -191,8 +144,8 @@ def scenarios(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _loss_error(loss: pd.Series, errors: pd.Series) -> float:
-    """Standard error of a mean loss over seeds: the test images are the same for every seed, so their noise does not average out;
-    the seeds' own spread does. An error that was not measured counts as 0."""
+    """Standard error of a mean loss over seeds. The test images are the same for every seed, so their noise does not average out;
+    the spread over seeds does. An error that was not measured counts as 0."""
     over_images = float(errors.fillna(0.0).pow(2).mean())
     over_seeds = float(loss.var(ddof=1)) / len(loss) if len(loss) > 1 else 0.0
     return math.sqrt(over_images + over_seeds)
@@ -223,15 +176,15 @@ def _stratified(table: pd.DataFrame, columns: Sequence[str]) -> dict[str, Interv
     """:func:`interval` of several columns of one entry's rows; values that are not finite are left out."""
     groups = [group[list(columns)].to_numpy(np.float64).T for _, group in table.groupby(SCENARIO, sort=False)]
     if groups and all(np.isfinite(group).all() for group in groups):
-        parts = zip(*_intervals(groups), strict=True)
+        parts = zip(*intervals(groups), strict=True)
         return {name: Interval(*map(float, part)) for name, part in zip(columns, parts, strict=True)}
     return {
         name: interval([group[row][np.isfinite(group[row])] for group in groups]) for row, name in enumerate(columns)
     }  # fmt: skip
 
 
-def _seed_means(table: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Means over seeds of ok cells: scenarios down, entries across; NaN where nothing stands."""
+def seed_means(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Means over seeds of ok cells: scenarios down, entries across; NaN where there is no ok cell."""
     good = table[table["status"] == "ok"]
     means = good.groupby([*SCENARIO, *ENTRY], sort=False)[column].mean().unstack(ENTRY)
     wanted = pd.MultiIndex.from_tuples(entries(table), names=ENTRY)
@@ -249,7 +202,7 @@ def average_ranks(rows: pd.DataFrame, track: str, selection: str) -> dict[tuple[
     table = table[table["role"] == "defense"]
     if table.empty:
         return {}
-    values = _seed_means(table, RANK_KEY).fillna(-np.inf).to_numpy()
+    values = seed_means(table, RANK_KEY).fillna(-np.inf).to_numpy()
     ranks = scipy_stats.rankdata(-values, method="average", axis=1).mean(axis=0)
     return dict(zip(entries(table), map(float, ranks), strict=True))
 
@@ -308,7 +261,7 @@ def leaderboard(rows: pd.DataFrame, track: str, selection: str) -> pd.DataFrame:
 def judged_boards(rows: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
     """Every track, the selection it is judged by, and its :func:`leaderboard` under that selection (empty: nothing implanted).
 
-    Adds what other choices would have reported: ``ra_oracle``, ``asr_oracle``, ``asr_leaky``; NaN where there is no such row.
+    Adds what other selections give: ``ra_oracle``, ``asr_oracle``, ``asr_leaky``; NaN where there is no such row.
     """
     found = []
     for track in tracks(rows):
@@ -338,20 +291,24 @@ def validation_images(rows: pd.DataFrame) -> int:
 
 
 def resolves(images: int, tau: float = TAU) -> tuple[bool, float]:
-    """Whether so many validation images can tell a loss of ``tau`` from none, and the standard error of a paired loss when one pair
-    in ten is discordant: it must be at most half of ``tau``."""
+    """Whether so many validation images suffice to detect a loss of ``tau``.
+
+    Returns:
+        Whether the standard error is at most half of ``tau``, and the standard error: of a paired loss where one pair in ten is
+        discordant.
+    """
     error = math.sqrt(0.1 / images) if images else math.inf
     return error <= tau / 2, error
 
 
 def selection_gaps(rows: pd.DataFrame, track: str) -> pd.DataFrame:
-    """How much each way of choosing along a dial is worth: one line per entry of the track that has a dial, controls included.
+    """What each selection rule gives and loses against the oracle: a line per entry of the track with a dial, controls included.
 
     Columns: ``defense``, ``scope``, ``cells`` (worlds of implanted scenarios that every selection finished, canary aside),
     ``acc_<selection>``, ``asr_<selection>``, ``ra_<selection>``; then, paired by world, each with ``_low`` and ``_high``:
     ``gap_<selection>`` = RA under the oracle minus RA under that selection, never below 0, and ``leak_<selection>`` = ASR under
-    that selection minus ASR under the leaky rule. Where an entry was not chosen by canaries, theirs are NaN; where it was in some
-    worlds only, they are means over these.
+    that selection minus ASR under the leaky rule. The canary columns are NaN for an entry without canaries, and means over the
+    worlds with canaries where only some have them.
     """
     table = implanted_worlds(rows[(rows["track"] == track)])
     dials = set(table.loc[table["dial"].notna(), "cell"])
@@ -394,7 +351,7 @@ def _missing(mine: pd.DataFrame) -> str:
 
 
 def given(rows: pd.DataFrame, track: str, selection: str) -> pd.DataFrame:
-    """What each entry of the track's field took: competing entries in matrix order, then the reference, then the controls.
+    """What each entry of the track's field used: competing entries in matrix order, then the reference, then the controls.
 
     Columns: ``role``, ``defense``, ``scope``, ``source``, ``cells_ok``, ``cells``, ``missing`` (``refused``, ``failed`` or both);
     over finished cells, implanted or not: ``used``, ``trained_anew``, ``extractor``, ``preset`` (tuples of the distinct values, in
@@ -418,28 +375,28 @@ def given(rows: pd.DataFrame, track: str, selection: str) -> pd.DataFrame:
 
 
 def detectors(rows: pd.DataFrame, track: str) -> pd.DataFrame:
-    """How the training samples that entries of the track's field singled out meet the poisoned ones; a line per entry and scenario.
+    """Precision and recall of the training samples that entries of the track's field isolate; a line per entry and scenario.
 
-    Entries that single out nothing anywhere have no line. Rows of the default selection (isolation does not depend on it), all
+    Entries that isolate nothing anywhere have no line. Rows of the default selection (isolation does not depend on it), all
     seeds, implanted or not. Columns: ``role``, ``defense``, ``scope``, ``source``, the scenario, ``cells_ok``, ``cells``,
     ``missing``; means over finished cells: ``isolated`` (samples), ``isolated_share`` (of the training set), ``precision`` (where
     something was isolated) and ``recall``, each with ``_sd`` (sample deviation over seeds) and ``_seeds`` (how many it is a mean
     of), ``base_rate`` (of poison: the precision of a random choice); ``seeds``, ``implanted_seeds``, ``implanted``, ``exported``
-    (the attack was met through its exported static set).
+    (the defense was given the attack's exported poisoned set).
     """
     table = field(rows, track)
     table = table[(table["selection"] == "default") & (table["attack"] != NO_ATTACK)]
-    told = table["precision"].notna() | table["recall"].notna()
+    known = table["precision"].notna() | table["recall"].notna()
     counts = ["seeds", "implanted_seeds", "implanted"]
     gate = {tuple(line[SCENARIO]): line[counts].to_dict() for _, line in scenarios(rows).iterrows()}
     lines = []
     for (defense, scope), every in _by_role(table):
-        if not told[every.index].any():
+        if not known[every.index].any():
             continue
         for place in dict.fromkeys(every[SCENARIO].itertuples(index=False, name=None)):
             mine = every[(every[SCENARIO] == list(place)).all(axis=1)]
             good = mine[mine["status"] == "ok"]
-            reported = good[told[good.index]]
+            reported = good[known[good.index]]
             size = reported["train_images"].where(reported["train_images"] > 0)
             line: dict[str, object] = {
                 "role": mine["role"].iloc[0], "defense": defense, "scope": scope, "source": mine["source"].iloc[0],
@@ -456,11 +413,6 @@ def detectors(rows: pd.DataFrame, track: str) -> pd.DataFrame:
             line["exported"] = bool(mine["note"].str.contains(EXPORTED, regex=False).any())
             lines.append(line)
     return pd.DataFrame(lines)
-
-
-def spread(values: Sequence[float]) -> float:
-    """Sample standard deviation over seeds; NaN for fewer than two."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
 def problems(rows: pd.DataFrame) -> pd.DataFrame:
@@ -486,192 +438,3 @@ def timing_summary(rows: pd.DataFrame, timings: pd.DataFrame) -> pd.DataFrame:
              cost_epochs=("cost_epochs", "median"), cells=("cell", "size"))
         .reset_index()
     )  # fmt: skip
-
-
-# -- tests ---------------------------------------------------------------------------------------------------------------------
-
-_EXACT = 50  # beyond so many differences the counts of sign patterns outgrow a float, and the normal approximation is good
-
-
-def _signed_rank(differences: np.ndarray) -> float:
-    """p of the two-sided Wilcoxon signed-rank test, zeros left out; exact up to 50 differences, also with ties.
-
-    scipy's own exact test knows no ties; with them it enumerates sign patterns one by one, seconds for a dozen differences, or
-    falls back on the normal approximation. Here the patterns are counted by their rank sum, doubled so that mid-ranks are whole.
-    """
-    kept = np.round(differences, 9)  # two equal differences of rows may differ in their last bit
-    kept = kept[kept != 0]
-    if not len(kept):
-        return 1.0
-    if len(kept) > _EXACT:
-        return float(scipy_stats.wilcoxon(kept).pvalue)
-    ranks = np.rint(2 * scipy_stats.rankdata(np.abs(kept))).astype(int)
-    patterns = np.zeros(int(ranks.sum()) + 1)  # [s]: how many sign patterns have positive ranks that add up to s
-    patterns[0] = 1
-    for rank in ranks:
-        patterns[rank:] += patterns[:-rank].copy()
-    observed = int(ranks[kept > 0].sum())
-    tail = min(patterns[: observed + 1].sum(), patterns[observed:].sum())
-    return float(min(1.0, 2 * tail / 2 ** len(kept)))
-
-
-def holm(raw: Sequence[float]) -> list[float]:
-    """p-values adjusted for their number by Holm's step-down method, in the order given; a NaN (no test) stays, uncounted."""
-    tested = sorted((position for position, p in enumerate(raw) if not math.isnan(p)), key=lambda position: raw[position])
-    adjusted, floor = [math.nan] * len(raw), 0.0
-    for step, position in enumerate(tested):
-        floor = max(floor, min(1.0, (len(tested) - step) * raw[position]))
-        adjusted[position] = floor
-    return adjusted
-
-
-def least_p(count: int) -> float:
-    """The smallest p that a two-sided signed-rank test of ``count`` differences can give: all of one sign; 1 for none."""
-    return min(1.0, 2.0 ** (1 - count))
-
-
-def blocks_needed(comparisons: int = 1) -> int:
-    """How many differences it takes until the smallest p, times ``comparisons``, falls below the level."""
-    return next(count for count in range(1, 1000) if comparisons * least_p(count) < LEVEL)
-
-
-class Significance(NamedTuple):
-    """Rank tests over implanted scenarios.
-
-    Attributes:
-        blocks: scenarios. friedman: p of Friedman's test.
-        pairs: (entry, entry, Holm-adjusted p of a two-sided Wilcoxon signed-rank test).
-        ranks: average rank by RA of each entry tested, best first (1 = best, ties share the mean rank).
-        cliques: sets of two entries or more, none of them told apart from another; largest sets only, best first. All entries
-            where Friedman's test tells nothing apart.
-        incomplete: competing entries left out because a scenario is missing.
-    """
-
-    blocks: int
-    friedman: float
-    pairs: list[tuple[tuple[str, str], tuple[str, str], float]]
-    ranks: dict[tuple[str, str], float]
-    cliques: list[tuple[tuple[str, str], ...]]
-    incomplete: list[tuple[str, str]]
-
-
-def significance(rows: pd.DataFrame, track: str, selection: str) -> Significance | None:
-    """Friedman's test over the competing entries that stand in every implanted scenario, then pairwise Wilcoxon tests, on RA.
-
-    As Demsar, "Statistical comparisons of classifiers over multiple data sets" (JMLR 7, 2006), with scenarios in the place of data
-    sets and Holm-adjusted signed-rank tests in the place of Nemenyi's. None with fewer than 11 implanted scenarios or 3 entries,
-    or when all entries are equal everywhere (nothing to test).
-    """
-    table = field(rows, track)
-    table = implanted_worlds(table[table["selection"] == selection])
-    table = table[table["role"] == "defense"]
-    if table.empty:
-        return None
-    values = _seed_means(table, RANK_KEY).dropna(axis=1)
-    if len(values) < MIN_BLOCKS or values.shape[1] < 3 or bool((values.nunique(axis=1) == 1).all()):
-        return None
-    columns = [(str(column[0]), str(column[1])) for column in values.columns.to_list()]
-    friedman = float(scipy_stats.friedmanchisquare(*values.to_numpy().T).pvalue)
-    couples = list(combinations(range(len(columns)), 2))
-    figures = values.to_numpy(np.float64)
-    adjusted = holm([_signed_rank(figures[:, left] - figures[:, right]) for left, right in couples])
-    pairs = [(columns[left], columns[right], p) for (left, right), p in zip(couples, adjusted, strict=True)]
-    mean = scipy_stats.rankdata(-figures, method="average", axis=1).mean(axis=0)
-    ranks = dict(sorted(zip(columns, map(float, mean), strict=True), key=lambda item: item[1]))
-    together = pairs if friedman >= LEVEL else [pair for pair in pairs if pair[2] >= LEVEL]
-    left_out = [entry for entry in entries(table) if entry not in ranks]
-    return Significance(len(values), friedman, pairs, ranks, _cliques(ranks, [(a, b) for a, b, _ in together]), left_out)
-
-
-def _cliques(
-    ranks: Mapping[tuple[str, str], float], together: Sequence[tuple[tuple[str, str], tuple[str, str]]]
-) -> list[tuple[tuple[str, str], ...]]:
-    """The largest sets of entries in which every two stand in ``together``, each and all of them in the order of ``ranks``."""
-    import networkx  # only where there is a test to draw
-
-    graph = networkx.Graph(list(together))
-    order = {entry: position for position, entry in enumerate(ranks)}
-    found = [tuple(sorted(clique, key=order.__getitem__)) for clique in networkx.find_cliques(graph)]
-    return sorted(found, key=lambda clique: [order[entry] for entry in clique])
-
-
-def _present_mean(values: np.ndarray, axis: int) -> np.ndarray:
-    """Mean of the finite values along an axis; NaN where there is none."""
-    present = np.isfinite(values)
-    count = present.sum(axis=axis)
-    total = np.where(present, values, 0.0).sum(axis=axis)
-    means: np.ndarray = np.divide(total, count, out=np.full(count.shape, math.nan), where=count > 0)
-    return means
-
-
-def _by_blocks(table: pd.DataFrame) -> tuple[Interval, np.ndarray]:
-    """Mean over scenarios of means over seeds of the column ``difference``, its interval, and the mean of each block.
-
-    A block is all worlds of one data set and seed that are there. They are not independent of each other: they share the clean
-    budget, and on each backbone the benign twin and the network trained from scratch, the very same one whatever the attack. So the
-    interval resamples whole blocks (all scenarios of a data set get the same draw of seeds); otherwise it is that of
-    :func:`interval`.
-    """
-    grids = [
-        mine.pivot_table(index=SCENARIO, columns="seed", values="difference", sort=False).to_numpy(np.float64)
-        for _, mine in table.groupby("dataset", sort=False)
-    ]
-
-    def statistic(*draws: np.ndarray, axis: int = -1) -> np.ndarray:
-        means = [_present_mean(grid[:, draw.astype(int)], axis=-1) for grid, draw in zip(grids, draws, strict=True)]
-        return _present_mean(np.concatenate(means), axis=0)
-
-    seeds = [np.arange(grid.shape[1]) for grid in grids]
-    mean = float(statistic(*seeds))
-    low = high = math.nan
-    if min(map(len, seeds)) > 1:
-        found = scipy_stats.bootstrap(
-            seeds, statistic, n_resamples=_RESAMPLES, vectorized=True, axis=-1, method="percentile", rng=0
-        )  # fmt: skip
-        low, high = map(float, found.confidence_interval)
-    return Interval(mean, low, high), np.concatenate([_present_mean(grid, axis=0) for grid in grids])
-
-
-def paired(rows: pd.DataFrame, track: str, control: str = SCRATCH) -> pd.DataFrame:
-    """Every competing entry of a track against one control, attacked model by attacked model, in RA and in ACC.
-
-    A pair is an implanted world that both finished, under the selection the track is judged by. Empty where the matrix has no such
-    control, or nothing is implanted. The control is the first entry whose label is, or begins with, ``control``.
-
-    Columns: ``defense``, ``scope``, ``control``, ``metric`` (``ra`` | ``acc``), ``pairs``, ``worlds`` (pairs there would be if
-    nothing were missing), ``difference`` (entry minus control: mean over scenarios of means over seeds), ``difference_low``,
-    ``difference_high`` (bootstrap of blocks), ``p`` (signed-rank test over pairs), ``p_holm`` (adjusted over all lines of the
-    track), ``p_least`` (the smallest p so many pairs can give), and the same test over the means of the blocks: ``blocks``,
-    ``p_blocks``, ``p_blocks_least``.
-    """
-    table = field(rows, track)
-    table = implanted_worlds(table[table["selection"] == headline(rows, track)])
-    controls = table[(table["role"] == "control") & table["defense"].str.startswith(control)]
-    if controls.empty or not (table["role"] == "defense").any():
-        return pd.DataFrame()
-    chosen = entries(controls)[0]
-    metrics = ["ra", "acc"]
-
-    def finished(entry: tuple[str, str]) -> pd.DataFrame:
-        mine = table[(table["defense"] == entry[0]) & (table["scope"] == entry[1]) & (table["status"] == "ok")]
-        return mine.set_index(WORLD)[metrics]
-
-    base = finished(chosen).add_suffix("_control")
-    lines = []
-    for entry in entries(table[table["role"] == "defense"]):
-        both = finished(entry).join(base, how="inner", validate="one_to_one").reset_index()
-        worlds = int(((table["defense"] == entry[0]) & (table["scope"] == entry[1])).sum())
-        for metric in metrics:
-            both["difference"] = both[metric] - both[f"{metric}_control"]
-            pairs = both.dropna(subset="difference")
-            found, blocks = _by_blocks(pairs) if len(pairs) else (Interval(*[math.nan] * 3), np.empty(0))
-            lines.append({
-                "defense": entry[0], "scope": entry[1], "control": chosen[0], "metric": metric, "pairs": len(pairs),
-                "worlds": worlds, "difference": found.mean, "difference_low": found.low, "difference_high": found.high,
-                "p": _signed_rank(pairs["difference"].to_numpy(np.float64)) if len(pairs) else math.nan,
-                "p_least": least_p(len(pairs)), "blocks": len(blocks),
-                "p_blocks": _signed_rank(blocks) if len(blocks) else math.nan, "p_blocks_least": least_p(len(blocks)),
-            })  # fmt: skip
-    found_lines = pd.DataFrame(lines)
-    found_lines.insert(10, "p_holm", holm(list(found_lines["p"])))
-    return found_lines

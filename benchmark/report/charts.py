@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmark.analysis import published, stats
+from benchmark.analysis import published
+from benchmark.analysis import rank_tests
+from benchmark.analysis import stats
 from benchmark.report.style import METRIC_COLOURS, Panels, figures, label, log_axis, looks, percent_axis, save, wrapped
 from benchmark.report.tables import gate_words, plain, scenario_words, slug
 from benchmark.rules.metrics import IMPLANTED_ASR
@@ -765,9 +767,9 @@ def _detectors(plt: Any, rows: pd.DataFrame, track: str, title: str) -> Any | No
 def _ranks(plt: Any, rows: pd.DataFrame, track: str, title: str) -> Any | None:
     """Critical-difference diagram (Demsar, JMLR 7, 2006): average ranks by RA, bars over entries that no test tells apart.
 
-    None where :func:`benchmark.analysis.stats.significance` refuses.
+    None where :func:`benchmark.analysis.rank_tests.significance` refuses.
     """
-    test = stats.significance(rows, track, stats.headline(rows, track))
+    test = rank_tests.significance(rows, track, stats.headline(rows, track))
     if test is None:
         return None
     style, names = looks(rows), _names(rows)
@@ -807,7 +809,7 @@ def _ranks(plt: Any, rows: pd.DataFrame, track: str, title: str) -> Any | None:
         members = [test.ranks[entry] for entry in clique]
         axis.plot([members[0], members[-1]], [y, y], color="#111111", linewidth=3, solid_capstyle="round", zorder=3, clip_on=False)
         axis.scatter(members, [y] * len(members), s=26, c="#111111", zorder=3, clip_on=False)
-    verdict = "" if test.friedman < stats.LEVEL else ", which tells nothing apart"
+    verdict = "" if test.friedman < rank_tests.LEVEL else ", which tells nothing apart"
     incomplete = ", ".join(names[entry] for entry in test.incomplete)
     left_out = f" Left out, a scenario being missing: {incomplete}." if incomplete else ""
     panels.footnote(

@@ -28,6 +28,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
 
+from benchmark.analysis import intervals
 from benchmark.analysis import stats
 from benchmark.report.style import METRIC_COLOURS, looks, wrapped
 from benchmark.report.tables import (
@@ -105,7 +106,7 @@ def _spread(values: Iterable[float], *, signed: bool = False) -> list[Any] | Non
     found = [float(value) for value in values if not math.isnan(value)]
     if not found:
         return None
-    mean, deviation = float(np.mean(found)), stats.spread(found)
+    mean, deviation = float(np.mean(found)), intervals.spread(found)
     return [_rounded(mean), percent_text(mean, signed=signed), "" if math.isnan(deviation) else f"±{100 * deviation:.1f}"]
 
 

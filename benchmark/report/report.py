@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from benchmark.analysis import rank_tests
 from benchmark.analysis import stats
 from benchmark.report.tables import (
     GATE_WORDS,
@@ -268,13 +269,13 @@ def _reading(rows: pd.DataFrame) -> str:
 
 def _pairs(rows: pd.DataFrame, track: str) -> str:
     """How many entries paired tests tell apart from training from scratch, in each direction; what so few pairs can show."""
-    found = stats.paired(rows, track)
+    found = rank_tests.paired(rows, track)
     if found.empty:
         return f"Paired tests: not made; the matrix has no control {stats.SCRATCH}.\n"
     said = []
     for metric in ("ra", "acc"):
         mine = found[found["metric"] == metric]
-        apart = mine["p_holm"] < stats.LEVEL
+        apart = mine["p_holm"] < rank_tests.LEVEL
         ahead, behind = int((apart & (mine["difference"] > 0)).sum()), int((apart & (mine["difference"] < 0)).sum())
         said.append(f"in {metric.upper()}, {ahead} of {len(mine)} entries are better and {behind} worse")
     return (

@@ -19,7 +19,10 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from benchmark.analysis import published, stats
+from benchmark.analysis import intervals
+from benchmark.analysis import published
+from benchmark.analysis import rank_tests
+from benchmark.analysis import stats
 from benchmark.rules.metrics import ADVERSARIAL_ASR, COSTS_POINTS, COSTS_SHARE, IMPLANTED_ASR, IMPLANTED_EFFECT
 from benchmark.rules.selection import LEAKY_TOLERANCE, TAU
 from benchmark.rules.tracks import TRACKS
@@ -478,7 +481,7 @@ def _detectors(found: pd.DataFrame, track: str) -> str:
 
 
 def _spread(values: pd.Series) -> str:
-    deviation = stats.spread(list(values))
+    deviation = intervals.spread(list(values))
     return percent_text(float(values.mean())) + ("" if math.isnan(deviation) else f"±{100 * deviation:.1f}")
 
 
@@ -673,15 +676,15 @@ def _probability(p: float) -> str:
 
 def rank_words(rows: pd.DataFrame, track: str, selection: str) -> str:
     """What the rank tests of a track say, or why there are none: one line of Markdown."""
-    test = stats.significance(rows, track, selection)
+    test = rank_tests.significance(rows, track, selection)
     if test is None:
         blocks = int(stats.scenarios(rows)["implanted"].sum())
-        needed = f"at least {stats.MIN_BLOCKS} implanted scenarios ({blocks} here) and three complete, differing defenses"
+        needed = f"at least {rank_tests.MIN_BLOCKS} implanted scenarios ({blocks} here) and three complete, differing defenses"
         return f"Rank tests and critical-difference diagram: not made; they need {needed}."
-    apart = [f"{a[0]} ({a[1]}) and {b[0]} ({b[1]}), p = {p:.3g}" for a, b, p in test.pairs if p < stats.LEVEL]
+    apart = [f"{a[0]} ({a[1]}) and {b[0]} ({b[1]}), p = {p:.3g}" for a, b, p in test.pairs if p < rank_tests.LEVEL]
     pairs = "; ".join(apart) or "none"
     friedman = f"Friedman test on RA over {test.blocks} scenarios: p = {test.friedman:.3g}"
-    omnibus = "" if test.friedman < stats.LEVEL else " That is above 5 %, so no pair counts as different."
+    omnibus = "" if test.friedman < rank_tests.LEVEL else " That is above 5 %, so no pair counts as different."
     left = ", ".join(f"{defense} ({scope})" for defense, scope in test.incomplete)
     without = f" Left out, because a scenario is missing: {markdown(left)}." if left else ""
     return f"{friedman}.{omnibus} Pairs that differ at 5 % (Wilcoxon, Holm): {markdown(pairs)}.{without}"
@@ -702,17 +705,17 @@ _PAIRED_NOTES = (
 
 
 def paired_words(table: pd.DataFrame) -> str:
-    """What the number of pairs and blocks of :func:`benchmark.analysis.stats.paired` can show, and what it cannot."""
+    """What the number of pairs and blocks of :func:`benchmark.analysis.rank_tests.paired` can show, and what it cannot."""
     count, pairs, blocks = len(table), int(table["pairs"].max()), int(table["blocks"].max())
-    least, least_blocks = stats.least_p(pairs), stats.least_p(blocks)
+    least, least_blocks = rank_tests.least_p(pairs), rank_tests.least_p(blocks)
     adjusted = min(1.0, count * least)
-    seen = "can" if adjusted < stats.LEVEL else "cannot"
-    shown = "can" if min(1.0, count * least_blocks) < stats.LEVEL else "cannot"
+    seen = "can" if adjusted < rank_tests.LEVEL else "cannot"
+    shown = "can" if min(1.0, count * least_blocks) < rank_tests.LEVEL else "cannot"
     return (
         f"With {pairs} pairs the smallest p is {_probability(least)}, and {_probability(adjusted)} after Holm over {count} "
         f"comparisons: a difference {seen} reach 5 % over pairs. With {blocks} blocks the smallest p is "
-        f"{_probability(least_blocks)}: over blocks a difference {shown} reach 5 %. One comparison needs {stats.blocks_needed()} "
-        f"blocks, {count} need {stats.blocks_needed(count)}. Intervals from {blocks} blocks are rough, and too narrow when blocks "
+        f"{_probability(least_blocks)}: over blocks a difference {shown} reach 5 %. One comparison needs {rank_tests.blocks_needed()} "
+        f"blocks, {count} need {rank_tests.blocks_needed(count)}. Intervals from {blocks} blocks are rough, and too narrow when blocks "
         "are few. A large p is no evidence of equality."
     )
 
@@ -885,7 +888,7 @@ def write_tables(rows: pd.DataFrame, curves: pd.DataFrame, timings: pd.DataFrame
         ))  # fmt: skip
         put(f"given-{name}.csv", _given_csv(rows, track))
         put(f"given-{name}.tex", _given_latex(rows, track, caption, f"given-{name}"))
-        against = stats.paired(rows, track)
+        against = rank_tests.paired(rows, track)
         put(f"paired-{name}.md", f"# {head}paired tests, {markdown(track)}\n\n{_paired_page(against, rows, track)}")
         if len(against):
             put(f"paired-{name}.csv", csv_text(against.assign(track=track)[["track", *against.columns]]))

@@ -104,7 +104,8 @@ def test_a_decoded_set_beyond_the_limit_is_the_same_set(monkeypatch: pytest.Monk
 LIMITED = """
 import re, resource, sys
 from pathlib import Path
-from benchmark.data.datasets import DatasetSpec, load, mean_std, split_budget
+from benchmark.data.datasets import DatasetSpec, load, mean_std
+from benchmark.data.splits import split_budget
 from attacks.badnets import BadNets
 from attacks.base import Plan, poison, poison_test
 from models.images import Batches

@@ -11,8 +11,13 @@ import pandas as pd
 from scipy import stats as scipy_stats
 
 from attacks.adaptive import Adaptive
+from benchmark.analysis import intervals
 from benchmark.analysis import stats
-from benchmark.analysis.stats import ENTRY, SCENARIO, SCRATCH, WORLD, Interval
+from benchmark.analysis.stats import ENTRY
+from benchmark.analysis.stats import Interval
+from benchmark.analysis.stats import SCENARIO
+from benchmark.analysis.stats import SCRATCH
+from benchmark.analysis.stats import WORLD
 from benchmark.report.exhibits.evidence import (
     FIGURES,
     MEANS,
@@ -54,6 +59,7 @@ from benchmark.report.exhibits.evidence import (
 from benchmark.report.tables import SELECTION_WORDS, gate_words, markdown
 from benchmark.rules.metrics import IMPLANTED_ASR
 from benchmark.rules.selection import TAU
+from benchmark.analysis.intervals import Interval
 from defenses.anp import ANP
 from defenses.holder_pruning import HolderPruning
 
@@ -453,9 +459,9 @@ def canary(source: Source) -> Shown:
         ra = ra.dropna().reset_index()
         cost = mine[mine["selection"].isin(wanted)].groupby("selection")["cost_epochs"].mean()
         part, gap = closed(ra), ra["oracle"] - ra["validation"]
-        difference = stats.interval([list(group["canary"] - group["validation"]) for _, group in ra.groupby(SCENARIO, sort=False)])
+        difference = intervals.interval([list(group["canary"] - group["validation"]) for _, group in ra.groupby(SCENARIO, sort=False)])
         for name in wanted:
-            shown[name].append(stats.interval([list(group[name]) for _, group in ra.groupby(SCENARIO, sort=False)]))
+            shown[name].append(intervals.interval([list(group[name]) for _, group in ra.groupby(SCENARIO, sort=False)]))
         lines.append({
             "track": track, "defense": defense, "scope": scope_, "models": len(ra),
             **{f"ra_{name}": shown[name][-1].mean for name in wanted}, "gap": float(gap.mean()), **bounded("closed", part),
@@ -646,7 +652,7 @@ def rate(source: Source) -> Shown:
                 both = ends[0][[*WORLD, "ra"]].merge(ends[1][[*WORLD, "ra"]], on=WORLD, suffixes=("", "_low"))
                 differences.append((both["ra"] - both["ra_low"]).to_list())
         if any(differences):
-            changes.append((entry, stats.interval(differences)))
+            changes.append((entry, intervals.interval(differences)))
     if changes:
         falls = [f"{entry_markdown(entry)} {points_words(part)}" for entry, part in changes if verdict(part) < 0]
         rises = [f"{entry_markdown(entry)} {points_words(part)}" for entry, part in changes if verdict(part) > 0]

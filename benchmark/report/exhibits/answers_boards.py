@@ -10,8 +10,14 @@ from typing import Any
 
 import pandas as pd
 
+from benchmark.analysis import intervals
+from benchmark.analysis import rank_tests
 from benchmark.analysis import stats
-from benchmark.analysis.stats import ENTRY, SCENARIO, SCRATCH, WORLD, Interval
+from benchmark.analysis.stats import ENTRY
+from benchmark.analysis.stats import Interval
+from benchmark.analysis.stats import SCENARIO
+from benchmark.analysis.stats import SCRATCH
+from benchmark.analysis.stats import WORLD
 from benchmark.report.exhibits.evidence import (
     FIGURES,
     MEANS,
@@ -44,6 +50,7 @@ from benchmark.report.exhibits.evidence import (
     verdict,
     victims_words,
 )  # fmt: skip
+from benchmark.analysis.intervals import Interval
 from benchmark.report.tables import GATE_WORDS, gate_words, markdown, scenario_words
 from benchmark.rules.metrics import IMPLANTED_ASR
 from defenses.hid import HID
@@ -283,15 +290,15 @@ def significance(source: Source) -> Shown:
     shown = _against(source, lambda label: True, "a control")
     said = []
     for track in stats.tracks(source.rows):
-        test = stats.significance(source.rows, track, stats.headline(source.rows, track))
+        test = rank_tests.significance(source.rows, track, stats.headline(source.rows, track))
         if test is not None:
             apart = sum(p < 0.05 for _, _, p in test.pairs)
             said.append(f"Track {markdown(track)}: Friedman's test over {test.blocks} scenarios, p = {test.friedman:.3g}; "
                         f"{out_of(apart, len(test.pairs))} pairs apart at 5 % (Wilcoxon, Holm).")  # fmt: skip
     blocks = int(stats.scenarios(source.rows)["implanted"].sum())
     none = (
-        f"No rank test is claimed: it takes {stats.MIN_BLOCKS} implanted scenarios, and there are {blocks}."
-        if blocks < stats.MIN_BLOCKS
+        f"No rank test is claimed: it takes {rank_tests.MIN_BLOCKS} implanted scenarios, and there are {blocks}."
+        if blocks < rank_tests.MIN_BLOCKS
         else "No track has three complete, differing defenses to test."
     )
     seeds = sorted(set(source.rows["seed"]))
@@ -426,7 +433,7 @@ def benign(source: Source) -> Shown:
         lines.append({"dataset": dataset, "backbone": backbone, "recipe": recipe,
                       "attacks": ", ".join(dict.fromkeys(mine["attack"])), "seeds": len(values),
                       "distinct": int(values.max()), "rows": len(mine),
-                      **bounded("benign", stats.interval([mine.groupby("seed")["acc_benign"].first().to_list()]))})  # fmt: skip
+                      **bounded("benign", intervals.interval([mine.groupby("seed")["acc_benign"].first().to_list()]))})  # fmt: skip
     frame = pd.DataFrame(lines)
     if frame.empty:
         raise Missing("there is no attack")

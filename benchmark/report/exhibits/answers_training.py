@@ -39,6 +39,7 @@ from benchmark.report.exhibits.evidence import (
     points_words,
     verdict,
 )
+from benchmark.analysis.intervals import Interval
 from benchmark.report.tables import markdown, number_text
 
 __all__ = ["training"]

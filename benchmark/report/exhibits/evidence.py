@@ -3,7 +3,7 @@
 The answers are in :mod:`benchmark.report.exhibits.answers_axes` (matrices that turn one setting), :mod:`benchmark.report.exhibits.answers_training` (that train in
 several ways) and :mod:`benchmark.report.exhibits.answers_boards` (any matrix); :mod:`benchmark.report.exhibits.write` lists them and writes them down. An answer
 is computed, both ways: where the rows are against what is claimed of pruning defenses, the sentence says so, and where they are for
-it, it says that. "Told apart" means that a 95 % bootstrap interval over seeds (:func:`benchmark.analysis.stats.interval`), of paired
+it, it says that. "Told apart" means that a 95 % bootstrap interval over seeds (:func:`benchmark.analysis.intervals.interval`), of paired
 differences where two things are compared, leaves out 0. Means are taken over implanted attacked models, unless they are said to be
 of all.
 """
@@ -18,9 +18,16 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from benchmark.analysis import intervals
 from benchmark.analysis import stats
-from benchmark.analysis.stats import SCENARIO, WORLD, Interval
-from benchmark.report.figures import DotPanel, Dots, Lines, Panel, Series
+from benchmark.analysis.intervals import Interval
+from benchmark.analysis.stats import SCENARIO
+from benchmark.analysis.stats import WORLD
+from benchmark.report.figures import DotPanel
+from benchmark.report.figures import Dots
+from benchmark.report.figures import Lines
+from benchmark.report.figures import Panel
+from benchmark.report.figures import Series
 from benchmark.report.tables import gate_words, markdown
 from benchmark.settings.cells import Matrix
 
@@ -103,7 +110,7 @@ def finished(rows: pd.DataFrame) -> pd.DataFrame:
 def mean(table: pd.DataFrame, column: str) -> Interval:
     """Mean over scenarios of means over seeds, with its interval; values that are missing are left out."""
     kept = table[np.isfinite(table[column].to_numpy(np.float64))]
-    return stats.interval([group[column].to_list() for _, group in kept.groupby(SCENARIO, sort=False)])
+    return intervals.interval([group[column].to_list() for _, group in kept.groupby(SCENARIO, sort=False)])
 
 
 def paired_gap(left: pd.DataFrame, right: pd.DataFrame, column: str) -> tuple[Interval, int]:

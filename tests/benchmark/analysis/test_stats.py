@@ -11,6 +11,8 @@ import pandas as pd
 import pytest
 import scipy.stats
 
+from benchmark.analysis import intervals
+from benchmark.analysis import rank_tests
 from benchmark.analysis import stats
 from benchmark.run import cell
 from benchmark.storage.rows import Row, Timing, frame
@@ -49,7 +51,7 @@ def line(board: pd.DataFrame, defense: str) -> pd.Series:
 
 
 def test_mean_averages_seeds_first():
-    assert stats.interval([[0.0, 1.0, 1.0, 1.0], [0.0, 0.0]]).mean == pytest.approx(0.375)  # a pooled mean would be 0.5
+    assert intervals.interval([[0.0, 1.0, 1.0, 1.0], [0.0, 0.0]]).mean == pytest.approx(0.375)  # a pooled mean would be 0.5
 
 
 def test_interval_covers_the_exact_bootstrap_distribution():
@@ -60,21 +62,21 @@ def test_interval_covers_the_exact_bootstrap_distribution():
         for second in itertools.product(samples[1], repeat=2)
     )
     low, high = np.quantile(exact, [0.025, 0.975])
-    found = stats.interval(samples)
+    found = intervals.interval(samples)
     assert found.mean == pytest.approx((0.4 + 0.55) / 2)
     assert found.low == pytest.approx(low, abs=0.03)
     assert found.high == pytest.approx(high, abs=0.03)
     assert found.low < found.mean < found.high
-    assert found == stats.interval(samples)  # fixed seed: the same bits
+    assert found == intervals.interval(samples)  # fixed seed: the same bits
 
 
 def test_interval_of_no_spread_one_seed_and_nothing():
-    assert stats.interval([[0.5, 0.5], [0.7, 0.7]]) == pytest.approx((0.6, 0.6, 0.6))
-    one = stats.interval({("a", "b", "c"): [0.5], ("a", "b", "d"): [0.1, 0.3]})
+    assert intervals.interval([[0.5, 0.5], [0.7, 0.7]]) == pytest.approx((0.6, 0.6, 0.6))
+    one = intervals.interval({("a", "b", "c"): [0.5], ("a", "b", "d"): [0.1, 0.3]})
     assert one.mean == pytest.approx(0.35)
     assert math.isnan(one.low)
     assert math.isnan(one.high)
-    assert all(math.isnan(part) for part in stats.interval([]))
+    assert all(math.isnan(part) for part in intervals.interval([]))
 
 
 def test_a_scenario_is_judged_on_the_mean_over_its_seeds():
@@ -237,7 +239,7 @@ def test_nothing_implanted_gives_empty_results():
     assert stats.leaderboard(rows, "t", "validation").empty
     assert stats.average_ranks(rows, "t", "validation") == {}
     assert stats.selection_gaps(rows, "t").empty
-    assert stats.significance(rows, "t", "validation") is None
+    assert rank_tests.significance(rows, "t", "validation") is None
 
 
 def test_selection_gap_is_paired_and_by_hand():
@@ -299,8 +301,8 @@ def test_rank_tests_need_eleven_scenarios_and_match_a_hand_made_holm():
             ]
         )
 
-    assert stats.significance(many(10), "t", "validation") is None
-    found = stats.significance(many(12), "t", "validation")
+    assert rank_tests.significance(many(10), "t", "validation") is None
+    found = rank_tests.significance(many(12), "t", "validation")
     assert found is not None
     assert found.blocks == 12
     assert 0 < found.friedman < 0.01
@@ -324,32 +326,32 @@ def test_signed_rank_test_counts_every_pattern_of_signs(differences: list[float]
     observed = sum(rank for rank, value in zip(ranks, kept, strict=True) if value > 0)
     sums = [sum(rank for rank, up in zip(ranks, ups, strict=True) if up) for ups in itertools.product((0, 1), repeat=len(kept))]
     low, high = sum(total <= observed for total in sums), sum(total >= observed for total in sums)
-    assert stats._signed_rank(np.array(differences)) == pytest.approx(min(1.0, 2 * min(low, high) / len(sums)))
+    assert rank_tests.signed_rank(np.array(differences)) == pytest.approx(min(1.0, 2 * min(low, high) / len(sums)))
 
 
 def test_signed_rank_test_agrees_with_scipy_without_ties_and_beyond_its_own_range():
     spread = np.array([(-1) ** (number % 3) * (1 + number) for number in range(60)], dtype=float)
     for count in (12, 30, 50, 60):
-        assert stats._signed_rank(spread[:count]) == pytest.approx(float(scipy.stats.wilcoxon(spread[:count]).pvalue))
-    assert stats._signed_rank(np.zeros(4)) == 1.0
+        assert rank_tests.signed_rank(spread[:count]) == pytest.approx(float(scipy.stats.wilcoxon(spread[:count]).pvalue))
+    assert rank_tests.signed_rank(np.zeros(4)) == 1.0
 
 
 def test_holm_by_its_definition():
     raw = [0.01, 0.04, math.nan, 0.03, 0.005, 0.9]
     told = sorted(p for p in raw if not math.isnan(p))
     twin = [max(min(1.0, (len(told) - step) * p) for step, p in enumerate(told[: place + 1])) for place in range(len(told))]
-    found = stats.holm(raw)
+    found = rank_tests.holm(raw)
     assert math.isnan(found[2])
     assert [found[raw.index(p)] for p in told] == pytest.approx(twin)
-    assert stats.holm([]) == []
+    assert rank_tests.holm([]) == []
 
 
 def test_the_least_p_is_that_of_differences_of_one_sign():
     for count in range(1, 13):
-        assert stats.least_p(count) == pytest.approx(stats._signed_rank(np.arange(1.0, count + 1)))
-    assert stats.least_p(0) == 1.0
-    assert stats.blocks_needed() == 6  # 2 / 2^6 = 0.031
-    assert stats.blocks_needed(26) == 11  # 26 * 2 / 2^11 = 0.025, and 0.051 at 10
+        assert rank_tests.least_p(count) == pytest.approx(rank_tests.signed_rank(np.arange(1.0, count + 1)))
+    assert rank_tests.least_p(0) == 1.0
+    assert rank_tests.blocks_needed() == 6  # 2 / 2^6 = 0.031
+    assert rank_tests.blocks_needed(26) == 11  # 26 * 2 / 2^11 = 0.025, and 0.051 at 10
 
 
 def against_scratch() -> list[Row]:
@@ -365,7 +367,7 @@ def against_scratch() -> list[Row]:
 
 
 def test_pairs_with_a_control_by_hand():
-    found = stats.paired(frame(against_scratch()), "t")
+    found = rank_tests.paired(frame(against_scratch()), "t")
     assert list(zip(found["defense"], found["metric"], strict=True)) == [
         ("good", "ra"), ("good", "acc"), ("weak", "ra"), ("weak", "acc"),
     ]  # fmt: skip
@@ -386,18 +388,18 @@ def test_pairs_with_a_control_by_hand():
     assert (weak["pairs"], weak["worlds"]) == (5, 6)
     assert weak["difference"] == pytest.approx(-0.5)
     assert (same["difference"], same["p"], same["p_blocks"]) == (pytest.approx(0.0), 1.0, 1.0)
-    assert list(found["p_holm"]) == pytest.approx(stats.holm(list(found["p"])))
-    pd.testing.assert_frame_equal(stats.paired(frame(against_scratch()), "t"), found)  # fixed seed: the same bits
+    assert list(found["p_holm"]) == pytest.approx(rank_tests.holm(list(found["p"])))
+    pd.testing.assert_frame_equal(rank_tests.paired(frame(against_scratch()), "t"), found)  # fixed seed: the same bits
 
 
 def test_pairs_of_one_seed_have_no_interval_and_without_the_control_there_are_none():
     rows = [r for r in against_scratch() if r.seed == 0]
-    found = stats.paired(frame(rows), "t")
+    found = rank_tests.paired(frame(rows), "t")
     assert found["difference_low"].isna().all()
     assert set(found["blocks"]) == {1}
     assert set(found["p_blocks"]) == {1.0}
-    assert stats.paired(frame([r for r in rows if not r.control]), "t").empty
-    assert stats.paired(table(implanted=False), "t").empty
+    assert rank_tests.paired(frame([r for r in rows if not r.control]), "t").empty
+    assert rank_tests.paired(table(implanted=False), "t").empty
 
 
 def test_cliques_are_the_largest_sets_nobody_tells_apart():
@@ -407,7 +409,7 @@ def test_cliques_are_the_largest_sets_nobody_tells_apart():
     subsets = [set(part) for size in range(2, 7) for part in itertools.combinations(names, size)
                if all((a, b) in joined for a, b in itertools.combinations(part, 2))]  # fmt: skip
     largest = [part for part in subsets if not any(part < other for other in subsets)]
-    found = stats._cliques(ranks, joined)
+    found = rank_tests._cliques(ranks, joined)
     assert [set(clique) for clique in found] == sorted(largest, key=lambda part: sorted(part))
     assert all(list(clique) == sorted(clique) for clique in found)
 
@@ -418,15 +420,15 @@ def test_rank_tests_name_the_cliques_and_what_is_incomplete():
                 for n in range(12) for place, name in enumerate("xyz")]  # fmt: skip
 
     rows = many(0.2)
-    found = stats.significance(frame([*rows, row("a0", 0, "half", 0.9)]), "t", "validation")
+    found = rank_tests.significance(frame([*rows, row("a0", 0, "half", 0.9)]), "t", "validation")
     assert found is not None
     assert found.ranks == {("z", "whole"): 1.0, ("y", "whole"): 2.0, ("x", "whole"): 3.0}
     assert found.ranks == pytest.approx(stats.average_ranks(frame(rows), "t", "validation"))
     assert found.cliques == []
     assert found.incomplete == [("half", "whole")]
-    level = stats.significance(frame(many(0.0)), "t", "validation")
+    level = rank_tests.significance(frame(many(0.0)), "t", "validation")
     assert level is not None
-    assert level.friedman > stats.LEVEL
+    assert level.friedman > rank_tests.LEVEL
     assert [set(clique) for clique in level.cliques] == [{("x", "whole"), ("y", "whole"), ("z", "whole")}]
 
 
@@ -504,5 +506,5 @@ def test_given_by_plain_loops():
 
 
 def test_spread():
-    assert stats.spread([1.0, 3.0]) == pytest.approx(math.sqrt(2))
-    assert math.isnan(stats.spread([1.0]))
+    assert intervals.spread([1.0, 3.0]) == pytest.approx(math.sqrt(2))
+    assert math.isnan(intervals.spread([1.0]))

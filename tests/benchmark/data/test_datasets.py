@@ -20,8 +20,16 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmark.data import datasets, image_files
-from benchmark.data.datasets import Dataset, DatasetSpec, load, mean_std, split_budget, split_validation
+from benchmark.data import image_files
+from benchmark.data import sources
+from benchmark.data.datasets import Dataset
+from benchmark.data.datasets import DatasetSpec
+from benchmark.data.datasets import load
+from benchmark.data.datasets import mean_std
+from benchmark.data.decoded import Request
+from benchmark.data.decoded import Whole
+from benchmark.data.splits import split_budget
+from benchmark.data.splits import split_validation
 from models.images import ImageSet
 from models.spec import BadInput, digest
 
@@ -230,7 +238,7 @@ def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*_: object, **__: object) -> None:
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(datasets, "read", read)
+    monkeypatch.setattr(sources, "read", read)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -617,11 +625,12 @@ def release(monkeypatch: pytest.MonkeyPatch) -> type[Release]:
     class Fake(Release):
         calls: list[tuple[str, bool]] = []  # noqa: RUF012
 
-    names = {entry.loader: Fake for entry in datasets._OFFICIAL.values()}
+    releases = [source for source in sources.DATASETS if isinstance(source.load, sources.Release)]
+    names = {source.load.loader: Fake for source in releases}
     module = SimpleNamespace(datasets=SimpleNamespace(**names))
     monkeypatch.setitem(sys.modules, "torchvision", module)  # type: ignore[arg-type]
-    for source, entry in datasets._OFFICIAL.items():
-        monkeypatch.setitem(datasets._OFFICIAL, source, replace(entry, counts=(6, 4)))
+    small = [replace(source, load=replace(source.load, counts=(6, 4))) for source in releases]
+    monkeypatch.setattr(sources, "DATASETS", (*small, sources.DATASETS[-1]))
     monkeypatch.delenv("LEVELFIELD_DATA", raising=False)
     return Fake
 
@@ -719,6 +728,19 @@ def test_tiny_imagenet_refused(get: Callable[..., Dataset], data: Path, monkeypa
     refused(get, "tiny-imagenet", "LEVELFIELD_DATA is not set")
 
 
-def test_every_listed_name_is_known() -> None:
-    assert set(datasets._OFFICIAL) < set(datasets.DATASETS)
-    assert all(line and "\n" not in line for line in datasets.DATASETS.values())
+def test_every_name_is_listed_once_with_a_line_about_it() -> None:
+    names = [source.name for source in sources.DATASETS]
+    assert len(set(names)) == len(names)
+    assert names[-1] == "folder:PATH", "it takes every other name"
+    assert all(source.about and "\n" not in source.about for source in sources.DATASETS)
+
+
+def test_a_source_is_one_function_and_one_entry(get: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stripes(request: Request) -> Whole:
+        images = torch.arange(16, dtype=torch.uint8).repeat(8, 1, 16, 1)
+        part = ImageSet(images[:, :, : request.size, : request.size], torch.arange(8) % 2, 2)
+        return Whole(part, part.subset(torch.arange(2)), ("even", "odd"))
+
+    monkeypatch.setattr(sources, "DATASETS", (sources.Source("stripes", "stripes, two classes", stripes), *sources.DATASETS))
+    found = get("stripes", size=8, train_limit=4)
+    assert (found.name, found.train.shape, len(found.train), len(found.test)) == ("stripes", (1, 8, 8), 4, 2)

@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from attacks.adaptive import Adaptive
+from benchmark.analysis import intervals
 from benchmark.__main__ import app
 from benchmark.analysis import stats
 from benchmark.report import style
@@ -188,15 +189,15 @@ def test_paired_is_the_mean_of_scenario_means_of_differences_and_the_sign_follow
     assert pairs == sum(map(len, by.values())) == len(left) - 1
     assert found.mean == pytest.approx(np.mean([np.mean(values) for values in by.values()]))
     sides = {(0.1, 0.2): 1, (-0.2, -0.1): -1, (-0.1, 0.1): 0, (math.nan, math.nan): 0}
-    assert [evidence.verdict(stats.Interval(0.0, *ends)) for ends in sides] == list(sides.values())
+    assert [evidence.verdict(intervals.Interval(0.0, *ends)) for ends in sides] == list(sides.values())
 
 
 def test_words_for_figures() -> None:
-    part = stats.Interval(0.1234, 0.1, 0.15)
+    part = intervals.Interval(0.1234, 0.1, 0.15)
     assert evidence.interval_words(part) == "12.3 % [10.0, 15.0]"
     assert evidence.points_words(part) == "+12.3 points [+10.0, +15.0]"
-    assert evidence.points_words(stats.Interval(-0.01, math.nan, math.nan)) == "-1.0 points"
-    assert evidence.points_words(stats.Interval(math.nan, math.nan, math.nan)) == "not measured"
+    assert evidence.points_words(intervals.Interval(-0.01, math.nan, math.nan)) == "-1.0 points"
+    assert evidence.points_words(intervals.Interval(math.nan, math.nan, math.nan)) == "not measured"
     assert evidence.percent_words(-0.0001) == "0.0 %"
     assert [evidence.out_of(*pair) for pair in ((0, 3), (2, 3), (3, 3), (1, 1))] == ["none of 3", "2 of 3", "all 3", "1 of 1"]
     assert evidence.few(list("abcde")) == "a, b, c and 2 more"
