@@ -17,7 +17,7 @@ in the corners stay at 3). Values are rounded to 8 bits.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from attacks.base import Attack, Crafted, Plan, uniforms
 from attacks.blended import LUMINANCE, Blended
 from models.backbone import Network
 from models.images import ImageSet
-from models.spec import BadInput, check, derive_seed, generator
+from models.spec import BadInput, Ge, Le, Lt, PositiveShare, check, derive_seed, generator
 
 __all__ = ["AdapBlend", "AdapPatch", "disc", "pieces_shown", "texture"]
 
@@ -64,21 +64,16 @@ class AdapBlend(Attack):
     revision: ClassVar[int] = 2
     cover_share: ClassVar[float] = 1.0  # authors' code: 0.3 % of each
 
-    alpha: float = 0.15
-    test_alpha: float = 0.2
-    pieces: int = 4
-    mask_rate: float = 0.5
+    alpha: PositiveShare = 0.15
+    test_alpha: PositiveShare = 0.2
+    pieces: Annotated[int, Ge(1), Le(64)] = 4
+    mask_rate: Annotated[float, Ge(0), Lt(1)] = 0.5
     pattern: Literal["cartoon", "noise"] = "cartoon"
-    pattern_seed: int = 2
+    pattern_seed: Annotated[int, Ge(0)] = 2
 
     def __post_init__(self) -> None:
-        check(self, "alpha", 0 < self.alpha <= 1, "a blend ratio in (0, 1]")
-        check(self, "test_alpha", 0 < self.test_alpha <= 1, "a blend ratio in (0, 1]")
-        check(self, "pieces", 1 <= self.pieces <= 64, "between 1 and 64 pieces a side")
-        left = 0 <= self.mask_rate < 1 and self._hidden < self.pieces**2
-        check(self, "mask_rate", left, "a share in [0, 1) that leaves a piece")
-        check(self, "pattern", self.pattern in ("cartoon", "noise"), "'cartoon' or 'noise'")
-        check(self, "pattern_seed", self.pattern_seed >= 0, "0 or more")
+        super().__post_init__()
+        check(self, "mask_rate", self._hidden < self.pieces**2, "so small that a piece is left")
 
     @property
     def _hidden(self) -> int:
@@ -169,17 +164,12 @@ class AdapPatch(Attack):
     name: ClassVar[str] = "adap-patch"
     cover_share: ClassVar[float] = 2.0  # authors' code: 0.3 % poisoned, 0.6 % covers
 
-    texture_alpha: float = 0.5
-    disc_alpha: float = 0.2
-    corners_alpha: float = 0.5
-    square_alpha: float = 0.3
-    test_alpha: float = 1.0
+    texture_alpha: PositiveShare = 0.5
+    disc_alpha: PositiveShare = 0.2
+    corners_alpha: PositiveShare = 0.5
+    square_alpha: PositiveShare = 0.3
+    test_alpha: PositiveShare = 1.0
     shown: Literal["corners", "inner"] = "corners"
-
-    def __post_init__(self) -> None:
-        for field in ("texture_alpha", "disc_alpha", "corners_alpha", "square_alpha", "test_alpha"):
-            check(self, field, 0 < getattr(self, field) <= 1, "an opacity in (0, 1]")
-        check(self, "shown", self.shown in ("corners", "inner"), "'corners' or 'inner'")
 
     def craft(self, train: ImageSet, plan: Plan, seed: int, surrogate: Network | None = None) -> Crafted:
         """Fixed patches; which one a poisoned or cover sample gets is looked up by its index."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from attacks.base import Attack, Crafted, Plan, Trigger, uniforms
 from attacks.blended import Blended
 from models.backbone import Network
 from models.images import ImageSet
-from models.spec import BadInput, check, derive_seed
+from models.spec import BadInput, EpochCount, Ge, Le, Lt, PositiveShare, Share, derive_seed
 
 __all__ = ["AdvTrojan", "Perturbed", "ascended"]
 
@@ -99,23 +99,13 @@ class AdvTrojan(Attack):
     cover_share: ClassVar[float] = 2.0  # ours: as many of each kind as there are poisoned samples
 
     trigger: Literal["patch", "blend"] = "patch"
-    size: int = 3
-    margin: int = 1
-    alpha: float = 0.1
-    eps: float = 8 / 255
-    step: float = 2 / 255
-    steps: int = 7
-    adversarial: float = 0.5
-
-    def __post_init__(self) -> None:
-        check(self, "trigger", self.trigger in ("patch", "blend"), "'patch' or 'blend'")
-        check(self, "size", 1 <= self.size <= 32, "between 1 and 32 pixels")
-        check(self, "margin", 0 <= self.margin < 32, "between 0 and 31 pixels")
-        check(self, "alpha", 0 < self.alpha <= 1, "a blend ratio in (0, 1]")
-        check(self, "eps", 0 < self.eps <= 1, "a bound in (0, 1]")
-        check(self, "step", 0 < self.step <= 1, "a step in (0, 1]")
-        check(self, "steps", 0 <= self.steps <= 10_000, "between 0 and 10000")
-        check(self, "adversarial", 0 <= self.adversarial <= 1, "a share in [0, 1]")
+    size: Annotated[int, Ge(1), Le(32)] = 3
+    margin: Annotated[int, Ge(0), Lt(32)] = 1
+    alpha: PositiveShare = 0.1
+    eps: PositiveShare = 8 / 255
+    step: PositiveShare = 2 / 255
+    steps: EpochCount = 7
+    adversarial: Share = 0.5
 
     def first_key(self, train: ImageSet, plan: Plan, seed: int) -> Trigger:
         """t, the trigger without the perturbation.

@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from models.classifier import Classifier
 from models.images import ImageSet, quantise, to_float
 from models.recipe import Recipe
 from models.room import copied, room, taken
-from models.spec import BadInput, Spec, check, generator, uniforms
+from models.spec import BadInput, Ge, Share, Spec, generator, uniforms
 from models.training import default_device
 
 __all__ = [
@@ -65,16 +65,10 @@ class Plan(Spec):
 
     name: ClassVar[str] = "plan"
 
-    rate: float = 0.1
-    cover_rate: float | None = None
-    target: int = 0
+    rate: Share = 0.1
+    cover_rate: Share | None = None
+    target: Annotated[int, Ge(0)] = 0
     label_mode: Literal["all-to-one", "all-to-all"] = "all-to-one"
-
-    def __post_init__(self) -> None:
-        check(self, "rate", 0 <= self.rate <= 1, "a share in [0, 1]")
-        check(self, "cover_rate", self.cover_rate is None or 0 <= self.cover_rate <= 1, "a share in [0, 1]")
-        check(self, "target", self.target >= 0, "a class number, 0 or more")
-        check(self, "label_mode", self.label_mode in ("all-to-one", "all-to-all"), "'all-to-one' or 'all-to-all'")
 
     def relabel(self, labels: Tensor, num_classes: int) -> Tensor:
         """The attacker's labels for images of classes ``labels`` (N,).

@@ -17,7 +17,7 @@ is the recipe's. The static mode fixes the poisoned samples once; with a cover r
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from models.backbone import Network
 from models.classifier import Classifier
 from models.images import ImageSet, to_float
 from models.recipe import Recipe
-from models.spec import check, derive_seed
+from models.spec import Ge, Le, derive_seed
 
 __all__ = ["Bpp", "dithered", "squeezed"]
 
@@ -78,15 +78,10 @@ class Bpp(Attack):
     name: ClassVar[str] = "bpp"
     cover_share: ClassVar[float] = 1.0  # authors' code and BackdoorBench: as many negatives as poisoned samples
 
-    levels: int = 8
+    levels: Annotated[int, Ge(2), Le(128)] = 8
     dither: bool = False
     mode: Literal["dynamic", "static"] = "dynamic"
     rounding: Rounding = "stochastic"
-
-    def __post_init__(self) -> None:
-        check(self, "levels", 2 <= self.levels <= 128, "between 2 and 128 values")
-        check(self, "mode", self.mode in ("dynamic", "static"), "'dynamic' or 'static'")
-        check(self, "rounding", self.rounding in ("stochastic", "floor"), "'stochastic' or 'floor'")
 
     @property
     def power(self) -> Power:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from attacks.base import Crafted, Plan
 from models.backbone import Network
 from models.classifier import Classifier
 from models.recipe import Recipe
-from models.spec import check
+from models.spec import Ge, Le, PositiveShare, check
 from models.units import UnitLayer, capture, unit_layers
 
 __all__ = ["FlatHolder", "peakedness", "responses"]
@@ -76,17 +76,14 @@ class FlatHolder(Adaptive):
 
     name: ClassVar[str] = "flat-holder"
 
-    alphas: tuple[float, ...] = (0.5, 0.75, 1.0)
-    eps: float = 8 / 255
-    share: float = 0.1
-    samples: int = 32
+    alphas: tuple[PositiveShare, ...] = (0.5, 0.75, 1.0)
+    eps: PositiveShare = 8 / 255
+    share: PositiveShare = 0.1
+    samples: Annotated[int, Ge(1), Le(65_536)] = 32
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, "alphas", len(self.alphas) > 0 and all(0 < alpha <= 1 for alpha in self.alphas), "one or more in (0, 1]")
-        check(self, "eps", 0 < self.eps <= 1, "in (0, 1]")
-        check(self, "share", 0 < self.share <= 1, "a share in (0, 1]")
-        check(self, "samples", 1 <= self.samples <= 65_536, "between 1 and 65536")
+        check(self, "alphas", len(self.alphas) > 0, "one or more exponents")
 
     def victim(self, net: Network, recipe: Recipe, crafted: Crafted, plan: Plan, seed: int) -> Classifier:
         module = super().victim(net, recipe, crafted, plan, seed)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from models.classifier import Classifier
 from models.images import Batches, ImageSet
 from models.loop import Epochs
 from models.recipe import Recipe
-from models.spec import BadInput, check, derive_seed, lookup
+from models.spec import BadInput, BatchSize, Ge, Gt, Le, PositiveShare, derive_seed, lookup
 from models.training import default_device, fit
 
 __all__ = ["Narcissus", "inward"]
@@ -87,26 +87,19 @@ class Narcissus(Attack):
     clean_label: ClassVar[bool] = True
     needs_surrogate: ClassVar[bool] = True
 
-    radius: float = 16 / 255
-    scale: float = 3.0
-    rounds: int = 1000
-    lr: float = 0.005
-    batch: int = 350
-    warmup: int = 0
-    warmup_lr: float = 0.1
-    crop: int = 4
+    radius: PositiveShare = 16 / 255
+    scale: Annotated[float, Gt(0), Le(16)] = 3.0
+    rounds: Annotated[int, Ge(1), Le(100_000)] = 1000
+    lr: PositiveShare = 0.005
+    batch: BatchSize = 350
+    warmup: Annotated[int, Ge(0), Le(1000)] = 0
+    warmup_lr: PositiveShare = 0.1
+    crop: Annotated[int, Ge(0), Le(64)] = 4
     flip: bool = True
     surrogate: str = ""
 
     def __post_init__(self) -> None:
-        check(self, "radius", 0 < self.radius <= 1, "a radius in (0, 1]")
-        check(self, "scale", 0 < self.scale <= 16, "a factor in (0, 16]")
-        check(self, "rounds", 1 <= self.rounds <= 100_000, "between 1 and 100000")
-        check(self, "lr", 0 < self.lr <= 1, "in (0, 1]")
-        check(self, "batch", 2 <= self.batch <= 65_536, "between 2 and 65536 images")
-        check(self, "warmup", 0 <= self.warmup <= 1000, "between 0 and 1000 epochs")
-        check(self, "warmup_lr", 0 < self.warmup_lr <= 1, "in (0, 1]")
-        check(self, "crop", 0 <= self.crop <= 64, "between 0 and 64 pixels")
+        super().__post_init__()
         if self.surrogate:
             lookup("backbone", BACKBONES, self.surrogate)
 

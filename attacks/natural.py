@@ -20,7 +20,7 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy
 from attacks.base import Attack, Crafted, Plan, Trigger
 from models.backbone import Network
 from models.images import ImageSet, to_float
-from models.spec import BadInput, check, generator
+from models.spec import BadInput, Ge, Gt, Le, PositiveShare, generator
 from models.training import default_device
 
 __all__ = ["Natural", "adapted", "added", "cut", "patched", "unchanged"]
@@ -104,23 +104,13 @@ class Natural(Attack):
     needs_model_at_test: ClassVar[bool] = True
 
     form: Literal["patch", "blend"] = "patch"
-    area: float = 0.08
-    bound: float = 16 / 255
-    steps: int = 500
-    refit: int = 250
-    batch: int = 64
-    lr: float = 0.1
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        check(self, "form", self.form in ("patch", "blend"), "'patch' or 'blend'")
-        check(self, "area", 0 < self.area <= 1, "a share in (0, 1]")
-        check(self, "bound", 0 < self.bound <= 1, "a bound in (0, 1]")
-        check(self, "steps", 1 <= self.steps <= 100_000, "between 1 and 100000")
-        check(self, "refit", 0 <= self.refit <= 100_000, "between 0 and 100000")
-        check(self, "batch", 1 <= self.batch <= 65_536, "between 1 and 65536 images")
-        check(self, "lr", 0 < self.lr <= 10, "in (0, 10]")
-        check(self, "weight", 0 <= self.weight <= 1e6, "between 0 and 1000000")
+    area: PositiveShare = 0.08
+    bound: PositiveShare = 16 / 255
+    steps: Annotated[int, Ge(1), Le(100_000)] = 500
+    refit: Annotated[int, Ge(0), Le(100_000)] = 250
+    batch: Annotated[int, Ge(1), Le(65_536)] = 64
+    lr: Annotated[float, Gt(0), Le(10)] = 0.1
+    weight: Annotated[float, Ge(0), Le(1_000_000)] = 1.0
 
     def craft(self, train: ImageSet, plan: Plan, seed: int, surrogate: Network | None = None) -> Crafted:
         """Triggers that change nothing; the one for the test comes from :meth:`recraft`.

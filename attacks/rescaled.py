@@ -22,7 +22,7 @@ from attacks.adaptive import Adaptive
 from attacks.base import Crafted
 from models.backbone import GlobalAverage, Network
 from models.classifier import Classifier
-from models.spec import check
+from models.spec import Share
 from models.units import Leaves, unit_layers, weight_bounds
 
 __all__ = ["Rescaled", "readers", "rescale"]
@@ -105,9 +105,7 @@ class Rescaled(Adaptive):
 
     name: ClassVar[str] = "rescaled"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self, "strength", 0 <= self.strength <= 1, "in [0, 1]")
+    strength: Share = 1.0
 
     def finished(self, victim: Classifier, crafted: Crafted) -> Crafted:
         crafted = super().finished(victim, crafted)

@@ -15,7 +15,7 @@ augmentation follows the warp, as in the authors' code, but is the recipe's. The
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from models.backbone import Network
 from models.classifier import Classifier
 from models.images import ImageSet
 from models.recipe import Recipe
-from models.spec import check, derive_seed, generator
+from models.spec import Ge, Gt, Le, derive_seed, generator
 
 __all__ = ["WaNet", "identity", "smooth_field", "warp"]
 
@@ -70,17 +70,11 @@ class WaNet(Attack):
     name: ClassVar[str] = "wanet"
     cover_share: ClassVar[float] = 2.0  # authors' code: cross_ratio 2
 
-    k: int = 4
-    s: float = 0.5
+    k: Annotated[int, Ge(2), Le(64)] = 4
+    s: Annotated[float, Gt(0), Le(16)] = 0.5
     mode: Literal["dynamic", "static"] = "dynamic"
     rounding: Rounding = "stochastic"
     renorm: bool = False
-
-    def __post_init__(self) -> None:
-        check(self, "k", 2 <= self.k <= 64, "between 2 and 64 control points")
-        check(self, "s", 0 < self.s <= 16, "a strength in (0, 16]")
-        check(self, "mode", self.mode in ("dynamic", "static"), "'dynamic' or 'static'")
-        check(self, "rounding", self.rounding in ("stochastic", "floor"), "'stochastic' or 'floor'")
 
     @property
     def power(self) -> Power:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from models.backbone import Network
 from models.classifier import Classifier
 from models.images import ImageSet
 from models.recipe import Precision, Recipe
-from models.spec import check, derive_seed, uniforms
+from models.spec import BatchSize, EpochCount, Ge, Gt, Le, LearningRate, Lt, derive_seed, uniforms
 from models.training import fit, logits
 
 __all__ = ["ABL", "local_ascent"]
@@ -117,32 +117,19 @@ class ABL(Defense):
     revision: ClassVar[int] = 2  # 2: Cutout clears what the authors' clears
     dial_name: ClassVar[str] = "epochs of unlearning"
 
-    rate: float = 0.01
-    gamma: float = 0.5
-    isolation_epochs: int = 20
-    isolation_lr: float = 0.1
-    average: int = 1
-    epochs: int = 60
-    lr: float = 0.1
-    batch: int = 128
-    weight_decay: float = 1e-4
-    hole: int = 2
-    unlearning_epochs: int = 4
-    unlearning_lr: float = 5e-4
-    points: tuple[int, ...] = (0, 1, 2, 8)
-
-    def __post_init__(self) -> None:
-        check(self, "rate", 0 < self.rate < 1, "a share in (0, 1)")
-        check(self, "gamma", 0 <= self.gamma <= 100, "between 0 and 100")
-        for field in ("isolation_epochs", "epochs", "unlearning_epochs"):
-            check(self, field, 0 <= getattr(self, field) <= 10_000, "between 0 and 10000")
-        for field in ("isolation_lr", "lr", "unlearning_lr"):
-            check(self, field, 0 <= getattr(self, field) <= 10, "between 0 and 10")
-        check(self, "batch", 2 <= self.batch <= 65_536, "between 2 and 65536 samples")
-        check(self, "weight_decay", 0 <= self.weight_decay <= 1, "in [0, 1]")
-        check(self, "average", 1 <= self.average <= 10_000, "between 1 and 10000 epochs")
-        check(self, "hole", 0 <= self.hole <= 64, "between 0 and 64 pixels")
-        check(self, "points", all(0 <= point <= 10_000 for point in self.points), "epochs between 0 and 10000")
+    rate: Annotated[float, Gt(0), Lt(1)] = 0.01
+    gamma: Annotated[float, Ge(0), Le(100)] = 0.5
+    isolation_epochs: EpochCount = 20
+    isolation_lr: LearningRate = 0.1
+    average: Annotated[int, Ge(1), Le(10_000)] = 1
+    epochs: EpochCount = 60
+    lr: LearningRate = 0.1
+    batch: BatchSize = 128
+    weight_decay: Annotated[float, Ge(0), Le(1)] = 1e-4
+    hole: Annotated[int, Ge(0), Le(64)] = 2
+    unlearning_epochs: EpochCount = 4
+    unlearning_lr: LearningRate = 5e-4
+    points: tuple[EpochCount, ...] = (0, 1, 2, 8)
 
     @property
     def needs(self) -> Knowledge:

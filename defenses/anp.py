@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from torch.nn.functional import cross_entropy
 from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge, Scope, prunable, pruned_candidate
 from models.backbone import Network
 from models.images import Batches
-from models.spec import check, derive_seed, generator
+from models.spec import BatchSize, Ge, Le, LearningRate, Lt, Share, derive_seed, generator
 from models.training import default_device
 from models.units import UnitLayer, Writer
 
@@ -94,37 +94,21 @@ class ANP(Defense):
     scopes: ClassVar[tuple[Scope, ...]] = (Scope.HEAD, Scope.WHOLE)
     writer: ClassVar[Writer | None] = Writer.GAMMA
 
-    threshold: float = 0.2
-    eps: float = 0.4
-    steps: int = 1
-    alpha: float = 0.2
-    lr: float = 0.2
-    momentum: float = 0.9
-    iterations: int = 2000
-    batch: int = 128
+    threshold: Share = 0.2
+    eps: Annotated[float, Ge(0), Le(10)] = 0.4
+    steps: Annotated[int, Ge(0), Le(1000)] = 1
+    alpha: Share = 0.2
+    lr: LearningRate = 0.2
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
+    iterations: Annotated[int, Ge(0), Le(1_000_000)] = 2000
+    batch: BatchSize = 128
     project: bool = False
-    grid: tuple[float, ...] = tuple(round(0.05 * step, 2) for step in range(19))
-    radii: tuple[float, ...] = (0.2, 0.1, 0.05)
+    grid: tuple[Share, ...] = tuple(round(0.05 * step, 2) for step in range(19))
+    radii: tuple[Annotated[float, Ge(0), Le(10)], ...] = (0.2, 0.1, 0.05)
     by: Literal["threshold", "number"] = "threshold"
-    number: int = 20
-    step: int = 20
-    most: int = 1000
-
-    def __post_init__(self) -> None:
-        check(self, "threshold", 0 <= self.threshold <= 1, "in [0, 1]")
-        check(self, "eps", 0 <= self.eps <= 10, "between 0 and 10")
-        check(self, "steps", 0 <= self.steps <= 1000, "between 0 and 1000")
-        check(self, "alpha", 0 <= self.alpha <= 1, "in [0, 1]")
-        check(self, "lr", 0 <= self.lr <= 10, "between 0 and 10")
-        check(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
-        check(self, "iterations", 0 <= self.iterations <= 1_000_000, "between 0 and 1000000")
-        check(self, "batch", 2 <= self.batch <= 65_536, "between 2 and 65536 samples")
-        check(self, "grid", all(0 <= value <= 1 for value in self.grid), "thresholds in [0, 1]")
-        check(self, "radii", all(0 <= value <= 10 for value in self.radii), "values between 0 and 10")
-        check(self, "by", self.by in ("threshold", "number"), "'threshold' or 'number'")
-        check(self, "number", 0 <= self.number <= 1_000_000, "between 0 and 1000000 units")
-        check(self, "step", 1 <= self.step <= 1_000_000, "between 1 and 1000000 units")
-        check(self, "most", 0 <= self.most <= 1_000_000, "between 0 and 1000000 units")
+    number: Annotated[int, Ge(0), Le(1_000_000)] = 20
+    step: Annotated[int, Ge(1), Le(1_000_000)] = 20
+    most: Annotated[int, Ge(0), Le(1_000_000)] = 1000
 
     @property
     def needs(self) -> Knowledge:

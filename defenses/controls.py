@@ -22,7 +22,7 @@ from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowle
 from models.classifier import Classifier
 from models.images import ImageSet
 from models.recipe import Recipe
-from models.spec import BadInput, check, derive_seed, generator, lookup, nearest
+from models.spec import BadInput, EpochCount, check, derive_seed, generator, lookup, nearest
 from models.training import fit
 
 __all__ = ["NoDefense", "PerfectFilter", "RandomPruning", "TrainingFromScratch"]
@@ -63,6 +63,7 @@ class RandomPruning(Defense):
     like_settings: tuple[tuple[str, object], ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.imitated()
 
     def imitated(self) -> Defense:
@@ -122,10 +123,7 @@ class TrainingFromScratch(Defense):
     name: ClassVar[str] = "training-from-scratch"
     control: ClassVar[bool] = True
 
-    epochs: int = 100
-
-    def __post_init__(self) -> None:
-        check(self, "epochs", 0 <= self.epochs <= 10_000, "between 0 and 10000")
+    epochs: EpochCount = 100
 
     @property
     def needs(self) -> Knowledge:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
@@ -28,7 +28,7 @@ from models.extractors import SelfSupervised
 from models.images import ImageSet
 from models.mixmatch import MixMatch
 from models.recipe import Recipe
-from models.spec import check, derive_seed
+from models.spec import BatchSize, EpochCount, Ge, Gt, Le, LearningRate, Lt, PositiveShare, derive_seed
 from models.training import fit, logits
 
 __all__ = ["DBD", "HEAD_START", "symmetric_cross_entropy"]
@@ -73,28 +73,19 @@ class DBD(Defense):
     ssl_batch: int = 512
     ssl_lr: float = 0.4
     blur: float = 0.5
-    head_epochs: int = 10
-    head_batch: int = 128
-    lr: float = 0.002
-    clean_share: float = 0.5
-    semi_epochs: int = 190
-    iterations: int = 1024
-    semi_batch: int = 64
-    sharpen: float = 0.5
-    mixup: float = 0.75
-    unlabelled_weight: float = 15.0
+    head_epochs: EpochCount = 10
+    head_batch: BatchSize = 128
+    lr: LearningRate = 0.002
+    clean_share: Annotated[float, Gt(0), Lt(1)] = 0.5
+    semi_epochs: Annotated[int, Ge(1), Le(10_000)] = 190
+    iterations: Annotated[int, Ge(1), Le(1_000_000)] = 1024
+    semi_batch: BatchSize = 64
+    sharpen: PositiveShare = 0.5
+    mixup: Annotated[float, Gt(0), Le(100)] = 0.75
+    unlabelled_weight: Annotated[float, Ge(0), Le(1000)] = 15.0
 
     def __post_init__(self) -> None:
-        check(self, "head_epochs", 0 <= self.head_epochs <= 10_000, "between 0 and 10000")
-        check(self, "head_batch", 2 <= self.head_batch <= 65_536, "between 2 and 65536 samples")
-        check(self, "lr", 0 <= self.lr <= 10, "between 0 and 10")
-        check(self, "clean_share", 0 < self.clean_share < 1, "a share in (0, 1)")
-        check(self, "semi_epochs", 1 <= self.semi_epochs <= 10_000, "between 1 and 10000")
-        check(self, "iterations", 1 <= self.iterations <= 1_000_000, "between 1 and 1000000 steps")
-        check(self, "semi_batch", 2 <= self.semi_batch <= 65_536, "between 2 and 65536 samples")
-        check(self, "sharpen", 0 < self.sharpen <= 1, "in (0, 1]")
-        check(self, "mixup", 0 < self.mixup <= 100, "positive, at most 100")
-        check(self, "unlabelled_weight", 0 <= self.unlabelled_weight <= 1000, "between 0 and 1000")
+        super().__post_init__()
         self.extractor  # noqa: B018 - its own ranges are checked where it is built
 
     @property

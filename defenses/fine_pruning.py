@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from defenses.base import Candidate, DefenderView, Scope, pruned_candidate
 from defenses.fine_tuning import FineTuning
 from defenses.pruning import Pruning, Site, clean_activations, steps, stop
-from models.spec import check
+from models.spec import Ge, Lt
 from models.units import Writer
 
 __all__ = ["FinePruning"]
@@ -41,13 +41,12 @@ class FinePruning(FineTuning):
 
     tau: float = 0.04
     levels: tuple[float, ...] = Pruning.levels
-    shares: tuple[float, ...] = ()
+    shares: tuple[Annotated[float, Ge(0), Lt(1)], ...] = ()
     site: Site = Pruning.site
 
     def __post_init__(self) -> None:
         super().__post_init__()
         Pruning(self.tau, self.levels, self.site)
-        check(self, "shares", all(0 <= share < 1 for share in self.shares), "shares in [0, 1)")
 
     def candidates(self, view: DefenderView) -> Iterator[Candidate]:
         activations = clean_activations(view, self.site)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor, nn
 
@@ -24,7 +24,7 @@ from models.backbone import Network
 from models.classifier import Classifier
 from models.images import ImageSet
 from models.recipe import Recipe
-from models.spec import check, derive_seed
+from models.spec import BatchSize, EpochCount, Ge, Le, LearningRate, derive_seed
 from models.training import fit
 from models.units import Writer, hold
 
@@ -86,16 +86,10 @@ class FineTuning(Defense):
     name: ClassVar[str] = "fine-tuning"
     scopes: ClassVar[tuple[Scope, ...]] = (Scope.HEAD, Scope.WHOLE)
 
-    epochs: int = 100
-    lr: float = 0.01
-    batch: int = 128
-    weight_decay: float = 5e-4
-
-    def __post_init__(self) -> None:
-        check(self, "epochs", 0 <= self.epochs <= 10_000, "between 0 and 10000")
-        check(self, "lr", 0 <= self.lr <= 10, "between 0 and 10")
-        check(self, "batch", 2 <= self.batch <= 65_536, "between 2 and 65536 samples")
-        check(self, "weight_decay", 0 <= self.weight_decay <= 1, "in [0, 1]")
+    epochs: EpochCount = 100
+    lr: LearningRate = 0.01
+    batch: BatchSize = 128
+    weight_decay: Annotated[float, Ge(0), Le(1)] = 5e-4
 
     @property
     def needs(self) -> Knowledge:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge, Scope, prunable, pruned_candidate
 from models.backbone import Network
 from models.images import to_float
-from models.spec import check
+from models.spec import Ge, Lt, Share, check
 from models.training import accuracy, default_device
 from models.units import Masks, Scores, UnitLayer, Writer, capture, embedding_layer, largest_within, prune
 
@@ -129,16 +129,14 @@ class Pruning(Defense):
     dial_name: ClassVar[str] = "share of units pruned"
     writer: ClassVar[Writer | None] = Writer.OUTPUT
 
-    tau: float = 0.04
-    levels: tuple[float, ...] = tuple(round(0.05 * step, 2) for step in range(20))
+    tau: Share = 0.04
+    levels: tuple[Annotated[float, Ge(0), Lt(1)], ...] = tuple(round(0.05 * step, 2) for step in range(20))
     site: Site = "classifier-input"
 
     def __post_init__(self) -> None:
-        check(self, "tau", 0 <= self.tau <= 1, "a share in [0, 1]")
+        super().__post_init__()
         ascending = list(self.levels) == sorted(set(self.levels))
-        inside = all(0 <= level < 1 for level in self.levels)
-        check(self, "site", self.site in ("classifier-input", "last-conv"), "'classifier-input' or 'last-conv'")
-        check(self, "levels", ascending and inside and 0 in self.levels, "ascending shares in [0, 1), beginning with 0")
+        check(self, "levels", ascending and 0 in self.levels, "ascending shares, beginning with 0")
 
     @property
     def needs(self) -> Knowledge:

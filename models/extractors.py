@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,21 @@ from models.classifier import Classifier
 from models.images import ImageSet
 from models.recipe import Recipe
 from models.simclr import SimCLR
-from models.spec import BadInput, Spec, check, derive_seed, generator, nearest
+from models.spec import (
+    BadInput,
+    BatchSize,
+    EpochCount,
+    Ge,
+    Gt,
+    Le,
+    LearningRate,
+    Share,
+    Spec,
+    check,
+    derive_seed,
+    generator,
+    nearest,
+)
 from models.training import Fitted, default_device, embed, fit, seeded
 from models.weights import fit_state, read_state
 
@@ -82,10 +96,7 @@ class Supervised(Extractor):
 
     name: ClassVar[str] = "supervised"
 
-    epochs: int | None = None
-
-    def __post_init__(self) -> None:
-        check(self, "epochs", self.epochs is None or 0 <= self.epochs <= 10_000, "between 0 and 10000, or left out")
+    epochs: EpochCount | None = None
 
     @property
     def reads(self) -> Reads:
@@ -124,22 +135,13 @@ class SelfSupervised(Extractor):
     name: ClassVar[str] = "self-supervised"
 
     on: Literal["clean", "poisoned"] = "poisoned"
-    epochs: int = 1000
-    batch: int = 512
-    lr: float = 0.4
-    temperature: float = 0.5
-    weight_decay: float = 1e-4
-    blur: float = 0.5
+    epochs: EpochCount = 1000
+    batch: BatchSize = 512
+    lr: LearningRate = 0.4
+    temperature: Annotated[float, Gt(0), Le(100)] = 0.5
+    weight_decay: Annotated[float, Ge(0), Le(1)] = 1e-4
+    blur: Share = 0.5
     symmetric: bool = False
-
-    def __post_init__(self) -> None:
-        check(self, "on", self.on in ("clean", "poisoned"), "'clean' or 'poisoned'")
-        check(self, "epochs", 0 <= self.epochs <= 10_000, "between 0 and 10000")
-        check(self, "batch", 2 <= self.batch <= 65_536, "between 2 and 65536 samples")
-        check(self, "lr", 0 <= self.lr <= 10, "between 0 and 10")
-        check(self, "temperature", 0 < self.temperature <= 100, "positive, at most 100")
-        check(self, "weight_decay", 0 <= self.weight_decay <= 1, "in [0, 1]")
-        check(self, "blur", 0 <= self.blur <= 1, "a share in [0, 1]")
 
     @property
     def reads(self) -> Reads:
@@ -206,15 +208,14 @@ class Pretrained(Extractor):
     weights: str
     model: str = "resnet18"
     library: Literal["torchvision", "timm"] = "torchvision"
-    size: int = 224
+    size: Annotated[int, Ge(8), Le(4096)] = 224
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    std: tuple[Annotated[float, Gt(0)], ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
-        check(self, "library", self.library in ("torchvision", "timm"), "'torchvision' or 'timm'")
-        check(self, "size", 8 <= self.size <= 4096, "between 8 and 4096 pixels")
+        super().__post_init__()
         check(self, "mean", len(self.mean) == 3, "three numbers, one per channel")
-        check(self, "std", len(self.std) == 3 and all(value > 0 for value in self.std), "three positive numbers, one per channel")
+        check(self, "std", len(self.std) == 3, "three numbers, one per channel")
         self._fingerprint()
 
     def _fingerprint(self) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from models.spec import Spec, check
+from models.spec import BatchSize, EpochCount, Ge, Le, LearningRate, Lt, Spec
 
 __all__ = ["Precision", "Recipe"]
 
@@ -32,26 +32,14 @@ class Recipe(Spec):
 
     name: ClassVar[str] = "recipe"
 
-    epochs: int = 100
-    batch: int = 128
-    lr: float = 0.01
-    momentum: float = 0.9
+    epochs: EpochCount = 100
+    batch: BatchSize = 128
+    lr: LearningRate = 0.01
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
     nesterov: bool = False
-    weight_decay: float = 5e-4
+    weight_decay: Annotated[float, Ge(0), Le(1)] = 5e-4
     optimizer: Literal["sgd", "adam"] = "sgd"
     schedule: Literal["cosine", "one-cycle", "multistep", "constant"] = "cosine"
-    crop: int = 4
+    crop: Annotated[int, Ge(0), Le(64)] = 4
     flip: bool = True
     precision: Precision = "reference"
-
-    def __post_init__(self) -> None:
-        check(self, "epochs", 0 <= self.epochs <= 10_000, "between 0 and 10000")
-        check(self, "batch", 2 <= self.batch <= 65_536, "between 2 and 65536 samples")
-        check(self, "lr", 0 <= self.lr <= 10, "between 0 and 10")
-        check(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
-        check(self, "weight_decay", 0 <= self.weight_decay <= 1, "in [0, 1]")
-        check(self, "crop", 0 <= self.crop <= 64, "between 0 and 64 pixels")
-        check(self, "optimizer", self.optimizer in ("sgd", "adam"), "'sgd' or 'adam'")
-        known = ("cosine", "one-cycle", "multistep", "constant")
-        check(self, "schedule", self.schedule in known, "one of " + ", ".join(known))
-        check(self, "precision", self.precision in ("reference", "tf32", "bf16"), "'reference', 'tf32' or 'bf16'")
