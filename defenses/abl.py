@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge, lowest
+from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge, lowest_loss
 from models.augmentations import cutout
 from models.backbone import Network
 from models.classifier import Classifier
@@ -151,7 +151,7 @@ class ABL(Defense):
         module = _Isolating(net, recipe, self.gamma, data, self.average)
         fit(module, data, recipe, seed)
         losses = module.losses if recipe.epochs else _losses(net, data)
-        return lowest(losses, self.rate), f"{module.below} of {module.total_steps if recipe.epochs else 0} batches below gamma"
+        return lowest_loss(losses, self.rate), f"{module.below} of {module.total_steps if recipe.epochs else 0} batches below gamma"
 
     def train(self, net: Network, data: ImageSet, view: DefenderView, seed: int) -> None:
         """Trains ``net`` in place on ``data`` with the victim's crop and flip, and Cutout."""

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Annotated, ClassVar, Literal
 
@@ -59,13 +60,29 @@ def scaled(net: nn.Module, layers: Sequence[UnitLayer], scale: Tensor, shift: Te
 
 
 def ascend(
-    loss_of: Callable[[Tensor, Tensor], Tensor], delta: Tensor, xi: Tensor, eps: float, steps: int, project: bool
+    loss_on: Callable[[Tensor, Tensor], Tensor],
+    mask: Tensor,
+    delta: Tensor,
+    xi: Tensor,
+    eps: float,
+    steps: int,
+    project: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``steps`` sign steps of size ``eps / steps`` from (delta, xi) up ``loss_of``; with ``project``, back into [-eps, eps]."""
+    """The perturbation (delta, xi) after sign steps of size ``eps / steps`` up the loss.
+
+    Args:
+        loss_on: (scale, shift) -> scalar, see :func:`scaled`.
+        mask: float (units,), without gradient; the scale is ``mask + delta``.
+        delta: float (units,), where the steps start.
+        xi: float (units,), the shift, likewise.
+        eps: bound of the perturbation.
+        steps: number of steps.
+        project: clip to [-eps, eps] after every step.
+    """
     for _ in range(steps):
         noise = delta.detach().requires_grad_(), xi.detach().requires_grad_()
         # A unit without bias leaves xi unused: its gradient is zero.
-        up = torch.autograd.grad(loss_of(*noise), noise, allow_unused=True, materialize_grads=True)
+        up = torch.autograd.grad(loss_on(mask + noise[0], noise[1]), noise, allow_unused=True, materialize_grads=True)
         delta, xi = (value.detach() + eps / steps * grad.sign() for value, grad in zip(noise, up, strict=True))
         if project:
             delta, xi = delta.clamp(-eps, eps), xi.clamp(-eps, eps)
@@ -127,11 +144,36 @@ class ANP(Defense):
         smaller = sorted({radius for radius in self.radii if radius < self.eps}, reverse=True)
         return (self, *(replace(self, eps=radius, radii=()) for radius in smaller))
 
+    def loss_on(
+        self,
+        net: Network,
+        layers: Sequence[UnitLayer],
+        scope: Scope,
+        inputs: Tensor,
+        labels: Tensor,
+        scale: Tensor,
+        shift: Tensor | None = None,
+    ) -> Tensor:
+        """Cross-entropy of the network under ``scale`` and ``shift`` (see :func:`scaled`), a scalar.
+
+        Args:
+            net: the network; its own weights stay.
+            layers: the units that are scaled.
+            scope: HEAD: ``inputs`` are embeddings (B, d), and the head alone is run.
+            inputs: float (B, C, H, W) in [0, 1], or embeddings.
+            labels: int64 (B,).
+            scale: float (units of all layers,).
+            shift: float (units of all layers,).
+        """
+        named, module = scaled(net, layers, scale, shift), net if scope is Scope.WHOLE else net.head
+        if scope is Scope.HEAD:
+            named = {name.removeprefix("head."): value for name, value in named.items()}
+        return cross_entropy(functional_call(module, named, (inputs,)), labels)
+
     def learn(self, net: Network, layers: Sequence[UnitLayer], view: DefenderView) -> Tensor:
         """Masks float (units of all layers,) in [0, 1]. The weights of ``net`` stay; its running statistics may drift."""
         device, data = default_device(), view.clean
         net = net.to(device).requires_grad_(False).train(view.scope is Scope.WHOLE)
-        head = view.scope is Scope.HEAD
         units = sum(layer.size for layer in layers)
         draw = generator(view.seed, "anp", "draws")
         mask = torch.ones(units, device=device, requires_grad=True)
@@ -141,22 +183,11 @@ class ANP(Defense):
             seed = derive_seed(view.seed, "anp", "augment", iteration)
             batch = Batches(picked, self.batch, seed, crop=view.recipe.crop, flip=view.recipe.flip)
             images, labels, _ = next(iter(batch))
-            inputs = net.embed(images) if head else images  # a frozen extractor is run once per batch, not three times
-
-            def loss(
-                scale: Tensor, shift: Tensor | None = None, inputs: Tensor = inputs, labels: Tensor = labels
-            ) -> Tensor:
-                named = scaled(net, layers, scale, shift)
-                if head:
-                    named = {name.removeprefix("head."): value for name, value in named.items()}
-                return cross_entropy(functional_call(net.head if head else net, named, (inputs,)), labels)
-
+            # Frozen features are computed once per batch, not three times.
+            inputs = net.embed(images) if view.scope is Scope.HEAD else images
+            loss = partial(self.loss_on, net, layers, view.scope, inputs, labels)
             start = self.eps * (2 * torch.rand((2, units), generator=draw) - 1).to(device)
-            kept = mask.detach()
-            delta, xi = ascend(
-                lambda delta, xi, kept=kept, loss=loss: loss(kept + delta, xi),  # type: ignore[misc]
-                start[0], start[1], self.eps, self.steps, self.project,
-            )  # fmt: skip
+            delta, xi = ascend(loss, mask.detach(), start[0], start[1], self.eps, self.steps, self.project)
             objective = self.alpha * loss(mask) + (1 - self.alpha) * loss(mask + delta, xi)
             optimizer.zero_grad()
             objective.backward()  # type: ignore[no-untyped-call]

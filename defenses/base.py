@@ -31,7 +31,7 @@ __all__ = [
     "Knowledge",
     "Scope",
     "Withheld",
-    "lowest",
+    "lowest_loss",
     "prunable",
     "pruned_candidate",
 ]
@@ -269,7 +269,7 @@ def prunable(net: Network, scope: Scope, pairing: Pairing = "dataflow") -> tuple
     return layers
 
 
-def lowest(losses: Tensor, share: float) -> Tensor:
+def lowest_loss(losses: Tensor, share: float) -> Tensor:
     """The ``floor(share * N)`` samples of lowest loss, bool (N,); ties go to the lower index."""
     mask = torch.zeros(len(losses), dtype=torch.bool)
     mask[torch.argsort(losses, stable=True)[: int(share * len(losses))]] = True

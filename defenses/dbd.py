@@ -21,7 +21,7 @@ from typing import Annotated, ClassVar
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
-from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge, Scope, lowest
+from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge, Scope, lowest_loss
 from defenses.fine_tuning import Tuned, tune
 from models.backbone import Network
 from models.extractors import SelfSupervised
@@ -106,7 +106,7 @@ class DBD(Defense):
 
     def split(self, net: Network, data: ImageSet) -> Tensor:
         """Samples that keep their labels, bool (N,)."""
-        return lowest(symmetric_cross_entropy(logits(net, data.images), data.labels.cpu()), self.clean_share)
+        return lowest_loss(symmetric_cross_entropy(logits(net, data.images), data.labels.cpu()), self.clean_share)
 
     def candidates(self, view: DefenderView) -> Iterator[Candidate]:
         data = view.train

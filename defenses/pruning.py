@@ -31,7 +31,7 @@ from models.spec import Ge, Lt, Share, check
 from models.training import accuracy, default_device
 from models.units import Masks, Scores, UnitLayer, Writer, capture, embedding_layer, largest_within, prune
 
-__all__ = ["Pruning", "Site", "clean_activations", "last_layers", "lowest", "mean_activations", "steps", "stop"]
+__all__ = ["Pruning", "Site", "clean_activations", "last_layers", "least_active", "mean_activations", "steps", "stop"]
 
 Site = Literal["classifier-input", "last-conv"]
 
@@ -74,7 +74,7 @@ def mean_activations(net: Network, layers: Sequence[UnitLayer], images: Tensor, 
     return {name: value / len(images) for name, value in total.items()}
 
 
-def lowest(activations: Scores, share: float) -> Masks:
+def least_active(activations: Scores, share: float) -> Masks:
     """Masks of the ``round(share * n)`` least active units of each layer, but never its last one; ties by lower index."""
     masks: Masks = {}
     for name, values in activations.items():
@@ -99,7 +99,7 @@ def clean_activations(view: DefenderView, site: Site) -> Scores:
 def steps(activations: Scores, shares: Sequence[float]) -> dict[float, Masks]:
     """Masks by the share of units they really prune, in the order of ``shares``; those that round alike fall together."""
     units = sum(len(values) for values in activations.values())
-    found = [lowest(activations, share) for share in shares]
+    found = [least_active(activations, share) for share in shares]
     return {sum(int(mask.sum()) for mask in masks.values()) / units: masks for masks in found}
 
 
