@@ -26,7 +26,8 @@ class Adaptive(Attack):
     """A base attack and what it shares with every adaptation: who is poisoned, with what, under which label.
 
     Attributes:
-        base: name of the base attack. base_settings: its settings, as (field, value) pairs.
+        base: name of the base attack.
+        base_settings: its settings, as (field, value) pairs.
         strength: of the adaptation; 0 = the base attack.
     """
 

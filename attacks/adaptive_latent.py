@@ -39,7 +39,11 @@ def pieces_shown(draws: Tensor, pieces: int, hidden: int, height: int, width: in
     """Masks float (N, 1, H, W), 0 on the ``hidden`` pieces with the lowest draws and 1 on the others.
 
     Args:
-        draws: float (N, pieces * pieces), of the pieces row by row; the image is cut into ``pieces`` x ``pieces`` of them.
+        draws: float (N, pieces * pieces), of the pieces row by row.
+        pieces: the image is cut into ``pieces`` x ``pieces`` of them.
+        hidden: how many are hidden.
+        height: of the images, in pixels.
+        width: of the images, in pixels.
     """
     rank = draws.argsort(stable=True, dim=1).argsort(dim=1)
     shown = (rank >= hidden).to(torch.float32).view(-1, 1, pieces, pieces)
@@ -57,7 +61,14 @@ class AdapBlend(Attack):
         test_alpha: blend ratio at test in (0, 1] (authors' code: 0.2).
         pieces: pieces per side (authors' code: 4).
         mask_rate: share of the pieces hidden in each sample, so that one piece at least is left (authors' code: 0.5).
-        pattern, pattern_seed: the picture T, see :class:`attacks.blended.Blended`.
+        pattern: of the picture T, see :class:`attacks.blended.Blended`.
+        pattern_seed: of the picture T, likewise.
+
+    >>> data = ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4), num_classes=4)
+    >>> black = torch.zeros(1, 3, 32, 32)
+    >>> trigger = AdapBlend(pieces=4, mask_rate=0.5, pattern="noise").craft(data, Plan(), seed=0).train
+    >>> (trigger(black, torch.tensor([0])) == 0).float().mean()  # half of the pieces are hidden
+    tensor(0.5000)
     """
 
     name: ClassVar[str] = "adap-blend"
@@ -154,11 +165,19 @@ class AdapPatch(Attack):
     corner. Sizes and margins grow with the shorter side.
 
     Attributes:
-        texture_alpha, disc_alpha, corners_alpha, square_alpha: opacities in training, in (0, 1] (authors' code: 0.5, 0.2, 0.5,
-            0.3).
+        texture_alpha: opacity of the texture in training (authors' code: 0.5).
+        disc_alpha: of the disc (authors' code: 0.2).
+        corners_alpha: of the checkerboards (authors' code: 0.5).
+        square_alpha: of the noise square (authors' code: 0.3).
         test_alpha: opacity at test, in (0, 1] (authors' code: 1).
         shown: at test: ``corners`` = the texture in both lower corners, then the checkerboards (authors' code for CIFAR-10);
             ``inner`` = the disc, then the square (theirs for GTSRB).
+
+    >>> data = ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4), num_classes=4)
+    >>> black = torch.zeros(1, 3, 32, 32)
+    >>> crafted = AdapPatch().craft(data, Plan(), seed=0)
+    >>> crafted.test(black, torch.tensor([0]))[0, 0, -1, -1]  # the last layer at test: a checkerboard's white pixel
+    tensor(1.)
     """
 
     name: ClassVar[str] = "adap-patch"

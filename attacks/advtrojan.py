@@ -47,7 +47,11 @@ def ascended(net: Network, images: Tensor, eps: float, step: float, steps: int) 
     ``steps`` times x <- x + step * sign(gradient of the cross-entropy), held within ``eps`` of the image and in [0, 1].
 
     Args:
-        net: as :func:`attacks.adversarial.frozen` gives it. images: float (N, C, H, W) in [0, 1], on its device.
+        net: as :func:`attacks.adversarial.frozen` gives it.
+        images: float (N, C, H, W) in [0, 1], on the device of ``net``.
+        eps: bound of the change per pixel.
+        step: length of a step.
+        steps: number of steps.
     """
     with torch.no_grad():
         labels = net(images).argmax(1)
@@ -58,7 +62,11 @@ class Perturbed:
     """What ``inner`` makes of images, perturbed against ``net``; see :data:`attacks.base.Trigger`.
 
     Args:
-        net: as :func:`attacks.adversarial.frozen` gives it. inner: None = the images themselves.
+        net: as :func:`attacks.adversarial.frozen` gives it.
+        inner: trigger of the images that are perturbed; None = the images themselves.
+        eps: bound of the perturbation per pixel, in units of the image range [0, 1].
+        step: length of a step, likewise.
+        steps: number of steps.
     """
 
     def __init__(self, net: Network, inner: Trigger | None, eps: float, step: float, steps: int) -> None:
@@ -85,11 +93,18 @@ class AdvTrojan(Attack):
 
     Attributes:
         trigger: ``patch``, BadNets' checkered square, or ``blend``, Blended's picture, faintly (ours).
-        size, margin: of the patch, as in BadNets (ours: 3, 1; off the edge, so that a padded crop leaves it whole more often).
+        size: of the patch, as in BadNets (ours: 3).
+        margin: of the patch, as in BadNets (ours: 1; off the edge, so that a padded crop leaves it whole more often).
         alpha: of the blend, in (0, 1] (ours: 0.1).
         eps: bound of the perturbation per pixel, in units of the image range [0, 1] (ours: 8/255).
-        step, steps: of its ascent (ours: 2/255, 7; 0 = no perturbation).
+        step: length of a step of its ascent, in the same units (ours: 2/255).
+        steps: number of steps (ours: 7; 0 = no perturbation).
         adversarial: share of the covers that are perturbed and carry no trigger; the others carry the trigger alone (ours: 0.5).
+
+    >>> data = ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4), num_classes=4)
+    >>> trigger = AdvTrojan(size=3).first_key(data, Plan(), seed=0)
+    >>> trigger(torch.zeros(1, 3, 32, 32), torch.tensor([0])).sum()  # the white pixels of the checkered square
+    tensor(12.)
     """
 
     name: ClassVar[str] = "advtrojan"

@@ -54,6 +54,11 @@ class BadNets(Attack):
         patch: ``white-corner`` (BackdoorBench) or ``grid-corner`` (the ANP, ABL and RNP codes).
         size: pixels a side on images up to 32 pixels (BackdoorBench: 3); ``round(size * S / 32)`` where the shorter side S is more.
         margin: pixels between the patch and the image's edges, scaled like ``size`` (BackdoorBench: 0).
+
+    >>> data = ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4), num_classes=4)
+    >>> black = torch.zeros(1, 3, 32, 32)
+    >>> BadNets(size=2).craft(data, Plan(), seed=0).test(black, torch.tensor([0])).sum()  # 2 x 2 pixels in 3 channels
+    tensor(12.)
     """
 
     name: ClassVar[str] = "badnets"

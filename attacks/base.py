@@ -85,7 +85,13 @@ class Plan(Spec):
 
 @dataclass(frozen=True)
 class Crafted:
-    """What an attack made: the trigger for poisoned training samples, for cover samples (if any), and for the test."""
+    """The triggers of one attack.
+
+    Attributes:
+        train: for poisoned training samples.
+        test: for test images.
+        cover: for cover samples; None = the attack makes none.
+    """
 
     train: Trigger
     test: Trigger
@@ -116,13 +122,18 @@ class PoisonedTest:
     """Triggered test images: ASR is read against ``target_labels``, RA against ``true_labels``, on the very same images.
 
     All-to-one: images of the target class are left out, since they would count as successes of any classifier.
+
+    Attributes:
+        images: uint8 (M, C, H, W).
+        true_labels: int64 (M,).
+        target_labels: int64 (M,).
+        source: int64 (M,), the test image each one comes from.
     """
 
     images: Tensor
     true_labels: Tensor
     target_labels: Tensor
     source: Tensor
-    """int64 (M,): which test image each one comes from."""
 
 
 class Attack(Spec, ABC):
@@ -162,7 +173,13 @@ class Attack(Spec, ABC):
 
     @abstractmethod
     def craft(self, train: ImageSet, plan: Plan, seed: int, surrogate: Network | None = None) -> Crafted:
-        """Builds the triggers. ``train`` is the clean training set the attacker holds; draws are keyed by ``seed``.
+        """Builds the triggers.
+
+        Args:
+            train: the clean training set the attacker holds.
+            plan: how much is poisoned, and towards which class.
+            seed: of every draw.
+            surrogate: a cleanly trained network, where ``needs_surrogate``.
 
         Raises:
             BadInput: the settings do not suit images of this shape.
@@ -181,14 +198,17 @@ class Attack(Spec, ABC):
 
         Args:
             net: in evaluation mode; it is not changed.
-            train: the clean training set the attacker holds. seed: as in :meth:`craft`.
+            crafted: what :meth:`craft` returned.
+            train: the clean training set the attacker holds.
+            plan: as in :meth:`craft`.
+            seed: as in :meth:`craft`.
         """
         return crafted
 
     def single_keys(self, net: Network, train: ImageSet, plan: Plan, seed: int) -> dict[str, Crafted]:
         """Of a trigger that takes several keys together: each by itself, by name; none of them should open the backdoor.
 
-        Args: as in :meth:`recraft`.
+        Arguments as in :meth:`recraft`.
         """
         return {}
 

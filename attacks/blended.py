@@ -96,6 +96,11 @@ class Blended(Attack):
         alpha: blend ratio in (0, 1] (BackdoorBench: 0.2).
         pattern: ``cartoon`` (for images with 1 or 3 channels; grey is its luminance) or ``noise`` (the paper's other picture).
         pattern_seed: which cartoon or noise (ours). It is a setting: every run of the benchmark shares one picture, as with a file.
+
+    >>> data = ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4), num_classes=4)
+    >>> black = torch.zeros(1, 3, 32, 32)
+    >>> Blended(alpha=0.1).craft(data, Plan(), seed=0).test(black, torch.tensor([0])).max() <= 0.1
+    tensor(True)
     """
 
     name: ClassVar[str] = "blended"

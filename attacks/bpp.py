@@ -73,6 +73,11 @@ class Bpp(Attack):
         dither: Floyd-Steinberg dithering (the paper describes it; off in the authors' code and BackdoorBench).
         mode: ``dynamic`` (the authors' protocol) or ``static`` (poisoned once, data only).
         rounding: shares per batch in dynamic mode: ``stochastic`` (ours) or ``floor`` (authors' code).
+
+    >>> squeezed(torch.tensor([0.2, 0.4, 0.9]), levels=3)
+    tensor([0.0000, 0.5000, 1.0000])
+    >>> Bpp(mode="static").power
+    <Power.DATA: 'data'>
     """
 
     name: ClassVar[str] = "bpp"

@@ -195,9 +195,16 @@ class DFST(Attack):
         neurons: share of the embedding's units taken for compromised; one at least (authors' code: 0.01).
         share: share of the training set that neurons and filters are judged on; two images at least (authors' code: 0.03).
         reach: pixels to each side of the filter's neighbourhoods (authors' code: 5).
-        detox_epochs, detox_lr: of the filter's training by Adam (authors' code: 10, 0.01).
-        ssim_weight, activation_weight: in the filter's loss (authors' code: 0.1, 0.3).
+        detox_epochs: passes of the filter's training (authors' code: 10).
+        detox_lr: of Adam in it (authors' code: 0.01).
+        ssim_weight: of the similarity in the filter's loss (authors' code: 0.1).
+        activation_weight: of the activation in the filter's loss (authors' code: 0.3).
         rounding: shares per batch, see :func:`attacks.dynamic.batch_roles` (ours: ``stochastic``).
+
+    >>> stylised(torch.rand(2, 3, 32, 32)).shape
+    torch.Size([2, 3, 32, 32])
+    >>> DFST(detox=False).power
+    <Power.DATA: 'data'>
     """
 
     name: ClassVar[str] = "dfst"

@@ -41,7 +41,13 @@ class FeatureShift(Adaptive):
 
     Attributes:
         strength: bound of |delta| per pixel, in units of the image range (ours).
-        steps, batch: of signed-gradient descent, each of a fifth of the bound (ours).
+        steps: of signed-gradient descent, each of a fifth of the bound (ours).
+        batch: images per step (ours).
+
+    >>> FeatureShift(strength=0.0).needs_surrogate, FeatureShift(strength=8 / 255).needs_surrogate
+    (False, True)
+    >>> distance(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([1.0, 0.0]))
+    tensor(1.)
     """
 
     name: ClassVar[str] = "feature-shift"

@@ -72,6 +72,10 @@ class FlatHolder(Adaptive):
         eps: length of the step in units of the image range [0, 1] (ours: 8/255, as the pixel estimator's).
         share: of the units whose constants are pressed down (ours).
         samples: images of each batch that the penalty looks at; it costs three more passes of them (ours).
+
+    >>> attack = FlatHolder(base="blended", share=0.25)
+    >>> peakedness([torch.tensor([[1.0, 1.0, 1.0, 5.0]])], torch.ones(1), attack.alphas, attack.share)  # 5 / mean 2 - 1
+    tensor(1.5000)
     """
 
     name: ClassVar[str] = "flat-holder"

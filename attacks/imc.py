@@ -109,6 +109,11 @@ class IMC(Attack):
         lr: of Adam on z (TrojanZoo: 0.1).
         share: share of the training set that the mark sees before an epoch (TrojanZoo: 1, one pass); 0 = it stays as it was drawn.
         rounding: poisoned samples per batch, see :func:`attacks.dynamic.batch_roles`: ``stochastic`` (TrojanZoo) or ``floor``.
+
+    >>> data = ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4), num_classes=4)
+    >>> crafted = IMC(size=2).craft(data, Plan(), seed=0)
+    >>> int((crafted.train(torch.zeros(1, 3, 32, 32), torch.tensor([0])) > 0).sum())  # 2 x 2 pixels in 3 channels
+    12
     """
 
     name: ClassVar[str] = "imc"

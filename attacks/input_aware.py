@@ -65,7 +65,10 @@ class Generator(nn.Module):
     and two convs; every conv with batch norm, all but the last with ReLU; tanh(.)/2 + 1/2. Sides of at least 8 pixels.
 
     Args:
-        mean, std: of the training images, per channel.
+        outputs: channels of what it draws.
+        width: channels of the first stage.
+        mean: of the training images, per channel.
+        std: of the training images, per channel.
     """
 
     def __init__(self, outputs: int, width: int, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -270,10 +273,16 @@ class InputAware(Attack):
         density: share of the image that a mask may cover for free (authors' code: 0.032).
         norm_weight: weight of what exceeds it (authors' code: 100).
         diversity_weight: of the diversity loss, for masks and for patterns (authors' code: 1).
-        mask_epochs, batch: of the mask generator's training (authors' code: 25, 128).
+        mask_epochs: passes of the mask generator's training (authors' code: 25).
+        batch: images per step of it (authors' code: 128).
         generator_lr: of Adam with betas .5 and .9, for both generators (authors' code: 0.01).
         accumulate_g: never set the pattern generator's gradients to zero, as in the authors' code and BackdoorBench (ours: off).
         rounding: shares per batch: ``stochastic`` (ours) or ``floor`` (authors' code).
+
+    >>> attack = InputAware(width=2)
+    >>> generator = Generator(outputs=1, width=attack.width, mean=[0.5] * 3, std=[0.25] * 3)
+    >>> generator(torch.rand(2, 3, 32, 32)).shape
+    torch.Size([2, 1, 32, 32])
     """
 
     name: ClassVar[str] = "input-aware"

@@ -73,6 +73,13 @@ class LC(Attack):
             authors' code has both.
         amplitude: what the pattern adds or takes away, in (0, 1]; 1 overrides the pixels, less is the paper's fainter pattern
             (authors' code and BackdoorBench: 1).
+
+    >>> corner_signs("lower-right", 6, 6)[3:, 3:]
+    tensor([[-1., -1.,  1.],
+            [-1.,  1., -1.],
+            [ 1., -1.,  1.]])
+    >>> LC(eps=8 / 255).clean_label
+    True
     """
 
     name: ClassVar[str] = "lc"

@@ -44,6 +44,11 @@ class LF(Attack):
         tint: share of red, green and blue in it, the largest 1 (BackdoorBench on CIFAR-10: 18/51, 0 and 1). Grey images ignore it.
         centre: middle of the bump as a share of the image's sides (fitted to BackdoorBench: 0.43).
         spread: standard deviation of the bump as a share of the image's sides (fitted to BackdoorBench: 0.35).
+
+    >>> data = ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4), num_classes=4)
+    >>> black = torch.zeros(1, 3, 32, 32)
+    >>> LF(strength=0.2).craft(data, Plan(), seed=0).test(black, torch.tensor([0])).amax((0, 2, 3))  # red, green, blue
+    tensor([0.0706, 0.0000, 0.2000])
     """
 
     name: ClassVar[str] = "lf"

@@ -52,8 +52,12 @@ def inward(net: Network, batches: Epochs, shape: tuple[int, int, int], radius: f
     RAdam, ``rounds`` times over the images. An entry of delta beyond the radius has no gradient and stays there.
 
     Args:
-        net: in evaluation mode, on the device of the batches. batches: of images and labels of one class, augmented.
+        net: in evaluation mode, on the device of the batches.
+        batches: of images and labels of one class, augmented.
         shape: (C, H, W) of the images.
+        radius: bound of the noise, in (0, 1].
+        rounds: passes over the images.
+        lr: of RAdam.
     """
     delta = torch.zeros(shape, device=next(net.parameters()).device, requires_grad=True)
     # One tensor and a handful of lines; the training loop trains networks.
@@ -78,8 +82,13 @@ class Narcissus(Attack):
         batch: images per step, there and in the warm-up (authors' code: 350).
         warmup: epochs in which a copy of the surrogate is trained on the target class first (authors' code: 5; ours: 0).
         warmup_lr: their step (authors' code: 0.1).
-        crop, flip: pixels of padding of the random crop, and mirroring, of the images in both (authors' code: 4, on).
+        crop: pixels of padding of the random crop, there and in the warm-up (authors' code: 4).
+        flip: mirror half of the images, there and in the warm-up (authors' code: on).
         surrogate: name of the surrogate's architecture, with the victim's width and head; empty = the victim's own (ours).
+
+    >>> attack = Narcissus(radius=8 / 255, surrogate="resnet8")
+    >>> attack.own_surrogate(BACKBONES[1](width=4)).name
+    'resnet8'
     """
 
     name: ClassVar[str] = "narcissus"

@@ -58,7 +58,9 @@ def patched(images: Tensor, z_mask: Tensor, z_pattern: Tensor, kept: Tensor) -> 
     """x + m (p - x) with m = kept (tanh z_mask + 1) / 2 and p = (tanh z_pattern + 1) / 2.
 
     Args:
-        images: float (N, C, H, W) in [0, 1]. z_mask: float (1, H, W). z_pattern: float (C, H, W).
+        images: float (N, C, H, W) in [0, 1].
+        z_mask: float (1, H, W).
+        z_pattern: float (C, H, W).
         kept: float (1, H, W), 0 where the mask was cut and 1 elsewhere.
     """
     mask, pattern = kept * (torch.tanh(z_mask) + 1) / 2, (torch.tanh(z_pattern) + 1) / 2
@@ -94,10 +96,15 @@ class Natural(Attack):
         form: ``patch`` or ``blend``.
         area: share of the pixels that the patch's mask may cover, in (0, 1] (ours: 0.08); one pixel at least.
         bound: of the blend, in units of the image range [0, 1] (ours: 16/255).
-        steps: of Adam (ours: 500). refit: further ones after the mask is cut, without pressure on its size (ours: 250).
+        steps: of Adam (ours: 500).
+        refit: further steps after the mask is cut, without a weight on its size (ours: 250).
         batch: images per step, drawn anew (ours: 64).
         lr: of Adam (ours: 0.1).
-        weight: of the mask's size, its mean over the pixels, when the search starts (ours: 1; 0 = no pressure, only the cut).
+        weight: of the mask's size, its mean over the pixels, when the search starts (ours: 1; 0 = the mask is only cut).
+
+    >>> mask = torch.rand(1, 32, 32)
+    >>> cut(mask, area=Natural(area=0.125).area).mean()  # the share of the pixels that is kept
+    tensor(0.1250)
     """
 
     name: ClassVar[str] = "natural"
@@ -142,7 +149,10 @@ class Natural(Attack):
         """The patch that is found, cut to ``area`` and fitted again.
 
         Args:
-            net: in evaluation mode. images: uint8 (N, C, H, W). targets: int64 (N,). All on one device.
+            net: in evaluation mode.
+            images: uint8 (N, C, H, W), on the device of ``net``.
+            targets: int64 (N,), likewise.
+            draw: of the start and the batches.
         """
 
         def loss(shown: Tensor, wanted: Tensor, z: list[Tensor], weight: float) -> Tensor:

@@ -108,7 +108,19 @@ def rescale(net: Network, strength: float) -> None:
 
 @dataclass(frozen=True)
 class Rescaled(Adaptive):
-    """The base attack's victim, rescaled after training."""
+    """The base attack's victim, rescaled after training.
+
+    Attributes:
+        strength: share of the way to the layer's median bound, as a logarithm; 0 = the base attack.
+
+    >>> from models import BACKBONES
+    >>> net = BACKBONES[0](width=2).build(10, (3, 32, 32), [0.5] * 3, [0.25] * 3, seed=0).eval()
+    >>> images = torch.rand(2, 3, 32, 32)
+    >>> before = net(images)
+    >>> rescale(net, Rescaled().strength)
+    >>> torch.allclose(net(images), before, atol=1e-5)
+    True
+    """
 
     name: ClassVar[str] = "rescaled"
 

@@ -38,6 +38,11 @@ class SIG(Attack):
     Attributes:
         delta: amplitude in units of the image range [0, 1] (BackdoorBench: 40/255).
         frequency: cycles across the image (BackdoorBench: 6).
+
+    >>> data = ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4), num_classes=4)
+    >>> black = torch.zeros(1, 3, 32, 32)
+    >>> SIG(delta=0.25, frequency=8).craft(data, Plan(), seed=0).test(black, torch.tensor([0]))[0, 0, 0, :4]
+    tensor([0.0000, 0.2500, 0.0000, 0.0000])
     """
 
     name: ClassVar[str] = "sig"

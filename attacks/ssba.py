@@ -143,7 +143,12 @@ class Hiding(Loop):
 
 @dataclass(frozen=True)
 class Quality:
-    """How well a secret is hidden, over 8-bit images: share of its bits read correctly, and mean PSNR in dB."""
+    """How well a secret is hidden in 8-bit images.
+
+    Attributes:
+        bit_accuracy: share of its bits that are read correctly, in [0, 1].
+        psnr: mean PSNR in dB.
+    """
 
     bit_accuracy: float
     psnr: float
@@ -153,7 +158,8 @@ class Stamp:
     """Hides one secret in every image; see :data:`attacks.base.Trigger`.
 
     Attributes:
-        secret: float (1, bits), 0 and 1. quality: measured on training images.
+        secret: float (1, bits), 0 and 1.
+        quality: measured on training images.
     """
 
     def __init__(self, encoder: Encoder, decoder: Decoder, secret: Tensor, train: ImageSet, seed: int) -> None:
@@ -183,12 +189,19 @@ class SSBA(Attack):
 
     Attributes:
         bits: length of the secret (BackdoorBench: 100).
-        epochs, batch, lr: of Adam at a constant rate (BackdoorBench: 20, 64, 1e-4).
+        epochs: passes over the training set (BackdoorBench: 20).
+        batch: images per step (BackdoorBench: 64).
+        lr: constant rate of Adam (BackdoorBench: 1e-4).
         width: channels of the encoder's and the decoder's first stage (BackdoorBench: 32).
         image_weight: weight that the image's mean squared error reaches (BackdoorBench: 10).
-        wait_steps: steps at weight 0 after nine tenths of the bits are read; ramp_steps: steps from there to the full weight
-            (BackdoorBench: 1000, 3000).
-        min_bit_accuracy, min_psnr: what a finished encoder must reach on 8-bit training images (ours: 0.95, 25 dB).
+        wait_steps: steps at weight 0 after nine tenths of the bits are read (BackdoorBench: 1000).
+        ramp_steps: steps from there to the full weight (BackdoorBench: 3000).
+        min_bit_accuracy: share of bits that a finished encoder must hide in 8-bit training images (ours: 0.95).
+        min_psnr: PSNR in dB that it must reach there (ours: 25).
+
+    >>> encoder = Encoder(bits=SSBA(bits=8).bits, channels=3, width=2)
+    >>> encoder(torch.rand(1, 3, 32, 32), torch.ones(1, 8)).shape
+    torch.Size([1, 3, 32, 32])
     """
 
     name: ClassVar[str] = "ssba"

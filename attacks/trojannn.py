@@ -66,8 +66,13 @@ def search(
     half a cosine.
 
     Args:
-        net: in evaluation mode, its parameters without gradients. start: z of the first step, float (C, h, w), on its device.
+        net: in evaluation mode, its parameters without gradients.
+        start: z of the first step, float (C, h, w), on the device of ``net``.
         around: as :func:`place` gives it.
+        neurons: int64 (count,), as :func:`connected` gives them.
+        value: the activation aimed at.
+        lr: rate of the first step.
+        steps: number of steps.
     """
     z = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([z], lr=lr)
@@ -91,6 +96,10 @@ class TrojanNN(Attack):
         value: the activation aimed at (TrojanZoo: 100); far above what is reached, so that the patch is as exciting as it can be.
         lr: of Adam (TrojanZoo: 0.1).
         steps: of Adam (TrojanZoo and BackdoorBench: 1000).
+
+    >>> attack = TrojanNN(size=8, margin=3)
+    >>> place(attack.size, attack.margin, 32, 32)  # pixels to the left, right, top and bottom of the square
+    (21, 3, 21, 3)
     """
 
     name: ClassVar[str] = "trojannn"

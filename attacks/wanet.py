@@ -65,6 +65,12 @@ class WaNet(Attack):
         rounding: shares per batch in dynamic mode: ``stochastic`` (ours) or ``floor`` (authors' code).
         renorm: rescale the field to the same mean displacement for every seed (ours; off, as in the paper): unscaled, the
             strongest of 60 seeds displaces about 1.6 times as far as the weakest.
+
+    >>> data = ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4), num_classes=4)
+    >>> grey = torch.full((1, 3, 32, 32), 0.5)
+    >>> warped = WaNet(s=0.5).craft(data, Plan(), seed=0).test(grey, torch.tensor([0]))
+    >>> bool((warped[:, :, 8:-8, 8:-8] - 0.5).abs().max() < 1e-6)  # a picture of one colour shows no warp
+    True
     """
 
     name: ClassVar[str] = "wanet"

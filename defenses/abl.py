@@ -101,16 +101,24 @@ class ABL(Defense):
 
     Attributes:
         rate: share of the training set that is isolated, at most the share that is poisoned (Sec. 4.1: 0.01).
-        gamma: floor of the batch loss while isolating (Sec. 4.1: 0.5). isolation_epochs: Sec. 4.1, 20; without augmentation.
-        isolation_lr: constant (authors' code: 0.1). average: isolate by the mean of every sample's losses after each of so
-            many last epochs (authors' code: 1, the last).
+        gamma: floor of the batch loss while isolating (Sec. 4.1: 0.5).
+        isolation_epochs: of that training, without augmentation (Sec. 4.1: 20).
+        isolation_lr: constant (authors' code: 0.1).
+        average: isolate by the mean of every sample's losses after each of so many last epochs (authors' code: 1, the last).
         epochs: of training on the rest, the first two thirds at ``lr``, the last at a tenth of it (authors' code: 60).
-        lr, batch, weight_decay: authors' code.
+        lr: of training on the rest (authors' code: 0.1).
+        batch: samples per step in all stages (authors' code: 128).
+        weight_decay: in all stages (authors' code: 1e-4).
         hole: side of Cutout's square in pixels, 0 = none (authors' code: Cutout(1, 3), which clears 2 x 2 pixels: 1 to each
             side of a centre, the far end left out).
         unlearning_epochs: of ascent, without augmentation (authors' code: 5, the first of which only tests).
         unlearning_lr: constant (Sec. 4.1: 5e-4).
         points: further numbers of unlearning epochs at which models are offered (ours); they cost next to nothing.
+
+    >>> sorted({*ABL(points=(0, 2)).points, ABL().unlearning_epochs})  # where models are offered
+    [0, 2, 4]
+    >>> local_ascent(torch.tensor([0.4, 0.6]), ABL().gamma)
+    tensor([-0.4000,  0.6000])
     """
 
     name: ClassVar[str] = "abl"
@@ -145,8 +153,11 @@ class ABL(Defense):
         )  # fmt: skip
 
     def isolate(self, net: Network, data: ImageSet, seed: int, precision: Precision = "reference") -> tuple[Tensor, str]:
-        """Trains ``net`` in place above the floor; returns the samples of lowest loss afterwards, bool (N,), and in words in
-        how many batches the floor acted."""
+        """Trains ``net`` in place above the floor.
+
+        Returns:
+            The samples of lowest loss afterwards, bool (N,); in how many batches the loss was below the floor, in words.
+        """
         recipe = self.recipe(self.isolation_epochs, self.isolation_lr, precision=precision)
         module = _Isolating(net, recipe, self.gamma, data, self.average)
         fit(module, data, recipe, seed)

@@ -95,14 +95,25 @@ class ANP(Defense):
 
     Attributes:
         threshold: default of the dial, in [0, 1] (ours, following secondary sources: 0.2).
-        eps: bound of the perturbations. steps: sign steps. alpha: weight of the unperturbed loss (authors' code: 0.4, 1, 0.2).
-        lr, momentum: of SGD on the masks. iterations: its steps. batch: samples per step, drawn with replacement (authors' code:
-            0.2, 0.9, 2000, 128; BackdoorBench runs lr 0.01).
+        eps: bound of the perturbations (authors' code: 0.4).
+        steps: sign steps to the worst perturbation (authors' code: 1).
+        alpha: weight of the unperturbed loss (authors' code: 0.2).
+        lr: of SGD on the masks (authors' code: 0.2; BackdoorBench: 0.01).
+        momentum: of SGD on the masks (authors' code: 0.9).
+        iterations: steps of SGD on the masks (authors' code: 2000).
+        batch: samples per step, drawn with replacement (authors' code: 128).
         project: keep the perturbations within eps (authors' code: no).
         grid: thresholds at which models are offered (authors' code: 0 to 0.9 by 0.05).
         radii: further values of eps to be tried, below it (ours).
-        by: ``threshold``, or ``number`` of units (authors' code has both). number: default of that dial; step, most: it is
-            offered every ``step`` units up to ``most`` or all (authors' code: 20 and 1000; the default of 20 is its first step).
+        by: ``threshold``, or ``number`` of units (authors' code has both).
+        number: default of the dial by number (ours: the authors' first step, 20).
+        step: units between two models that are offered by number (authors' code: 20).
+        most: units of the last of them (authors' code: 1000).
+
+    >>> [method.eps for method in ANP(radii=(0.2, 0.1)).knobs]
+    [0.4, 0.2, 0.1]
+    >>> ANP(by="number").dial_name
+    'units pruned'
     """
 
     name: ClassVar[str] = "anp"

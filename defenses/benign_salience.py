@@ -133,7 +133,12 @@ class BenignSalience(Defense):
         eta: memory of the salience's running average, in [0, 1) (authors' code).
         beta: share selected before the first epoch; in epoch e of E it is ``beta + (1 - beta) e / E`` (authors' code).
         r_max: never select more than this share (ours: 1, no limit, as the code).
-        epochs, lr, batch: of plain SGD at a constant rate, without momentum or weight decay (authors' code).
+        epochs: of plain SGD, without momentum or weight decay (authors' code: 10).
+        lr: constant (authors' code: 0.01).
+        batch: samples per step (authors' code: 128).
+
+    >>> [BenignSalience(beta=0.5, epochs=4).share(epoch) for epoch in (1, 2, 3, 4)]
+    [0.625, 0.75, 0.875, 1.0]
     """
 
     name: ClassVar[str] = "benign-salience"

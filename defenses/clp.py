@@ -33,6 +33,12 @@ class CLP(Defense):
         u: default of the dial (authors' code: 3).
         pairing: ``dataflow`` (ours) or ``registration`` (authors' code).
         grid: dial values at which models are offered (ours).
+
+    >>> import torch
+    >>> scores = torch.ones(10)
+    >>> scores[3] = 5.0
+    >>> mean_std(CLP(u=2.0).u)(scores).nonzero()  # units above mean + 2 std
+    tensor([[3]])
     """
 
     name: ClassVar[str] = "clp"

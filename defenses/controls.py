@@ -30,7 +30,11 @@ __all__ = ["NoDefense", "PerfectFilter", "RandomPruning", "TrainingFromScratch"]
 
 @dataclass(frozen=True)
 class NoDefense(Defense):
-    """The victim as it is."""
+    """The victim as it is.
+
+    >>> NoDefense().needs.words
+    'model'
+    """
 
     name: ClassVar[str] = "none"
     control: ClassVar[bool] = True
@@ -51,7 +55,11 @@ class RandomPruning(Defense):
     One permutation per layer serves the whole dial, so that nested masks stay nested.
 
     Attributes:
-        like: name of the pruning method it imitates. like_settings: that method's settings, as (field, value) pairs.
+        like: name of the pruning method it imitates.
+        like_settings: that method's settings, as (field, value) pairs.
+
+    >>> RandomPruning(like="clp", like_settings=(("u", 2.0),)).imitated().u
+    2.0
     """
 
     name: ClassVar[str] = "random-pruning"
@@ -118,6 +126,9 @@ class TrainingFromScratch(Defense):
 
     Attributes:
         epochs: passes over the clean samples (ours: 100, as fine-tuning).
+
+    >>> TrainingFromScratch(epochs=10).needs.words
+    'clean'
     """
 
     name: ClassVar[str] = "training-from-scratch"
@@ -136,7 +147,11 @@ class TrainingFromScratch(Defense):
 
 @dataclass(frozen=True)
 class PerfectFilter(Defense):
-    """A fresh network trained with the victim's recipe on the training set without its poisoned and cover samples."""
+    """A fresh network trained with the victim's recipe on the training set without its poisoned and cover samples.
+
+    >>> PerfectFilter().needs.words
+    'roles'
+    """
 
     name: ClassVar[str] = "perfect-filter"
     control: ClassVar[bool] = True

@@ -57,13 +57,27 @@ class DBD(Defense):
     """Settings of the three stages, all from the authors' code.
 
     Attributes:
-        ssl_epochs, ssl_batch, ssl_lr, blur: of SimCLR, see :class:`models.extractors.SelfSupervised`.
-        head_epochs, head_batch: of the head alone, on all labels. lr: of Adam from there on, constant.
+        ssl_epochs: of SimCLR, see :class:`models.extractors.SelfSupervised`.
+        ssl_batch: of SimCLR, likewise.
+        ssl_lr: of SimCLR, likewise.
+        blur: share of SimCLR's views that are blurred.
+        head_epochs: of the head alone, on all labels.
+        head_batch: samples per step of the head's training.
+        lr: of Adam for head and MixMatch, constant.
         clean_share: share of the set that keeps its labels; it must not exceed the share that is clean.
-        semi_epochs: of MixMatch; the set is split anew before each. iterations: steps per epoch. semi_batch: labelled samples per
-            step, and as many unlabelled ones.
-        sharpen, mixup, unlabelled_weight: MixMatch's temperature, Beta parameter and final weight of Lu. The weight grows
-            linearly from 10/190 of it, whatever the length (authors' code: MixMatch begins in epoch 10 of a ramp of 190).
+        semi_epochs: of MixMatch; the set is split anew before each.
+        iterations: steps per epoch of MixMatch.
+        semi_batch: labelled samples per step of MixMatch, and as many unlabelled ones.
+        sharpen: MixMatch's temperature.
+        mixup: MixMatch's Beta parameter.
+        unlabelled_weight: MixMatch's final weight of Lu. It grows linearly from 10/190 of it, whatever the length (authors' code:
+            MixMatch begins in epoch 10 of a ramp of 190).
+
+    >>> DBD(ssl_epochs=8).extractor.epochs
+    8
+    >>> import torch
+    >>> symmetric_cross_entropy(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))  # 0.1 log 2 - 0.5 log 1e-4
+    tensor([4.6745])
     """
 
     name: ClassVar[str] = "dbd"

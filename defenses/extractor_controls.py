@@ -66,6 +66,12 @@ class NearestClassMean(_OnExtractor):
     Attributes:
         labels: which images the means are taken over, the clean budget or the poisoned training set as labelled.
         metric: ``euclidean`` (Mensink et al., without their learned metric) or ``cosine``.
+
+    >>> class_means(torch.tensor([[0.0], [2.0], [5.0]]), torch.tensor([0, 0, 1]), num_classes=2)[0]
+    tensor([[1.],
+            [5.]])
+    >>> NearestClassMean(labels="train").needs.words
+    'train + extractor'
     """
 
     name: ClassVar[str] = "nearest-class-mean"
@@ -88,7 +94,12 @@ class LinearProbe(_OnExtractor):
 
     Attributes:
         labels: which images it is trained on, the clean budget or the poisoned training set as labelled.
-        epochs, lr, batch: of Adam at a constant rate (ours, those of the heads that Hölder pruning inspects).
+        epochs: passes over the features (ours, as all three those of the heads that Hölder pruning inspects).
+        lr: of Adam, constant.
+        batch: samples per step.
+
+    >>> LinearProbe().needs.words
+    'clean + extractor'
     """
 
     name: ClassVar[str] = "linear-probe"

@@ -30,8 +30,13 @@ class FinePruning(FineTuning):
     """Settings of the fine-tuning, and of the pruning before it.
 
     Attributes:
-        tau, levels, site: as in :class:`defenses.pruning.Pruning`.
+        tau: as in :class:`defenses.pruning.Pruning`.
+        levels: as in :class:`defenses.pruning.Pruning`.
+        site: as in :class:`defenses.pruning.Pruning`.
         shares: further shares to prune and fine-tune at, each in [0, 1); every one costs a whole fine-tuning (ours: none).
+
+    >>> FinePruning(tau=0.1).needs.words
+    'model + clean'
     """
 
     name: ClassVar[str] = "fine-pruning"

@@ -79,8 +79,13 @@ class FineTuning(Defense):
     """Settings of the fine-tuning.
 
     Attributes:
-        epochs: passes over the clean samples (BackdoorBench: 100). lr: peak rate (BackdoorBench: 0.01), cosine to zero.
-        batch: samples per step (ours: 128, as the other methods on this budget). weight_decay: BackdoorBench, 5e-4.
+        epochs: passes over the clean samples (BackdoorBench: 100).
+        lr: peak rate, cosine to zero (BackdoorBench: 0.01).
+        batch: samples per step (ours: 128, as the other methods on this budget).
+        weight_decay: of SGD (BackdoorBench: 5e-4).
+
+    >>> FineTuning(epochs=10, lr=0.005).needs.words
+    'model + clean'
     """
 
     name: ClassVar[str] = "fine-tuning"

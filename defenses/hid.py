@@ -54,20 +54,33 @@ def clean_split(logits: Tensor, labels: Tensor, share: float) -> Tensor:
 
 @dataclass(frozen=True)
 class HID(HolderSettings, Defense):
-    """Settings of the four stages; what they say about the reconstruction is in the module's docstring.
+    """Settings of the four stages; see also :class:`defenses.holder_pruning.HolderSettings`.
 
     Attributes:
-        ssl_epochs, ssl_batch, ssl_lr, blur: of SimCLR, see :class:`models.extractors.SelfSupervised` (DBD: 1000, 512, 0.4, 0.5).
-        rounds: of head, pruning, split and semi-supervised training; it ends sooner once less than ``settled`` of the samples
-            change sides (ours).
-        hidden: sizes of the head's hidden layers (ours). head_epochs, head_lr, head_batch: of Adam on cached features (ours).
-        alpha, rule, u, share, max_pairs, grid: as in :class:`defenses.holder_pruning.HolderPruning`; ``rule="none"`` leaves the
-            pruning out, so that what it adds can be seen (ours).
+        ssl_epochs: of SimCLR, see :class:`models.extractors.SelfSupervised` (DBD: 1000).
+        ssl_batch: of SimCLR (DBD: 512).
+        ssl_lr: of SimCLR (DBD: 0.4).
+        blur: share of SimCLR's views that are blurred (DBD: 0.5).
+        rounds: of head, pruning, split and semi-supervised training (ours).
+        settled: the rounds end once a smaller share of the samples changes sides (ours).
+        hidden: sizes of the head's hidden layers (ours).
+        head_epochs: of the head on cached features (ours).
+        head_lr: of Adam for the head (ours).
+        head_batch: samples per step of the head (ours).
+        rule: of the pruning, as in :class:`defenses.holder_pruning.HolderPruning`; ``none`` leaves the pruning out, to show what it
+            adds (ours).
         clean_share: of every label's samples, those that may be taken for clean (ours, as DBD's half of the set).
-        semi_epochs: passes of MixMatch over the clean samples, each round (ours). semi_batch, semi_lr: labelled samples per step,
-            as many unlabelled ones, and Adam's rate (DBD's authors' code).
-        sharpen, mixup, unlabelled_weight: MixMatch's temperature, Beta parameter and final weight of Lu, reached linearly (DBD's
-            authors' code: 0.5, 0.75, 15).
+        semi_epochs: passes of MixMatch over the clean samples, each round (ours).
+        semi_batch: labelled samples per step of MixMatch, and as many unlabelled ones (DBD's authors' code).
+        semi_lr: of Adam for MixMatch (DBD's authors' code).
+        sharpen: MixMatch's temperature (DBD's authors' code: 0.5).
+        mixup: MixMatch's Beta parameter (DBD's authors' code: 0.75).
+        unlabelled_weight: MixMatch's final weight of Lu, reached linearly (DBD's authors' code: 15).
+
+    >>> HID(alpha=0.25, rule="top-p").pruner.alpha
+    0.25
+    >>> clean_split(torch.tensor([[9.0, 0.0], [1.0, 0.0], [0.0, 9.0]]), torch.tensor([0, 0, 1]), share=0.5)
+    tensor([ True, False, False])
     """
 
     name: ClassVar[str] = "hid"

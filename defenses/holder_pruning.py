@@ -146,6 +146,12 @@ class HolderPruning(HolderSettings, Defense):
         clip: keep images in [0, 1], features at 0 or above (ours: no).
         distance: between the inputs that FGSM perturbs, or between their embeddings (pixel-fgsm at scope HEAD only).
         pairs: ``train`` (paper) or ``clean``.
+
+    >>> method = HolderPruning(alpha=0.5, share=0.25)
+    >>> quotients(torch.tensor([[1.0, 3.0]]), torch.tensor([4.0]), method.alpha)  # change / sqrt(distance)
+    tensor([[0.5000, 1.5000]], dtype=torch.float64)
+    >>> method.policy(torch.tensor([1.0, 9.0, 2.0, 3.0]))  # a quarter of the units
+    tensor([False,  True, False, False])
     """
 
     name: ClassVar[str] = "holder-pruning"

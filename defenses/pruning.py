@@ -121,6 +121,12 @@ class Pruning(Defense):
         tau: tolerated drop of validation accuracy, a share in [0, 1] (ours: 0.04, one tolerance for all methods).
         levels: shares at which models are offered, ascending, each in [0, 1) (ours).
         site: of the cut at scope WHOLE: ``classifier-input`` (BackdoorBench's code) or ``last-conv`` (paper).
+
+    >>> activations = {"layer": torch.tensor([3.0, 0.1, 2.0, 0.2])}
+    >>> list(steps(activations, Pruning(levels=(0.0, 0.25, 0.5)).levels))  # shares at which models are offered
+    [0.0, 0.25, 0.5]
+    >>> least_active(activations, 0.5)["layer"]
+    tensor([False,  True, False,  True])
     """
 
     name: ClassVar[str] = "pruning"

@@ -20,14 +20,17 @@ class Recipe(Spec):
         epochs: passes over the training set; 0 = leave the network as it is.
         batch: samples per step.
         lr: peak learning rate.
-        momentum, nesterov, weight_decay: of SGD (weight decay also of Adam).
+        momentum: of SGD.
+        nesterov: use Nesterov momentum.
+        weight_decay: of SGD and Adam.
         optimizer: ``sgd`` or ``adam``.
         schedule: ``cosine`` (per epoch, to zero), ``one-cycle`` (per step), ``multistep`` (x0.1 at 50 % and 75 %) or ``constant``.
-        crop: zero padding of the random crop, in pixels. flip: mirror half of the samples.
-        precision: of arithmetic. ``reference`` = float32 everywhere. ``tf32`` = products of float32 matrices and convs in TF32, in
-            evaluation too; float32 on the CPU, which has no such products. ``bf16`` = that, and the forward passes of training
-            under autocast to bfloat16 (losses, norms and weights stay float32), on the CPU too: faster than float32 on a processor
-            with instructions for it (AVX512-BF16, AMX), several times slower on others.
+        crop: zero padding of the random crop, in pixels.
+        flip: mirror half of the samples.
+        precision: of the arithmetic. ``reference`` = float32. ``tf32`` = matrix products and convs in TF32, in training and
+            evaluation; on the CPU the same as ``reference``. ``bf16`` = TF32, and forward passes of training under autocast to
+            bfloat16 (losses, norms and weights stay float32). On the CPU bfloat16 is faster than float32 where the processor has
+            instructions for it (AVX512-BF16, AMX), and several times slower elsewhere.
     """
 
     name: ClassVar[str] = "recipe"
