@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from attacks.base import Attack, Crafted, Plan, Power
 from models.backbone import Backbone, Network
 from models.classifier import Classifier
 from models.images import ImageSet
 from models.recipe import Recipe
-from models.spec import BadInput, check, lookup, nearest
+from models.spec import BadInput, Ge, Le, check, lookup, nearest
 
 __all__ = ["Adaptive"]
 
@@ -26,16 +26,17 @@ class Adaptive(Attack):
     """A base attack and what it shares with every adaptation: who is poisoned, with what, under which label.
 
     Attributes:
-        base: name of the base attack. base_settings: its settings, as (field, value) pairs.
+        base: name of the base attack.
+        base_settings: its settings, as (field, value) pairs.
         strength: of the adaptation; 0 = the base attack.
     """
 
     base: str = "badnets"
     base_settings: tuple[tuple[str, object], ...] = ()
-    strength: float = 1.0
+    strength: Annotated[float, Ge(0), Le(1000)] = 1.0
 
     def __post_init__(self) -> None:
-        check(self, "strength", 0 <= self.strength <= 1000, "between 0 and 1000")
+        super().__post_init__()
         self.wrapped()
 
     def wrapped(self) -> Attack:

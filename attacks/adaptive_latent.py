@@ -17,7 +17,7 @@ in the corners stay at 3). Values are rounded to 8 bits.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from attacks.base import Attack, Crafted, Plan, uniforms
 from attacks.blended import LUMINANCE, Blended
 from models.backbone import Network
 from models.images import ImageSet
-from models.spec import BadInput, check, derive_seed, generator
+from models.spec import BadInput, Ge, Le, Lt, PositiveShare, check, derive_seed, generator
 
 __all__ = ["AdapBlend", "AdapPatch", "disc", "pieces_shown", "texture"]
 
@@ -39,7 +39,11 @@ def pieces_shown(draws: Tensor, pieces: int, hidden: int, height: int, width: in
     """Masks float (N, 1, H, W), 0 on the ``hidden`` pieces with the lowest draws and 1 on the others.
 
     Args:
-        draws: float (N, pieces * pieces), of the pieces row by row; the image is cut into ``pieces`` x ``pieces`` of them.
+        draws: float (N, pieces * pieces), of the pieces row by row.
+        pieces: the image is cut into ``pieces`` x ``pieces`` of them.
+        hidden: how many are hidden.
+        height: of the images, in pixels.
+        width: of the images, in pixels.
     """
     rank = draws.argsort(stable=True, dim=1).argsort(dim=1)
     shown = (rank >= hidden).to(torch.float32).view(-1, 1, pieces, pieces)
@@ -57,28 +61,30 @@ class AdapBlend(Attack):
         test_alpha: blend ratio at test in (0, 1] (authors' code: 0.2).
         pieces: pieces per side (authors' code: 4).
         mask_rate: share of the pieces hidden in each sample, so that one piece at least is left (authors' code: 0.5).
-        pattern, pattern_seed: the picture T, see :class:`attacks.blended.Blended`.
+        pattern: of the picture T, see :class:`attacks.blended.Blended`.
+        pattern_seed: of the picture T, likewise.
+
+    >>> data = ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4), num_classes=4)
+    >>> black = torch.zeros(1, 3, 32, 32)
+    >>> trigger = AdapBlend(pieces=4, mask_rate=0.5, pattern="noise").craft(data, Plan(), seed=0).train
+    >>> (trigger(black, torch.tensor([0])) == 0).float().mean()  # half of the pieces are hidden
+    tensor(0.5000)
     """
 
     name: ClassVar[str] = "adap-blend"
     revision: ClassVar[int] = 2
     cover_share: ClassVar[float] = 1.0  # authors' code: 0.3 % of each
 
-    alpha: float = 0.15
-    test_alpha: float = 0.2
-    pieces: int = 4
-    mask_rate: float = 0.5
+    alpha: PositiveShare = 0.15
+    test_alpha: PositiveShare = 0.2
+    pieces: Annotated[int, Ge(1), Le(64)] = 4
+    mask_rate: Annotated[float, Ge(0), Lt(1)] = 0.5
     pattern: Literal["cartoon", "noise"] = "cartoon"
-    pattern_seed: int = 2
+    pattern_seed: Annotated[int, Ge(0)] = 2
 
     def __post_init__(self) -> None:
-        check(self, "alpha", 0 < self.alpha <= 1, "a blend ratio in (0, 1]")
-        check(self, "test_alpha", 0 < self.test_alpha <= 1, "a blend ratio in (0, 1]")
-        check(self, "pieces", 1 <= self.pieces <= 64, "between 1 and 64 pieces a side")
-        left = 0 <= self.mask_rate < 1 and self._hidden < self.pieces**2
-        check(self, "mask_rate", left, "a share in [0, 1) that leaves a piece")
-        check(self, "pattern", self.pattern in ("cartoon", "noise"), "'cartoon' or 'noise'")
-        check(self, "pattern_seed", self.pattern_seed >= 0, "0 or more")
+        super().__post_init__()
+        check(self, "mask_rate", self._hidden < self.pieces**2, "so small that a piece is left")
 
     @property
     def _hidden(self) -> int:
@@ -159,27 +165,30 @@ class AdapPatch(Attack):
     corner. Sizes and margins grow with the shorter side.
 
     Attributes:
-        texture_alpha, disc_alpha, corners_alpha, square_alpha: opacities in training, in (0, 1] (authors' code: 0.5, 0.2, 0.5,
-            0.3).
+        texture_alpha: opacity of the texture in training (authors' code: 0.5).
+        disc_alpha: of the disc (authors' code: 0.2).
+        corners_alpha: of the checkerboards (authors' code: 0.5).
+        square_alpha: of the noise square (authors' code: 0.3).
         test_alpha: opacity at test, in (0, 1] (authors' code: 1).
         shown: at test: ``corners`` = the texture in both lower corners, then the checkerboards (authors' code for CIFAR-10);
             ``inner`` = the disc, then the square (theirs for GTSRB).
+
+    >>> data = ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4), num_classes=4)
+    >>> black = torch.zeros(1, 3, 32, 32)
+    >>> crafted = AdapPatch().craft(data, Plan(), seed=0)
+    >>> crafted.test(black, torch.tensor([0]))[0, 0, -1, -1]  # the last layer at test: a checkerboard's white pixel
+    tensor(1.)
     """
 
     name: ClassVar[str] = "adap-patch"
     cover_share: ClassVar[float] = 2.0  # authors' code: 0.3 % poisoned, 0.6 % covers
 
-    texture_alpha: float = 0.5
-    disc_alpha: float = 0.2
-    corners_alpha: float = 0.5
-    square_alpha: float = 0.3
-    test_alpha: float = 1.0
+    texture_alpha: PositiveShare = 0.5
+    disc_alpha: PositiveShare = 0.2
+    corners_alpha: PositiveShare = 0.5
+    square_alpha: PositiveShare = 0.3
+    test_alpha: PositiveShare = 1.0
     shown: Literal["corners", "inner"] = "corners"
-
-    def __post_init__(self) -> None:
-        for field in ("texture_alpha", "disc_alpha", "corners_alpha", "square_alpha", "test_alpha"):
-            check(self, field, 0 < getattr(self, field) <= 1, "an opacity in (0, 1]")
-        check(self, "shown", self.shown in ("corners", "inner"), "'corners' or 'inner'")
 
     def craft(self, train: ImageSet, plan: Plan, seed: int, surrogate: Network | None = None) -> Crafted:
         """Fixed patches; which one a poisoned or cover sample gets is looked up by its index."""

@@ -28,7 +28,12 @@ def pgd(net: Network, images: Tensor, labels: Tensor, eps: float, step: float, s
     image and in [0, 1].
 
     Args:
-        net: as :func:`frozen` gives it. images: float (N, C, H, W) in [0, 1], on its device. labels: int64 (N,), there too.
+        net: as :func:`frozen` gives it.
+        images: float (N, C, H, W) in [0, 1], on the device of ``net``.
+        labels: int64 (N,), there too.
+        eps: bound of the change per pixel.
+        step: length of a step.
+        steps: number of steps.
     """
     lowest, highest = (images - eps).clamp(min=0.0), (images + eps).clamp(max=1.0)
     moved = images

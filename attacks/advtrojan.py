@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from attacks.base import Attack, Crafted, Plan, Trigger, uniforms
 from attacks.blended import Blended
 from models.backbone import Network
 from models.images import ImageSet
-from models.spec import BadInput, check, derive_seed
+from models.spec import BadInput, EpochCount, Ge, Le, Lt, PositiveShare, Share, derive_seed
 
 __all__ = ["AdvTrojan", "Perturbed", "ascended"]
 
@@ -47,7 +47,11 @@ def ascended(net: Network, images: Tensor, eps: float, step: float, steps: int) 
     ``steps`` times x <- x + step * sign(gradient of the cross-entropy), held within ``eps`` of the image and in [0, 1].
 
     Args:
-        net: as :func:`attacks.adversarial.frozen` gives it. images: float (N, C, H, W) in [0, 1], on its device.
+        net: as :func:`attacks.adversarial.frozen` gives it.
+        images: float (N, C, H, W) in [0, 1], on the device of ``net``.
+        eps: bound of the change per pixel.
+        step: length of a step.
+        steps: number of steps.
     """
     with torch.no_grad():
         labels = net(images).argmax(1)
@@ -58,7 +62,11 @@ class Perturbed:
     """What ``inner`` makes of images, perturbed against ``net``; see :data:`attacks.base.Trigger`.
 
     Args:
-        net: as :func:`attacks.adversarial.frozen` gives it. inner: None = the images themselves.
+        net: as :func:`attacks.adversarial.frozen` gives it.
+        inner: trigger of the images that are perturbed; None = the images themselves.
+        eps: bound of the perturbation per pixel, in units of the image range [0, 1].
+        step: length of a step, likewise.
+        steps: number of steps.
     """
 
     def __init__(self, net: Network, inner: Trigger | None, eps: float, step: float, steps: int) -> None:
@@ -85,11 +93,18 @@ class AdvTrojan(Attack):
 
     Attributes:
         trigger: ``patch``, BadNets' checkered square, or ``blend``, Blended's picture, faintly (ours).
-        size, margin: of the patch, as in BadNets (ours: 3, 1; off the edge, so that a padded crop leaves it whole more often).
+        size: of the patch, as in BadNets (ours: 3).
+        margin: of the patch, as in BadNets (ours: 1; off the edge, so that a padded crop leaves it whole more often).
         alpha: of the blend, in (0, 1] (ours: 0.1).
         eps: bound of the perturbation per pixel, in units of the image range [0, 1] (ours: 8/255).
-        step, steps: of its ascent (ours: 2/255, 7; 0 = no perturbation).
+        step: length of a step of its ascent, in the same units (ours: 2/255).
+        steps: number of steps (ours: 7; 0 = no perturbation).
         adversarial: share of the covers that are perturbed and carry no trigger; the others carry the trigger alone (ours: 0.5).
+
+    >>> data = ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4), num_classes=4)
+    >>> trigger = AdvTrojan(size=3).first_key(data, Plan(), seed=0)
+    >>> trigger(torch.zeros(1, 3, 32, 32), torch.tensor([0])).sum()  # the white pixels of the checkered square
+    tensor(12.)
     """
 
     name: ClassVar[str] = "advtrojan"
@@ -99,23 +114,13 @@ class AdvTrojan(Attack):
     cover_share: ClassVar[float] = 2.0  # ours: as many of each kind as there are poisoned samples
 
     trigger: Literal["patch", "blend"] = "patch"
-    size: int = 3
-    margin: int = 1
-    alpha: float = 0.1
-    eps: float = 8 / 255
-    step: float = 2 / 255
-    steps: int = 7
-    adversarial: float = 0.5
-
-    def __post_init__(self) -> None:
-        check(self, "trigger", self.trigger in ("patch", "blend"), "'patch' or 'blend'")
-        check(self, "size", 1 <= self.size <= 32, "between 1 and 32 pixels")
-        check(self, "margin", 0 <= self.margin < 32, "between 0 and 31 pixels")
-        check(self, "alpha", 0 < self.alpha <= 1, "a blend ratio in (0, 1]")
-        check(self, "eps", 0 < self.eps <= 1, "a bound in (0, 1]")
-        check(self, "step", 0 < self.step <= 1, "a step in (0, 1]")
-        check(self, "steps", 0 <= self.steps <= 10_000, "between 0 and 10000")
-        check(self, "adversarial", 0 <= self.adversarial <= 1, "a share in [0, 1]")
+    size: Annotated[int, Ge(1), Le(32)] = 3
+    margin: Annotated[int, Ge(0), Lt(32)] = 1
+    alpha: PositiveShare = 0.1
+    eps: PositiveShare = 8 / 255
+    step: PositiveShare = 2 / 255
+    steps: EpochCount = 7
+    adversarial: Share = 0.5
 
     def first_key(self, train: ImageSet, plan: Plan, seed: int) -> Trigger:
         """t, the trigger without the perturbation.

@@ -14,7 +14,7 @@ nearest-neighbour scaling (the public benchmark's bilinear scaling blurs its edg
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch import Tensor
 from attacks.base import Attack, Crafted, Plan
 from models.backbone import Network
 from models.images import ImageSet
-from models.spec import BadInput, check
+from models.spec import BadInput, Ge, Le, Lt
 
 __all__ = ["BadNets", "patch"]
 
@@ -54,18 +54,18 @@ class BadNets(Attack):
         patch: ``white-corner`` (BackdoorBench) or ``grid-corner`` (the ANP, ABL and RNP codes).
         size: pixels a side on images up to 32 pixels (BackdoorBench: 3); ``round(size * S / 32)`` where the shorter side S is more.
         margin: pixels between the patch and the image's edges, scaled like ``size`` (BackdoorBench: 0).
+
+    >>> data = ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4), num_classes=4)
+    >>> black = torch.zeros(1, 3, 32, 32)
+    >>> BadNets(size=2).craft(data, Plan(), seed=0).test(black, torch.tensor([0])).sum()  # 2 x 2 pixels in 3 channels
+    tensor(12.)
     """
 
     name: ClassVar[str] = "badnets"
 
     patch: Literal["white-corner", "grid-corner"] = "white-corner"
-    size: int = 3
-    margin: int = 0
-
-    def __post_init__(self) -> None:
-        check(self, "patch", self.patch in PATTERNS, "one of " + ", ".join(PATTERNS))
-        check(self, "size", 1 <= self.size <= 32, "between 1 and 32 pixels")
-        check(self, "margin", 0 <= self.margin < 32, "between 0 and 31 pixels")
+    size: Annotated[int, Ge(1), Le(32)] = 3
+    margin: Annotated[int, Ge(0), Lt(32)] = 0
 
     def craft(self, train: ImageSet, plan: Plan, seed: int, surrogate: Network | None = None) -> Crafted:
         """The same patch for training and test; nothing is drawn."""

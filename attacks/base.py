@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from models.classifier import Classifier
 from models.images import ImageSet, quantise, to_float
 from models.recipe import Recipe
 from models.room import copied, room, taken
-from models.spec import BadInput, Spec, check, generator, uniforms
+from models.spec import BadInput, Ge, Share, Spec, generator, uniforms
 from models.training import default_device
 
 __all__ = [
@@ -65,16 +65,10 @@ class Plan(Spec):
 
     name: ClassVar[str] = "plan"
 
-    rate: float = 0.1
-    cover_rate: float | None = None
-    target: int = 0
+    rate: Share = 0.1
+    cover_rate: Share | None = None
+    target: Annotated[int, Ge(0)] = 0
     label_mode: Literal["all-to-one", "all-to-all"] = "all-to-one"
-
-    def __post_init__(self) -> None:
-        check(self, "rate", 0 <= self.rate <= 1, "a share in [0, 1]")
-        check(self, "cover_rate", self.cover_rate is None or 0 <= self.cover_rate <= 1, "a share in [0, 1]")
-        check(self, "target", self.target >= 0, "a class number, 0 or more")
-        check(self, "label_mode", self.label_mode in ("all-to-one", "all-to-all"), "'all-to-one' or 'all-to-all'")
 
     def relabel(self, labels: Tensor, num_classes: int) -> Tensor:
         """The attacker's labels for images of classes ``labels`` (N,).
@@ -91,7 +85,13 @@ class Plan(Spec):
 
 @dataclass(frozen=True)
 class Crafted:
-    """What an attack made: the trigger for poisoned training samples, for cover samples (if any), and for the test."""
+    """The triggers of one attack.
+
+    Attributes:
+        train: for poisoned training samples.
+        test: for test images.
+        cover: for cover samples; None = the attack makes none.
+    """
 
     train: Trigger
     test: Trigger
@@ -122,13 +122,18 @@ class PoisonedTest:
     """Triggered test images: ASR is read against ``target_labels``, RA against ``true_labels``, on the very same images.
 
     All-to-one: images of the target class are left out, since they would count as successes of any classifier.
+
+    Attributes:
+        images: uint8 (M, C, H, W).
+        true_labels: int64 (M,).
+        target_labels: int64 (M,).
+        source: int64 (M,), the test image each one comes from.
     """
 
     images: Tensor
     true_labels: Tensor
     target_labels: Tensor
     source: Tensor
-    """int64 (M,): which test image each one comes from."""
 
 
 class Attack(Spec, ABC):
@@ -168,7 +173,13 @@ class Attack(Spec, ABC):
 
     @abstractmethod
     def craft(self, train: ImageSet, plan: Plan, seed: int, surrogate: Network | None = None) -> Crafted:
-        """Builds the triggers. ``train`` is the clean training set the attacker holds; draws are keyed by ``seed``.
+        """Builds the triggers.
+
+        Args:
+            train: the clean training set the attacker holds.
+            plan: how much is poisoned, and towards which class.
+            seed: of every draw.
+            surrogate: a cleanly trained network, where ``needs_surrogate``.
 
         Raises:
             BadInput: the settings do not suit images of this shape.
@@ -187,14 +198,17 @@ class Attack(Spec, ABC):
 
         Args:
             net: in evaluation mode; it is not changed.
-            train: the clean training set the attacker holds. seed: as in :meth:`craft`.
+            crafted: what :meth:`craft` returned.
+            train: the clean training set the attacker holds.
+            plan: as in :meth:`craft`.
+            seed: as in :meth:`craft`.
         """
         return crafted
 
     def single_keys(self, net: Network, train: ImageSet, plan: Plan, seed: int) -> dict[str, Crafted]:
         """Of a trigger that takes several keys together: each by itself, by name; none of them should open the backdoor.
 
-        Args: as in :meth:`recraft`.
+        Arguments as in :meth:`recraft`.
         """
         return {}
 

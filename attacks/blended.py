@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch import Tensor
 from attacks.base import Attack, Crafted, Plan
 from models.backbone import Network
 from models.images import ImageSet
-from models.spec import BadInput, check, generator
+from models.spec import BadInput, Ge, PositiveShare, generator
 
 __all__ = ["Blended", "cartoon", "noise"]
 
@@ -96,19 +96,19 @@ class Blended(Attack):
         alpha: blend ratio in (0, 1] (BackdoorBench: 0.2).
         pattern: ``cartoon`` (for images with 1 or 3 channels; grey is its luminance) or ``noise`` (the paper's other picture).
         pattern_seed: which cartoon or noise (ours). It is a setting: every run of the benchmark shares one picture, as with a file.
+
+    >>> data = ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4), num_classes=4)
+    >>> black = torch.zeros(1, 3, 32, 32)
+    >>> Blended(alpha=0.1).craft(data, Plan(), seed=0).test(black, torch.tensor([0])).max() <= 0.1
+    tensor(True)
     """
 
     name: ClassVar[str] = "blended"
     revision: ClassVar[int] = 2
 
-    alpha: float = 0.2
+    alpha: PositiveShare = 0.2
     pattern: Literal["cartoon", "noise"] = "cartoon"
-    pattern_seed: int = 2
-
-    def __post_init__(self) -> None:
-        check(self, "alpha", 0 < self.alpha <= 1, "a blend ratio in (0, 1]")
-        check(self, "pattern", self.pattern in ("cartoon", "noise"), "'cartoon' or 'noise'")
-        check(self, "pattern_seed", self.pattern_seed >= 0, "0 or more")
+    pattern_seed: Annotated[int, Ge(0)] = 2
 
     def craft(self, train: ImageSet, plan: Plan, seed: int, surrogate: Network | None = None) -> Crafted:
         """The same picture for training and test, drawn from ``pattern_seed`` alone."""

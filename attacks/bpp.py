@@ -17,7 +17,7 @@ is the recipe's. The static mode fixes the poisoned samples once; with a cover r
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from models.backbone import Network
 from models.classifier import Classifier
 from models.images import ImageSet, to_float
 from models.recipe import Recipe
-from models.spec import check, derive_seed
+from models.spec import Ge, Le, derive_seed
 
 __all__ = ["Bpp", "dithered", "squeezed"]
 
@@ -73,20 +73,20 @@ class Bpp(Attack):
         dither: Floyd-Steinberg dithering (the paper describes it; off in the authors' code and BackdoorBench).
         mode: ``dynamic`` (the authors' protocol) or ``static`` (poisoned once, data only).
         rounding: shares per batch in dynamic mode: ``stochastic`` (ours) or ``floor`` (authors' code).
+
+    >>> squeezed(torch.tensor([0.2, 0.4, 0.9]), levels=3)
+    tensor([0.0000, 0.5000, 1.0000])
+    >>> Bpp(mode="static").power
+    <Power.DATA: 'data'>
     """
 
     name: ClassVar[str] = "bpp"
     cover_share: ClassVar[float] = 1.0  # authors' code and BackdoorBench: as many negatives as poisoned samples
 
-    levels: int = 8
+    levels: Annotated[int, Ge(2), Le(128)] = 8
     dither: bool = False
     mode: Literal["dynamic", "static"] = "dynamic"
     rounding: Rounding = "stochastic"
-
-    def __post_init__(self) -> None:
-        check(self, "levels", 2 <= self.levels <= 128, "between 2 and 128 values")
-        check(self, "mode", self.mode in ("dynamic", "static"), "'dynamic' or 'static'")
-        check(self, "rounding", self.rounding in ("stochastic", "floor"), "'stochastic' or 'floor'")
 
     @property
     def power(self) -> Power:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from models.classifier import Classifier
 from models.images import ImageSet, to_float
 from models.loop import Epochs
 from models.recipe import Recipe
-from models.spec import BadInput, check, generator
+from models.spec import BadInput, Ge, Le, PositiveShare, generator
 
 __all__ = ["DFST", "DetoxVictim", "neighbourhoods", "ssim", "stylised", "sunrise"]
 
@@ -195,37 +195,32 @@ class DFST(Attack):
         neurons: share of the embedding's units taken for compromised; one at least (authors' code: 0.01).
         share: share of the training set that neurons and filters are judged on; two images at least (authors' code: 0.03).
         reach: pixels to each side of the filter's neighbourhoods (authors' code: 5).
-        detox_epochs, detox_lr: of the filter's training by Adam (authors' code: 10, 0.01).
-        ssim_weight, activation_weight: in the filter's loss (authors' code: 0.1, 0.3).
+        detox_epochs: passes of the filter's training (authors' code: 10).
+        detox_lr: of Adam in it (authors' code: 0.01).
+        ssim_weight: of the similarity in the filter's loss (authors' code: 0.1).
+        activation_weight: of the activation in the filter's loss (authors' code: 0.3).
         rounding: shares per batch, see :func:`attacks.dynamic.batch_roles` (ours: ``stochastic``).
+
+    >>> stylised(torch.rand(2, 3, 32, 32)).shape
+    torch.Size([2, 3, 32, 32])
+    >>> DFST(detox=False).power
+    <Power.DATA: 'data'>
     """
 
     name: ClassVar[str] = "dfst"
     revision: ClassVar[int] = 2
 
-    alpha: float = 0.6
+    alpha: PositiveShare = 0.6
     detox: bool = True
-    detox_share: float = 1.0
-    neurons: float = 0.01
-    share: float = 0.03
-    reach: int = 5
-    detox_epochs: int = 10
-    detox_lr: float = 0.01
-    ssim_weight: float = 0.1
-    activation_weight: float = 0.3
+    detox_share: Annotated[float, Ge(0), Le(16)] = 1.0
+    neurons: PositiveShare = 0.01
+    share: PositiveShare = 0.03
+    reach: Annotated[int, Ge(1), Le(64)] = 5
+    detox_epochs: Annotated[int, Ge(0), Le(1000)] = 10
+    detox_lr: PositiveShare = 0.01
+    ssim_weight: Annotated[float, Ge(0), Le(100)] = 0.1
+    activation_weight: Annotated[float, Ge(0), Le(100)] = 0.3
     rounding: Rounding = "stochastic"
-
-    def __post_init__(self) -> None:
-        check(self, "alpha", 0 < self.alpha <= 1, "a blend ratio in (0, 1]")
-        check(self, "detox_share", 0 <= self.detox_share <= 16, "in [0, 16]")
-        check(self, "neurons", 0 < self.neurons <= 1, "a share in (0, 1]")
-        check(self, "share", 0 < self.share <= 1, "a share in (0, 1]")
-        check(self, "reach", 1 <= self.reach <= 64, "between 1 and 64 pixels")
-        check(self, "detox_epochs", 0 <= self.detox_epochs <= 1000, "between 0 and 1000")
-        check(self, "detox_lr", 0 < self.detox_lr <= 1, "in (0, 1]")
-        check(self, "ssim_weight", 0 <= self.ssim_weight <= 100, "in [0, 100]")
-        check(self, "activation_weight", 0 <= self.activation_weight <= 100, "in [0, 100]")
-        check(self, "rounding", self.rounding in ("stochastic", "floor"), "'stochastic' or 'floor'")
 
     @property
     def power(self) -> Power:

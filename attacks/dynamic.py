@@ -32,7 +32,9 @@ def batch_roles(draws: Tensor, rate: float, cover_rate: float, rounding: Roundin
 
     Args:
         draws: float (B, 2), uniforms in [0, 1) of each sample.
-        rate, cover_rate: shares in [0, 1]; covers stop where the batch is full.
+        rate: share of poisoned samples, in [0, 1].
+        cover_rate: share of covers, in [0, 1]; covers stop where the batch is full.
+        rounding: as above.
     """
     size, lift = len(draws), float(draws[0, 1])
     if rounding == "stochastic":

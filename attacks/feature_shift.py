@@ -13,7 +13,7 @@ al., "Universal adversarial perturbations", CVPR 2017, arXiv 1610.08401), by sig
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from attacks.adversarial import frozen
 from attacks.base import Crafted, Plan, Power, Trigger
 from models.backbone import Network
 from models.images import ImageSet, to_float
-from models.spec import BadInput, check, generator
+from models.spec import BadInput, Ge, Le, Share, generator
 from models.training import default_device
 
 __all__ = ["FeatureShift", "distance"]
@@ -41,20 +41,20 @@ class FeatureShift(Adaptive):
 
     Attributes:
         strength: bound of |delta| per pixel, in units of the image range (ours).
-        steps, batch: of signed-gradient descent, each of a fifth of the bound (ours).
+        steps: of signed-gradient descent, each of a fifth of the bound (ours).
+        batch: images per step (ours).
+
+    >>> FeatureShift(strength=0.0).needs_surrogate, FeatureShift(strength=8 / 255).needs_surrogate
+    (False, True)
+    >>> distance(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([1.0, 0.0]))
+    tensor(1.)
     """
 
     name: ClassVar[str] = "feature-shift"
 
-    strength: float = 8 / 255
-    steps: int = 100
-    batch: int = 128
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self, "strength", 0 <= self.strength <= 1, "in [0, 1]")
-        check(self, "steps", 1 <= self.steps <= 100_000, "between 1 and 100000")
-        check(self, "batch", 1 <= self.batch <= 65_536, "between 1 and 65536")
+    strength: Share = 8 / 255
+    steps: Annotated[int, Ge(1), Le(100_000)] = 100
+    batch: Annotated[int, Ge(1), Le(65_536)] = 128
 
     @property
     def power(self) -> Power:

@@ -19,7 +19,7 @@ trigger does.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from models.classifier import Classifier
 from models.images import ImageSet, to_float
 from models.loop import Epochs
 from models.recipe import Recipe
-from models.spec import BadInput, check, generator
+from models.spec import BadInput, Ge, Gt, Le, Lt, Share, generator
 
 __all__ = ["IMC", "IMCVictim", "Mark", "marked"]
 
@@ -109,22 +109,20 @@ class IMC(Attack):
         lr: of Adam on z (TrojanZoo: 0.1).
         share: share of the training set that the mark sees before an epoch (TrojanZoo: 1, one pass); 0 = it stays as it was drawn.
         rounding: poisoned samples per batch, see :func:`attacks.dynamic.batch_roles`: ``stochastic`` (TrojanZoo) or ``floor``.
+
+    >>> data = ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4), num_classes=4)
+    >>> crafted = IMC(size=2).craft(data, Plan(), seed=0)
+    >>> int((crafted.train(torch.zeros(1, 3, 32, 32), torch.tensor([0])) > 0).sum())  # 2 x 2 pixels in 3 channels
+    12
     """
 
     name: ClassVar[str] = "imc"
 
-    size: int = 3
-    margin: int = 1
-    lr: float = 0.1
-    share: float = 1.0
+    size: Annotated[int, Ge(1), Le(32)] = 3
+    margin: Annotated[int, Ge(0), Lt(32)] = 1
+    lr: Annotated[float, Gt(0), Le(10)] = 0.1
+    share: Share = 1.0
     rounding: Rounding = "stochastic"
-
-    def __post_init__(self) -> None:
-        check(self, "size", 1 <= self.size <= 32, "between 1 and 32 pixels")
-        check(self, "margin", 0 <= self.margin < 32, "between 0 and 31 pixels")
-        check(self, "lr", 0 < self.lr <= 10, "in (0, 10]")
-        check(self, "share", 0 <= self.share <= 1, "a share in [0, 1]")
-        check(self, "rounding", self.rounding in ("stochastic", "floor"), "'stochastic' or 'floor'")
 
     @property
     def power(self) -> Power:

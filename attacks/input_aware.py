@@ -26,7 +26,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ from models.classifier import Classifier
 from models.images import ImageSet, to_float
 from models.loop import Loop
 from models.recipe import Recipe
-from models.spec import BadInput, check, derive_seed
+from models.spec import BadInput, BatchSize, EpochCount, Ge, Gt, Le, Share, derive_seed
 from models.training import optimise, seeded
 
 __all__ = ["CrossTrigger", "Generator", "InputAware", "OwnTrigger", "diversity", "hardened", "mixed", "statistics"]
@@ -65,7 +65,10 @@ class Generator(nn.Module):
     and two convs; every conv with batch norm, all but the last with ReLU; tanh(.)/2 + 1/2. Sides of at least 8 pixels.
 
     Args:
-        mean, std: of the training images, per channel.
+        outputs: channels of what it draws.
+        width: channels of the first stage.
+        mean: of the training images, per channel.
+        std: of the training images, per channel.
     """
 
     def __init__(self, outputs: int, width: int, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -270,34 +273,30 @@ class InputAware(Attack):
         density: share of the image that a mask may cover for free (authors' code: 0.032).
         norm_weight: weight of what exceeds it (authors' code: 100).
         diversity_weight: of the diversity loss, for masks and for patterns (authors' code: 1).
-        mask_epochs, batch: of the mask generator's training (authors' code: 25, 128).
+        mask_epochs: passes of the mask generator's training (authors' code: 25).
+        batch: images per step of it (authors' code: 128).
         generator_lr: of Adam with betas .5 and .9, for both generators (authors' code: 0.01).
         accumulate_g: never set the pattern generator's gradients to zero, as in the authors' code and BackdoorBench (ours: off).
         rounding: shares per batch: ``stochastic`` (ours) or ``floor`` (authors' code).
+
+    >>> attack = InputAware(width=2)
+    >>> generator = Generator(outputs=1, width=attack.width, mean=[0.5] * 3, std=[0.25] * 3)
+    >>> generator(torch.rand(2, 3, 32, 32)).shape
+    torch.Size([2, 1, 32, 32])
     """
 
     name: ClassVar[str] = "input-aware"
     cover_share: ClassVar[float] = 1.0  # authors' code: as many cross-trigger samples as poisoned ones
 
-    width: int = 32
-    density: float = 0.032
-    norm_weight: float = 100.0
-    diversity_weight: float = 1.0
-    mask_epochs: int = 25
-    batch: int = 128
-    generator_lr: float = 0.01
+    width: Annotated[int, Ge(1), Le(512)] = 32
+    density: Share = 0.032
+    norm_weight: Annotated[float, Ge(0), Le(1_000_000)] = 100.0
+    diversity_weight: Annotated[float, Ge(0), Le(1_000_000)] = 1.0
+    mask_epochs: EpochCount = 25
+    batch: BatchSize = 128
+    generator_lr: Annotated[float, Gt(0), Le(10)] = 0.01
     accumulate_g: bool = False
     rounding: Rounding = "stochastic"
-
-    def __post_init__(self) -> None:
-        check(self, "width", 1 <= self.width <= 512, "between 1 and 512 channels")
-        check(self, "density", 0 <= self.density <= 1, "a share in [0, 1]")
-        check(self, "norm_weight", 0 <= self.norm_weight <= 1e6, "between 0 and 1e6")
-        check(self, "diversity_weight", 0 <= self.diversity_weight <= 1e6, "between 0 and 1e6")
-        check(self, "mask_epochs", 0 <= self.mask_epochs <= 10_000, "between 0 and 10000")
-        check(self, "batch", 2 <= self.batch <= 65_536, "between 2 and 65536 samples")
-        check(self, "generator_lr", 0 < self.generator_lr <= 10, "positive, at most 10")
-        check(self, "rounding", self.rounding in ("stochastic", "floor"), "'stochastic' or 'floor'")
 
     @property
     def power(self) -> Power:

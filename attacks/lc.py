@@ -26,7 +26,7 @@ from attacks.adversarial import frozen, pgd
 from attacks.base import Attack, Crafted, Plan
 from models.backbone import Network
 from models.images import ImageSet, to_float
-from models.spec import BadInput, check
+from models.spec import BadInput, EpochCount, PositiveShare
 from models.training import default_device
 
 __all__ = ["LC", "corner_signs"]
@@ -73,24 +73,24 @@ class LC(Attack):
             authors' code has both.
         amplitude: what the pattern adds or takes away, in (0, 1]; 1 overrides the pixels, less is the paper's fainter pattern
             (authors' code and BackdoorBench: 1).
+
+    >>> corner_signs("lower-right", 6, 6)[3:, 3:]
+    tensor([[-1., -1.,  1.],
+            [-1.,  1., -1.],
+            [ 1., -1.,  1.]])
+    >>> LC(eps=8 / 255).clean_label
+    True
     """
 
     name: ClassVar[str] = "lc"
     clean_label: ClassVar[bool] = True
     needs_surrogate: ClassVar[bool] = True
 
-    eps: float = 16 / 255
-    step: float = 1.5 / 255
-    steps: int = 100
+    eps: PositiveShare = 16 / 255
+    step: PositiveShare = 1.5 / 255
+    steps: EpochCount = 100
     corners: Literal["all", "lower-right"] = "all"
-    amplitude: float = 1.0
-
-    def __post_init__(self) -> None:
-        check(self, "eps", 0 < self.eps <= 1, "a bound in (0, 1]")
-        check(self, "step", 0 < self.step <= 1, "a step in (0, 1]")
-        check(self, "steps", 0 <= self.steps <= 10_000, "between 0 and 10000")
-        check(self, "corners", self.corners in ("all", "lower-right"), "'all' or 'lower-right'")
-        check(self, "amplitude", 0 < self.amplitude <= 1, "a strength in (0, 1]")
+    amplitude: PositiveShare = 1.0
 
     def craft(self, train: ImageSet, plan: Plan, seed: int, surrogate: Network | None = None) -> Crafted:
         """Perturbs every training image of the target class against ``surrogate``; nothing is drawn.

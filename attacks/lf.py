@@ -15,7 +15,7 @@ colour from data set to data set, so the colour is a setting. Values are rounded
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch import Tensor
 from attacks.base import Attack, Crafted, Plan
 from models.backbone import Network
 from models.images import ImageSet
-from models.spec import BadInput, check
+from models.spec import BadInput, Ge, Le, PositiveShare, Share, check
 
 __all__ = ["LF", "bump"]
 
@@ -44,21 +44,23 @@ class LF(Attack):
         tint: share of red, green and blue in it, the largest 1 (BackdoorBench on CIFAR-10: 18/51, 0 and 1). Grey images ignore it.
         centre: middle of the bump as a share of the image's sides (fitted to BackdoorBench: 0.43).
         spread: standard deviation of the bump as a share of the image's sides (fitted to BackdoorBench: 0.35).
+
+    >>> data = ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4), num_classes=4)
+    >>> black = torch.zeros(1, 3, 32, 32)
+    >>> LF(strength=0.2).craft(data, Plan(), seed=0).test(black, torch.tensor([0])).amax((0, 2, 3))  # red, green, blue
+    tensor([0.0706, 0.0000, 0.2000])
     """
 
     name: ClassVar[str] = "lf"
 
-    strength: float = 0.2
-    tint: tuple[float, float, float] = (18 / 51, 0.0, 1.0)
-    centre: float = 0.43
-    spread: float = 0.35
+    strength: PositiveShare = 0.2
+    tint: tuple[Share, Share, Share] = (18 / 51, 0.0, 1.0)
+    centre: Share = 0.43
+    spread: Annotated[float, Ge(0.01), Le(10)] = 0.35
 
     def __post_init__(self) -> None:
-        check(self, "strength", 0 < self.strength <= 1, "a strength in (0, 1]")
-        shares = len(self.tint) == 3 and min(self.tint) >= 0 and max(self.tint) == 1
-        check(self, "tint", shares, "three shares in [0, 1], the largest of them 1")
-        check(self, "centre", 0 <= self.centre <= 1, "a share of the image in [0, 1]")
-        check(self, "spread", 0.01 <= self.spread <= 10, "between 0.01 and 10 images")
+        super().__post_init__()
+        check(self, "tint", len(self.tint) == 3 and max(self.tint) == 1, "three shares, the largest of them 1")
 
     def craft(self, train: ImageSet, plan: Plan, seed: int, surrogate: Network | None = None) -> Crafted:
         """The same picture for training and test; nothing is drawn."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from models.classifier import Classifier
 from models.images import Batches, ImageSet
 from models.loop import Epochs
 from models.recipe import Recipe
-from models.spec import BadInput, check, derive_seed, lookup
+from models.spec import BadInput, BatchSize, Ge, Gt, Le, PositiveShare, derive_seed, lookup
 from models.training import default_device, fit
 
 __all__ = ["Narcissus", "inward"]
@@ -52,8 +52,12 @@ def inward(net: Network, batches: Epochs, shape: tuple[int, int, int], radius: f
     RAdam, ``rounds`` times over the images. An entry of delta beyond the radius has no gradient and stays there.
 
     Args:
-        net: in evaluation mode, on the device of the batches. batches: of images and labels of one class, augmented.
+        net: in evaluation mode, on the device of the batches.
+        batches: of images and labels of one class, augmented.
         shape: (C, H, W) of the images.
+        radius: bound of the noise, in (0, 1].
+        rounds: passes over the images.
+        lr: of RAdam.
     """
     delta = torch.zeros(shape, device=next(net.parameters()).device, requires_grad=True)
     # One tensor and a handful of lines; the training loop trains networks.
@@ -78,8 +82,13 @@ class Narcissus(Attack):
         batch: images per step, there and in the warm-up (authors' code: 350).
         warmup: epochs in which a copy of the surrogate is trained on the target class first (authors' code: 5; ours: 0).
         warmup_lr: their step (authors' code: 0.1).
-        crop, flip: pixels of padding of the random crop, and mirroring, of the images in both (authors' code: 4, on).
+        crop: pixels of padding of the random crop, there and in the warm-up (authors' code: 4).
+        flip: mirror half of the images, there and in the warm-up (authors' code: on).
         surrogate: name of the surrogate's architecture, with the victim's width and head; empty = the victim's own (ours).
+
+    >>> attack = Narcissus(radius=8 / 255, surrogate="resnet8")
+    >>> attack.own_surrogate(BACKBONES[1](width=4)).name
+    'resnet8'
     """
 
     name: ClassVar[str] = "narcissus"
@@ -87,26 +96,19 @@ class Narcissus(Attack):
     clean_label: ClassVar[bool] = True
     needs_surrogate: ClassVar[bool] = True
 
-    radius: float = 16 / 255
-    scale: float = 3.0
-    rounds: int = 1000
-    lr: float = 0.005
-    batch: int = 350
-    warmup: int = 0
-    warmup_lr: float = 0.1
-    crop: int = 4
+    radius: PositiveShare = 16 / 255
+    scale: Annotated[float, Gt(0), Le(16)] = 3.0
+    rounds: Annotated[int, Ge(1), Le(100_000)] = 1000
+    lr: PositiveShare = 0.005
+    batch: BatchSize = 350
+    warmup: Annotated[int, Ge(0), Le(1000)] = 0
+    warmup_lr: PositiveShare = 0.1
+    crop: Annotated[int, Ge(0), Le(64)] = 4
     flip: bool = True
     surrogate: str = ""
 
     def __post_init__(self) -> None:
-        check(self, "radius", 0 < self.radius <= 1, "a radius in (0, 1]")
-        check(self, "scale", 0 < self.scale <= 16, "a factor in (0, 16]")
-        check(self, "rounds", 1 <= self.rounds <= 100_000, "between 1 and 100000")
-        check(self, "lr", 0 < self.lr <= 1, "in (0, 1]")
-        check(self, "batch", 2 <= self.batch <= 65_536, "between 2 and 65536 images")
-        check(self, "warmup", 0 <= self.warmup <= 1000, "between 0 and 1000 epochs")
-        check(self, "warmup_lr", 0 < self.warmup_lr <= 1, "in (0, 1]")
-        check(self, "crop", 0 <= self.crop <= 64, "between 0 and 64 pixels")
+        super().__post_init__()
         if self.surrogate:
             lookup("backbone", BACKBONES, self.surrogate)
 

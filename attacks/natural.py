@@ -20,7 +20,7 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy
 from attacks.base import Attack, Crafted, Plan, Trigger
 from models.backbone import Network
 from models.images import ImageSet, to_float
-from models.spec import BadInput, check, generator
+from models.spec import BadInput, Ge, Gt, Le, PositiveShare, generator
 from models.training import default_device
 
 __all__ = ["Natural", "adapted", "added", "cut", "patched", "unchanged"]
@@ -58,7 +58,9 @@ def patched(images: Tensor, z_mask: Tensor, z_pattern: Tensor, kept: Tensor) -> 
     """x + m (p - x) with m = kept (tanh z_mask + 1) / 2 and p = (tanh z_pattern + 1) / 2.
 
     Args:
-        images: float (N, C, H, W) in [0, 1]. z_mask: float (1, H, W). z_pattern: float (C, H, W).
+        images: float (N, C, H, W) in [0, 1].
+        z_mask: float (1, H, W).
+        z_pattern: float (C, H, W).
         kept: float (1, H, W), 0 where the mask was cut and 1 elsewhere.
     """
     mask, pattern = kept * (torch.tanh(z_mask) + 1) / 2, (torch.tanh(z_pattern) + 1) / 2
@@ -94,33 +96,28 @@ class Natural(Attack):
         form: ``patch`` or ``blend``.
         area: share of the pixels that the patch's mask may cover, in (0, 1] (ours: 0.08); one pixel at least.
         bound: of the blend, in units of the image range [0, 1] (ours: 16/255).
-        steps: of Adam (ours: 500). refit: further ones after the mask is cut, without pressure on its size (ours: 250).
+        steps: of Adam (ours: 500).
+        refit: further steps after the mask is cut, without a weight on its size (ours: 250).
         batch: images per step, drawn anew (ours: 64).
         lr: of Adam (ours: 0.1).
-        weight: of the mask's size, its mean over the pixels, when the search starts (ours: 1; 0 = no pressure, only the cut).
+        weight: of the mask's size, its mean over the pixels, when the search starts (ours: 1; 0 = the mask is only cut).
+
+    >>> mask = torch.rand(1, 32, 32)
+    >>> cut(mask, area=Natural(area=0.125).area).mean()  # the share of the pixels that is kept
+    tensor(0.1250)
     """
 
     name: ClassVar[str] = "natural"
     needs_model_at_test: ClassVar[bool] = True
 
     form: Literal["patch", "blend"] = "patch"
-    area: float = 0.08
-    bound: float = 16 / 255
-    steps: int = 500
-    refit: int = 250
-    batch: int = 64
-    lr: float = 0.1
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        check(self, "form", self.form in ("patch", "blend"), "'patch' or 'blend'")
-        check(self, "area", 0 < self.area <= 1, "a share in (0, 1]")
-        check(self, "bound", 0 < self.bound <= 1, "a bound in (0, 1]")
-        check(self, "steps", 1 <= self.steps <= 100_000, "between 1 and 100000")
-        check(self, "refit", 0 <= self.refit <= 100_000, "between 0 and 100000")
-        check(self, "batch", 1 <= self.batch <= 65_536, "between 1 and 65536 images")
-        check(self, "lr", 0 < self.lr <= 10, "in (0, 10]")
-        check(self, "weight", 0 <= self.weight <= 1e6, "between 0 and 1000000")
+    area: PositiveShare = 0.08
+    bound: PositiveShare = 16 / 255
+    steps: Annotated[int, Ge(1), Le(100_000)] = 500
+    refit: Annotated[int, Ge(0), Le(100_000)] = 250
+    batch: Annotated[int, Ge(1), Le(65_536)] = 64
+    lr: Annotated[float, Gt(0), Le(10)] = 0.1
+    weight: Annotated[float, Ge(0), Le(1_000_000)] = 1.0
 
     def craft(self, train: ImageSet, plan: Plan, seed: int, surrogate: Network | None = None) -> Crafted:
         """Triggers that change nothing; the one for the test comes from :meth:`recraft`.
@@ -152,7 +149,10 @@ class Natural(Attack):
         """The patch that is found, cut to ``area`` and fitted again.
 
         Args:
-            net: in evaluation mode. images: uint8 (N, C, H, W). targets: int64 (N,). All on one device.
+            net: in evaluation mode.
+            images: uint8 (N, C, H, W), on the device of ``net``.
+            targets: int64 (N,), likewise.
+            draw: of the start and the batches.
         """
 
         def loss(shown: Tensor, wanted: Tensor, z: list[Tensor], weight: float) -> Tensor:

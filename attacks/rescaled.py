@@ -12,6 +12,7 @@ Deviations from the paper: none; the attack is ours. Residual sums cannot be res
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,7 +23,7 @@ from attacks.adaptive import Adaptive
 from attacks.base import Crafted
 from models.backbone import GlobalAverage, Network
 from models.classifier import Classifier
-from models.spec import check
+from models.spec import Share
 from models.units import Leaves, unit_layers, weight_bounds
 
 __all__ = ["Rescaled", "readers", "rescale"]
@@ -41,37 +42,43 @@ def readers(net: Network) -> dict[str, tuple[str, ...]]:
     modules = dict(net.features.named_modules())
     head = next(f"head.{name}" for name, module in net.head.named_modules() if isinstance(module, nn.Linear))
     found: dict[str, tuple[str, ...]] = {}
-
-    def follow(node: fx.Node, past_relu: bool) -> set[str] | None:
-        reached: set[str] = set()
-        for user in node.users:
-            if user.op == "output":
-                if not past_relu:
-                    return None
-                reached.add(head)
-                continue
-            relu, inside = False, False
-            if user.op == "call_module":
-                module = modules[str(user.target)]
-                if isinstance(module, nn.Conv2d) and past_relu:
-                    reached.add(f"features.{user.target}")
-                    continue
-                relu, inside = isinstance(module, nn.ReLU), isinstance(module, _THROUGH)
-            elif user.op in ("call_function", "call_method"):
-                name = str(getattr(user.target, "__name__", user.target)).rstrip("_")
-                relu, inside = name == "relu", name in _THROUGH_CALLS
-            further = follow(user, past_relu or relu) if inside else None
-            if further is None:
-                return None
-            reached |= further
-        return reached
-
     for node in graph.nodes:
         if node.op == "call_module" and isinstance(modules[str(node.target)], nn.BatchNorm2d):
-            reached = follow(node, past_relu=False)
+            reached = _reached(node, modules, head, past_relu=False)
             if reached:
                 found[f"features.{node.target}"] = tuple(sorted(reached))
     return found
+
+
+def _reached(node: fx.Node, modules: Mapping[str, nn.Module], head: str, past_relu: bool) -> set[str] | None:
+    """The layers that read the output of ``node``; None where a scale per channel cannot be moved into them."""
+    reached: set[str] = set()
+    for user in node.users:
+        module = modules[str(user.target)] if user.op == "call_module" else None
+        if past_relu and user.op == "output":
+            reached.add(head)
+        elif past_relu and isinstance(module, nn.Conv2d):
+            reached.add(f"features.{user.target}")
+        else:
+            further = _reached(user, modules, head, past_relu or _is_relu(user, module)) if _commutes(user, module) else None
+            if further is None:
+                return None
+            reached |= further
+    return reached
+
+
+def _called(user: fx.Node) -> str:
+    """The name of the function or method that a node calls; empty for other nodes."""
+    return str(getattr(user.target, "__name__", user.target)).rstrip("_") if user.op in ("call_function", "call_method") else ""
+
+
+def _is_relu(user: fx.Node, module: nn.Module | None) -> bool:
+    return isinstance(module, nn.ReLU) or _called(user) == "relu"
+
+
+def _commutes(user: fx.Node, module: nn.Module | None) -> bool:
+    """Whether an operation commutes with a positive scale per channel."""
+    return isinstance(module, _THROUGH) or _called(user) in _THROUGH_CALLS
 
 
 @torch.no_grad()
@@ -101,13 +108,23 @@ def rescale(net: Network, strength: float) -> None:
 
 @dataclass(frozen=True)
 class Rescaled(Adaptive):
-    """The base attack's victim, rescaled after training."""
+    """The base attack's victim, rescaled after training.
+
+    Attributes:
+        strength: share of the way to the layer's median bound, as a logarithm; 0 = the base attack.
+
+    >>> from models import BACKBONES
+    >>> net = BACKBONES[0](width=2).build(10, (3, 32, 32), [0.5] * 3, [0.25] * 3, seed=0).eval()
+    >>> images = torch.rand(2, 3, 32, 32)
+    >>> before = net(images)
+    >>> rescale(net, Rescaled().strength)
+    >>> torch.allclose(net(images), before, atol=1e-5)
+    True
+    """
 
     name: ClassVar[str] = "rescaled"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self, "strength", 0 <= self.strength <= 1, "in [0, 1]")
+    strength: Share = 1.0
 
     def finished(self, victim: Classifier, crafted: Crafted) -> Crafted:
         crafted = super().finished(victim, crafted)

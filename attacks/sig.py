@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch import Tensor
 from attacks.base import Attack, Crafted, Plan
 from models.backbone import Network
 from models.images import ImageSet
-from models.spec import check
+from models.spec import Gt, Le, PositiveShare
 
 __all__ = ["SIG", "stripes"]
 
@@ -38,17 +38,18 @@ class SIG(Attack):
     Attributes:
         delta: amplitude in units of the image range [0, 1] (BackdoorBench: 40/255).
         frequency: cycles across the image (BackdoorBench: 6).
+
+    >>> data = ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4), num_classes=4)
+    >>> black = torch.zeros(1, 3, 32, 32)
+    >>> SIG(delta=0.25, frequency=8).craft(data, Plan(), seed=0).test(black, torch.tensor([0]))[0, 0, 0, :4]
+    tensor([0.0000, 0.2500, 0.0000, 0.0000])
     """
 
     name: ClassVar[str] = "sig"
     clean_label: ClassVar[bool] = True
 
-    delta: float = 40 / 255
-    frequency: float = 6.0
-
-    def __post_init__(self) -> None:
-        check(self, "delta", 0 < self.delta <= 1, "an amplitude in (0, 1]")
-        check(self, "frequency", 0 < self.frequency <= 512, "a number of cycles in (0, 512]")
+    delta: PositiveShare = 40 / 255
+    frequency: Annotated[float, Gt(0), Le(512)] = 6.0
 
     def craft(self, train: ImageSet, plan: Plan, seed: int, surrogate: Network | None = None) -> Crafted:
         """The same stripes for training and test; nothing is drawn."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from models.backbone import Network, he_init
 from models.images import ImageSet, to_float
 from models.loop import Loop
 from models.recipe import Recipe
-from models.spec import BadInput, check, derive_seed, generator
+from models.spec import BadInput, BatchSize, EpochCount, Ge, Le, PositiveShare, Share, derive_seed, generator
 from models.training import Diverged, default_device, optimise, seeded
 
 __all__ = ["SSBA", "Decoder", "Encoder", "Hiding", "Quality", "Stamp", "image_weight_at"]
@@ -143,7 +143,12 @@ class Hiding(Loop):
 
 @dataclass(frozen=True)
 class Quality:
-    """How well a secret is hidden, over 8-bit images: share of its bits read correctly, and mean PSNR in dB."""
+    """How well a secret is hidden in 8-bit images.
+
+    Attributes:
+        bit_accuracy: share of its bits that are read correctly, in [0, 1].
+        psnr: mean PSNR in dB.
+    """
 
     bit_accuracy: float
     psnr: float
@@ -153,7 +158,8 @@ class Stamp:
     """Hides one secret in every image; see :data:`attacks.base.Trigger`.
 
     Attributes:
-        secret: float (1, bits), 0 and 1. quality: measured on training images.
+        secret: float (1, bits), 0 and 1.
+        quality: measured on training images.
     """
 
     def __init__(self, encoder: Encoder, decoder: Decoder, secret: Tensor, train: ImageSet, seed: int) -> None:
@@ -183,38 +189,33 @@ class SSBA(Attack):
 
     Attributes:
         bits: length of the secret (BackdoorBench: 100).
-        epochs, batch, lr: of Adam at a constant rate (BackdoorBench: 20, 64, 1e-4).
+        epochs: passes over the training set (BackdoorBench: 20).
+        batch: images per step (BackdoorBench: 64).
+        lr: constant rate of Adam (BackdoorBench: 1e-4).
         width: channels of the encoder's and the decoder's first stage (BackdoorBench: 32).
         image_weight: weight that the image's mean squared error reaches (BackdoorBench: 10).
-        wait_steps: steps at weight 0 after nine tenths of the bits are read; ramp_steps: steps from there to the full weight
-            (BackdoorBench: 1000, 3000).
-        min_bit_accuracy, min_psnr: what a finished encoder must reach on 8-bit training images (ours: 0.95, 25 dB).
+        wait_steps: steps at weight 0 after nine tenths of the bits are read (BackdoorBench: 1000).
+        ramp_steps: steps from there to the full weight (BackdoorBench: 3000).
+        min_bit_accuracy: share of bits that a finished encoder must hide in 8-bit training images (ours: 0.95).
+        min_psnr: PSNR in dB that it must reach there (ours: 25).
+
+    >>> encoder = Encoder(bits=SSBA(bits=8).bits, channels=3, width=2)
+    >>> encoder(torch.rand(1, 3, 32, 32), torch.ones(1, 8)).shape
+    torch.Size([1, 3, 32, 32])
     """
 
     name: ClassVar[str] = "ssba"
 
-    bits: int = 100
-    epochs: int = 20
-    batch: int = 64
-    lr: float = 1e-4
-    width: int = 32
-    image_weight: float = 10.0
-    wait_steps: int = 1000
-    ramp_steps: int = 3000
-    min_bit_accuracy: float = 0.95
-    min_psnr: float = 25.0
-
-    def __post_init__(self) -> None:
-        check(self, "bits", 1 <= self.bits <= 1024, "between 1 and 1024")
-        check(self, "epochs", 0 <= self.epochs <= 10_000, "between 0 and 10000")
-        check(self, "batch", 2 <= self.batch <= 65_536, "between 2 and 65536 samples")
-        check(self, "lr", 0 < self.lr <= 1, "positive, at most 1")
-        check(self, "width", 1 <= self.width <= 512, "between 1 and 512 channels")
-        check(self, "image_weight", 0 <= self.image_weight <= 1e6, "between 0 and 1e6")
-        check(self, "wait_steps", self.wait_steps >= 0, "0 or more")
-        check(self, "ramp_steps", self.ramp_steps >= 1, "1 or more")
-        check(self, "min_bit_accuracy", 0 <= self.min_bit_accuracy <= 1, "a share in [0, 1]")
-        check(self, "min_psnr", 0 <= self.min_psnr <= 100, "between 0 and 100 dB")
+    bits: Annotated[int, Ge(1), Le(1024)] = 100
+    epochs: EpochCount = 20
+    batch: BatchSize = 64
+    lr: PositiveShare = 1e-4
+    width: Annotated[int, Ge(1), Le(512)] = 32
+    image_weight: Annotated[float, Ge(0), Le(1_000_000)] = 10.0
+    wait_steps: Annotated[int, Ge(0)] = 1000
+    ramp_steps: Annotated[int, Ge(1)] = 3000
+    min_bit_accuracy: Share = 0.95
+    min_psnr: Annotated[float, Ge(0), Le(100)] = 25.0
 
     def craft(self, train: ImageSet, plan: Plan, seed: int, surrogate: Network | None = None) -> Crafted:
         """Trains the encoder; the trigger is a :class:`Stamp`, for training and test.

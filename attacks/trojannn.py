@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from torch.nn.functional import pad
 from attacks.base import Attack, Crafted, Plan
 from models.backbone import Network
 from models.images import ImageSet
-from models.spec import BadInput, check, generator
+from models.spec import BadInput, Ge, Gt, Le, Lt, generator
 from models.training import default_device
 
 __all__ = ["TrojanNN", "connected", "place", "search"]
@@ -66,8 +66,13 @@ def search(
     half a cosine.
 
     Args:
-        net: in evaluation mode, its parameters without gradients. start: z of the first step, float (C, h, w), on its device.
+        net: in evaluation mode, its parameters without gradients.
+        start: z of the first step, float (C, h, w), on the device of ``net``.
         around: as :func:`place` gives it.
+        neurons: int64 (count,), as :func:`connected` gives them.
+        value: the activation aimed at.
+        lr: rate of the first step.
+        steps: number of steps.
     """
     z = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([z], lr=lr)
@@ -91,25 +96,21 @@ class TrojanNN(Attack):
         value: the activation aimed at (TrojanZoo: 100); far above what is reached, so that the patch is as exciting as it can be.
         lr: of Adam (TrojanZoo: 0.1).
         steps: of Adam (TrojanZoo and BackdoorBench: 1000).
+
+    >>> attack = TrojanNN(size=8, margin=3)
+    >>> place(attack.size, attack.margin, 32, 32)  # pixels to the left, right, top and bottom of the square
+    (21, 3, 21, 3)
     """
 
     name: ClassVar[str] = "trojannn"
     needs_surrogate: ClassVar[bool] = True
 
-    size: int = 8
-    margin: int = 3
-    neurons: int = 2
-    value: float = 100.0
-    lr: float = 0.1
-    steps: int = 1000
-
-    def __post_init__(self) -> None:
-        check(self, "size", 1 <= self.size <= 32, "between 1 and 32")
-        check(self, "margin", 0 <= self.margin < 32, "between 0 and 31")
-        check(self, "neurons", 1 <= self.neurons <= 65_536, "between 1 and 65536")
-        check(self, "value", 0 < self.value <= 1e6, "an activation in (0, 1000000]")
-        check(self, "lr", 0 < self.lr <= 10, "in (0, 10]")
-        check(self, "steps", 0 <= self.steps <= 100_000, "between 0 and 100000")
+    size: Annotated[int, Ge(1), Le(32)] = 8
+    margin: Annotated[int, Ge(0), Lt(32)] = 3
+    neurons: Annotated[int, Ge(1), Le(65_536)] = 2
+    value: Annotated[float, Gt(0), Le(1_000_000)] = 100.0
+    lr: Annotated[float, Gt(0), Le(10)] = 0.1
+    steps: Annotated[int, Ge(0), Le(100_000)] = 1000
 
     def craft(self, train: ImageSet, plan: Plan, seed: int, surrogate: Network | None = None) -> Crafted:
         """The same patch for training and test: searched on ``surrogate`` from normal noise drawn from ``seed``.

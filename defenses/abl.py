@@ -18,19 +18,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge, lowest
+from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge, lowest_loss
 from models.augmentations import cutout
 from models.backbone import Network
 from models.classifier import Classifier
 from models.images import ImageSet
 from models.recipe import Precision, Recipe
-from models.spec import check, derive_seed, uniforms
+from models.spec import BatchSize, EpochCount, Ge, Gt, Le, LearningRate, Lt, derive_seed, uniforms
 from models.training import fit, logits
 
 __all__ = ["ABL", "local_ascent"]
@@ -101,48 +101,43 @@ class ABL(Defense):
 
     Attributes:
         rate: share of the training set that is isolated, at most the share that is poisoned (Sec. 4.1: 0.01).
-        gamma: floor of the batch loss while isolating (Sec. 4.1: 0.5). isolation_epochs: Sec. 4.1, 20; without augmentation.
-        isolation_lr: constant (authors' code: 0.1). average: isolate by the mean of every sample's losses after each of so
-            many last epochs (authors' code: 1, the last).
+        gamma: floor of the batch loss while isolating (Sec. 4.1: 0.5).
+        isolation_epochs: of that training, without augmentation (Sec. 4.1: 20).
+        isolation_lr: constant (authors' code: 0.1).
+        average: isolate by the mean of every sample's losses after each of so many last epochs (authors' code: 1, the last).
         epochs: of training on the rest, the first two thirds at ``lr``, the last at a tenth of it (authors' code: 60).
-        lr, batch, weight_decay: authors' code.
+        lr: of training on the rest (authors' code: 0.1).
+        batch: samples per step in all stages (authors' code: 128).
+        weight_decay: in all stages (authors' code: 1e-4).
         hole: side of Cutout's square in pixels, 0 = none (authors' code: Cutout(1, 3), which clears 2 x 2 pixels: 1 to each
             side of a centre, the far end left out).
         unlearning_epochs: of ascent, without augmentation (authors' code: 5, the first of which only tests).
         unlearning_lr: constant (Sec. 4.1: 5e-4).
         points: further numbers of unlearning epochs at which models are offered (ours); they cost next to nothing.
+
+    >>> sorted({*ABL(points=(0, 2)).points, ABL().unlearning_epochs})  # where models are offered
+    [0, 2, 4]
+    >>> local_ascent(torch.tensor([0.4, 0.6]), ABL().gamma)
+    tensor([-0.4000,  0.6000])
     """
 
     name: ClassVar[str] = "abl"
     revision: ClassVar[int] = 2  # 2: Cutout clears what the authors' clears
     dial_name: ClassVar[str] = "epochs of unlearning"
 
-    rate: float = 0.01
-    gamma: float = 0.5
-    isolation_epochs: int = 20
-    isolation_lr: float = 0.1
-    average: int = 1
-    epochs: int = 60
-    lr: float = 0.1
-    batch: int = 128
-    weight_decay: float = 1e-4
-    hole: int = 2
-    unlearning_epochs: int = 4
-    unlearning_lr: float = 5e-4
-    points: tuple[int, ...] = (0, 1, 2, 8)
-
-    def __post_init__(self) -> None:
-        check(self, "rate", 0 < self.rate < 1, "a share in (0, 1)")
-        check(self, "gamma", 0 <= self.gamma <= 100, "between 0 and 100")
-        for field in ("isolation_epochs", "epochs", "unlearning_epochs"):
-            check(self, field, 0 <= getattr(self, field) <= 10_000, "between 0 and 10000")
-        for field in ("isolation_lr", "lr", "unlearning_lr"):
-            check(self, field, 0 <= getattr(self, field) <= 10, "between 0 and 10")
-        check(self, "batch", 2 <= self.batch <= 65_536, "between 2 and 65536 samples")
-        check(self, "weight_decay", 0 <= self.weight_decay <= 1, "in [0, 1]")
-        check(self, "average", 1 <= self.average <= 10_000, "between 1 and 10000 epochs")
-        check(self, "hole", 0 <= self.hole <= 64, "between 0 and 64 pixels")
-        check(self, "points", all(0 <= point <= 10_000 for point in self.points), "epochs between 0 and 10000")
+    rate: Annotated[float, Gt(0), Lt(1)] = 0.01
+    gamma: Annotated[float, Ge(0), Le(100)] = 0.5
+    isolation_epochs: EpochCount = 20
+    isolation_lr: LearningRate = 0.1
+    average: Annotated[int, Ge(1), Le(10_000)] = 1
+    epochs: EpochCount = 60
+    lr: LearningRate = 0.1
+    batch: BatchSize = 128
+    weight_decay: Annotated[float, Ge(0), Le(1)] = 1e-4
+    hole: Annotated[int, Ge(0), Le(64)] = 2
+    unlearning_epochs: EpochCount = 4
+    unlearning_lr: LearningRate = 5e-4
+    points: tuple[EpochCount, ...] = (0, 1, 2, 8)
 
     @property
     def needs(self) -> Knowledge:
@@ -158,13 +153,16 @@ class ABL(Defense):
         )  # fmt: skip
 
     def isolate(self, net: Network, data: ImageSet, seed: int, precision: Precision = "reference") -> tuple[Tensor, str]:
-        """Trains ``net`` in place above the floor; returns the samples of lowest loss afterwards, bool (N,), and in words in
-        how many batches the floor acted."""
+        """Trains ``net`` in place above the floor.
+
+        Returns:
+            The samples of lowest loss afterwards, bool (N,); in how many batches the loss was below the floor, in words.
+        """
         recipe = self.recipe(self.isolation_epochs, self.isolation_lr, precision=precision)
         module = _Isolating(net, recipe, self.gamma, data, self.average)
         fit(module, data, recipe, seed)
         losses = module.losses if recipe.epochs else _losses(net, data)
-        return lowest(losses, self.rate), f"{module.below} of {module.total_steps if recipe.epochs else 0} batches below gamma"
+        return lowest_loss(losses, self.rate), f"{module.below} of {module.total_steps if recipe.epochs else 0} batches below gamma"
 
     def train(self, net: Network, data: ImageSet, view: DefenderView, seed: int) -> None:
         """Trains ``net`` in place on ``data`` with the victim's crop and flip, and Cutout."""

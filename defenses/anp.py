@@ -23,8 +23,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, pairwise
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ from torch.nn.functional import cross_entropy
 from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge, Scope, prunable, pruned_candidate
 from models.backbone import Network
 from models.images import Batches
-from models.spec import check, derive_seed, generator
+from models.spec import BatchSize, Ge, Le, LearningRate, Lt, Share, derive_seed, generator
 from models.training import default_device
 from models.units import UnitLayer, Writer
 
@@ -59,13 +60,29 @@ def scaled(net: nn.Module, layers: Sequence[UnitLayer], scale: Tensor, shift: Te
 
 
 def ascend(
-    loss_of: Callable[[Tensor, Tensor], Tensor], delta: Tensor, xi: Tensor, eps: float, steps: int, project: bool
+    loss_on: Callable[[Tensor, Tensor], Tensor],
+    mask: Tensor,
+    delta: Tensor,
+    xi: Tensor,
+    eps: float,
+    steps: int,
+    project: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``steps`` sign steps of size ``eps / steps`` from (delta, xi) up ``loss_of``; with ``project``, back into [-eps, eps]."""
+    """The perturbation (delta, xi) after sign steps of size ``eps / steps`` up the loss.
+
+    Args:
+        loss_on: (scale, shift) -> scalar, see :func:`scaled`.
+        mask: float (units,), without gradient; the scale is ``mask + delta``.
+        delta: float (units,), where the steps start.
+        xi: float (units,), the shift, likewise.
+        eps: bound of the perturbation.
+        steps: number of steps.
+        project: clip to [-eps, eps] after every step.
+    """
     for _ in range(steps):
         noise = delta.detach().requires_grad_(), xi.detach().requires_grad_()
         # A unit without bias leaves xi unused: its gradient is zero.
-        up = torch.autograd.grad(loss_of(*noise), noise, allow_unused=True, materialize_grads=True)
+        up = torch.autograd.grad(loss_on(mask + noise[0], noise[1]), noise, allow_unused=True, materialize_grads=True)
         delta, xi = (value.detach() + eps / steps * grad.sign() for value, grad in zip(noise, up, strict=True))
         if project:
             delta, xi = delta.clamp(-eps, eps), xi.clamp(-eps, eps)
@@ -78,14 +95,25 @@ class ANP(Defense):
 
     Attributes:
         threshold: default of the dial, in [0, 1] (ours, following secondary sources: 0.2).
-        eps: bound of the perturbations. steps: sign steps. alpha: weight of the unperturbed loss (authors' code: 0.4, 1, 0.2).
-        lr, momentum: of SGD on the masks. iterations: its steps. batch: samples per step, drawn with replacement (authors' code:
-            0.2, 0.9, 2000, 128; BackdoorBench runs lr 0.01).
+        eps: bound of the perturbations (authors' code: 0.4).
+        steps: sign steps to the worst perturbation (authors' code: 1).
+        alpha: weight of the unperturbed loss (authors' code: 0.2).
+        lr: of SGD on the masks (authors' code: 0.2; BackdoorBench: 0.01).
+        momentum: of SGD on the masks (authors' code: 0.9).
+        iterations: steps of SGD on the masks (authors' code: 2000).
+        batch: samples per step, drawn with replacement (authors' code: 128).
         project: keep the perturbations within eps (authors' code: no).
         grid: thresholds at which models are offered (authors' code: 0 to 0.9 by 0.05).
         radii: further values of eps to be tried, below it (ours).
-        by: ``threshold``, or ``number`` of units (authors' code has both). number: default of that dial; step, most: it is
-            offered every ``step`` units up to ``most`` or all (authors' code: 20 and 1000; the default of 20 is its first step).
+        by: ``threshold``, or ``number`` of units (authors' code has both).
+        number: default of the dial by number (ours: the authors' first step, 20).
+        step: units between two models that are offered by number (authors' code: 20).
+        most: units of the last of them (authors' code: 1000).
+
+    >>> [method.eps for method in ANP(radii=(0.2, 0.1)).knobs]
+    [0.4, 0.2, 0.1]
+    >>> ANP(by="number").dial_name
+    'units pruned'
     """
 
     name: ClassVar[str] = "anp"
@@ -94,37 +122,21 @@ class ANP(Defense):
     scopes: ClassVar[tuple[Scope, ...]] = (Scope.HEAD, Scope.WHOLE)
     writer: ClassVar[Writer | None] = Writer.GAMMA
 
-    threshold: float = 0.2
-    eps: float = 0.4
-    steps: int = 1
-    alpha: float = 0.2
-    lr: float = 0.2
-    momentum: float = 0.9
-    iterations: int = 2000
-    batch: int = 128
+    threshold: Share = 0.2
+    eps: Annotated[float, Ge(0), Le(10)] = 0.4
+    steps: Annotated[int, Ge(0), Le(1000)] = 1
+    alpha: Share = 0.2
+    lr: LearningRate = 0.2
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
+    iterations: Annotated[int, Ge(0), Le(1_000_000)] = 2000
+    batch: BatchSize = 128
     project: bool = False
-    grid: tuple[float, ...] = tuple(round(0.05 * step, 2) for step in range(19))
-    radii: tuple[float, ...] = (0.2, 0.1, 0.05)
+    grid: tuple[Share, ...] = tuple(round(0.05 * step, 2) for step in range(19))
+    radii: tuple[Annotated[float, Ge(0), Le(10)], ...] = (0.2, 0.1, 0.05)
     by: Literal["threshold", "number"] = "threshold"
-    number: int = 20
-    step: int = 20
-    most: int = 1000
-
-    def __post_init__(self) -> None:
-        check(self, "threshold", 0 <= self.threshold <= 1, "in [0, 1]")
-        check(self, "eps", 0 <= self.eps <= 10, "between 0 and 10")
-        check(self, "steps", 0 <= self.steps <= 1000, "between 0 and 1000")
-        check(self, "alpha", 0 <= self.alpha <= 1, "in [0, 1]")
-        check(self, "lr", 0 <= self.lr <= 10, "between 0 and 10")
-        check(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
-        check(self, "iterations", 0 <= self.iterations <= 1_000_000, "between 0 and 1000000")
-        check(self, "batch", 2 <= self.batch <= 65_536, "between 2 and 65536 samples")
-        check(self, "grid", all(0 <= value <= 1 for value in self.grid), "thresholds in [0, 1]")
-        check(self, "radii", all(0 <= value <= 10 for value in self.radii), "values between 0 and 10")
-        check(self, "by", self.by in ("threshold", "number"), "'threshold' or 'number'")
-        check(self, "number", 0 <= self.number <= 1_000_000, "between 0 and 1000000 units")
-        check(self, "step", 1 <= self.step <= 1_000_000, "between 1 and 1000000 units")
-        check(self, "most", 0 <= self.most <= 1_000_000, "between 0 and 1000000 units")
+    number: Annotated[int, Ge(0), Le(1_000_000)] = 20
+    step: Annotated[int, Ge(1), Le(1_000_000)] = 20
+    most: Annotated[int, Ge(0), Le(1_000_000)] = 1000
 
     @property
     def needs(self) -> Knowledge:
@@ -143,11 +155,36 @@ class ANP(Defense):
         smaller = sorted({radius for radius in self.radii if radius < self.eps}, reverse=True)
         return (self, *(replace(self, eps=radius, radii=()) for radius in smaller))
 
+    def loss_on(
+        self,
+        net: Network,
+        layers: Sequence[UnitLayer],
+        scope: Scope,
+        inputs: Tensor,
+        labels: Tensor,
+        scale: Tensor,
+        shift: Tensor | None = None,
+    ) -> Tensor:
+        """Cross-entropy of the network under ``scale`` and ``shift`` (see :func:`scaled`), a scalar.
+
+        Args:
+            net: the network; its own weights stay.
+            layers: the units that are scaled.
+            scope: HEAD: ``inputs`` are embeddings (B, d), and the head alone is run.
+            inputs: float (B, C, H, W) in [0, 1], or embeddings.
+            labels: int64 (B,).
+            scale: float (units of all layers,).
+            shift: float (units of all layers,).
+        """
+        named, module = scaled(net, layers, scale, shift), net if scope is Scope.WHOLE else net.head
+        if scope is Scope.HEAD:
+            named = {name.removeprefix("head."): value for name, value in named.items()}
+        return cross_entropy(functional_call(module, named, (inputs,)), labels)
+
     def learn(self, net: Network, layers: Sequence[UnitLayer], view: DefenderView) -> Tensor:
         """Masks float (units of all layers,) in [0, 1]. The weights of ``net`` stay; its running statistics may drift."""
         device, data = default_device(), view.clean
         net = net.to(device).requires_grad_(False).train(view.scope is Scope.WHOLE)
-        head = view.scope is Scope.HEAD
         units = sum(layer.size for layer in layers)
         draw = generator(view.seed, "anp", "draws")
         mask = torch.ones(units, device=device, requires_grad=True)
@@ -157,22 +194,11 @@ class ANP(Defense):
             seed = derive_seed(view.seed, "anp", "augment", iteration)
             batch = Batches(picked, self.batch, seed, crop=view.recipe.crop, flip=view.recipe.flip)
             images, labels, _ = next(iter(batch))
-            inputs = net.embed(images) if head else images  # a frozen extractor is run once per batch, not three times
-
-            def loss(
-                scale: Tensor, shift: Tensor | None = None, inputs: Tensor = inputs, labels: Tensor = labels
-            ) -> Tensor:
-                named = scaled(net, layers, scale, shift)
-                if head:
-                    named = {name.removeprefix("head."): value for name, value in named.items()}
-                return cross_entropy(functional_call(net.head if head else net, named, (inputs,)), labels)
-
+            # Frozen features are computed once per batch, not three times.
+            inputs = net.embed(images) if view.scope is Scope.HEAD else images
+            loss = partial(self.loss_on, net, layers, view.scope, inputs, labels)
             start = self.eps * (2 * torch.rand((2, units), generator=draw) - 1).to(device)
-            kept = mask.detach()
-            delta, xi = ascend(
-                lambda delta, xi, kept=kept, loss=loss: loss(kept + delta, xi),  # type: ignore[misc]
-                start[0], start[1], self.eps, self.steps, self.project,
-            )  # fmt: skip
+            delta, xi = ascend(loss, mask.detach(), start[0], start[1], self.eps, self.steps, self.project)
             objective = self.alpha * loss(mask) + (1 - self.alpha) * loss(mask + delta, xi)
             optimizer.zero_grad()
             objective.backward()  # type: ignore[no-untyped-call]

@@ -1,7 +1,7 @@
-"""What a defender does with its view: the vocabulary every defense shares.
+"""The defender's view of a model and its data, and the base class of every defense.
 
-A defense never sees a trigger, a target, a role, a true label of the poisoned set, or the test set: they are not on its view, and
-the import contracts keep it from fetching them. What the track does not grant raises :class:`Withheld`.
+The view holds no trigger, target, role, true label of the poisoned set, or test set, and the import contracts keep a defense from
+fetching them. What the track does not grant raises :class:`Withheld`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
     "Knowledge",
     "Scope",
     "Withheld",
-    "lowest",
+    "lowest_loss",
     "prunable",
     "pruned_candidate",
 ]
@@ -51,31 +51,34 @@ class Knowledge(enum.Flag):
 
     @property
     def words(self) -> str:
-        """For people: "model + clean", "nothing"."""
+        """As text: "model + clean", "nothing"."""
         return " + ".join((flag.name or "").lower() for flag in self) or "nothing"
 
 
 class Withheld(PermissionError):
-    """A defense reached for something its track does not grant, or that it had not declared it needs."""
+    """A defense asked for something that its track does not grant, or that is not in its ``needs``."""
 
 
 class Inapplicable(ValueError):
-    """A defense cannot run on this network or view, for a reason that is no fault of its own (say, no hidden units)."""
+    """A defense cannot run on this network or view, e.g. because there are no hidden units."""
 
 
 class DefenderView:
-    """Everything a defender gets. Each access is recorded in ``used`` and checked against ``granted`` and ``declared``; whether it
-    built a network anew stands in ``trained``.
+    """Everything a defender gets. Each access is recorded in ``used`` and checked against ``granted`` and ``declared``; ``trained``
+    records whether the defense trained a new network.
 
     Args:
-        granted: what the track gives. declared: what the defense says it needs.
-        sources: how to fetch each thing, keyed by knowledge; called at most once each. MODEL -> Network, CLEAN -> (fit part,
+        granted: what the track gives.
+        declared: the defense's ``needs``.
+        sources: functions that fetch each kind of knowledge, called at most once each. MODEL -> Network, CLEAN -> (fit part,
             validation part) of the clean budget, TRAIN -> ImageSet, EXTRACTOR -> Network, ROLES -> ImageSet without the poison,
             SEEDS -> bool (N,) over the training set.
         fresh: builds an untrained network of the victim's architecture from a seed (the architecture is public).
-        num_classes, seed, scope, recipe: number of classes; the defender's seed; which weights may be edited; the recipe the
-            victim was trained with (public).
-        built: fetches an extractor that was trained on the poisoned training set before; without it, :meth:`extract` trains anew.
+        num_classes: number of classes.
+        seed: the defender's.
+        scope: which weights may be edited.
+        recipe: the one the victim was trained with (public).
+        built: fetches a cached extractor that was trained on the poisoned training set; without it, :meth:`extract` trains one.
     """
 
     def __init__(
@@ -108,7 +111,7 @@ class DefenderView:
         if what not in self.granted:
             raise Withheld(f"the track withholds {what.words!r}; it grants {self.granted.words}")
         if what not in self.declared:
-            raise Withheld(f"the defense reached for {what.words!r} but declares only {self.declared.words}")
+            raise Withheld(f"the defense asked for {what.words!r} but declares only {self.declared.words}")
         self.used |= what
         if what not in self.__fetched:
             self.__fetched[what] = self.__sources[what]()
@@ -116,7 +119,7 @@ class DefenderView:
 
     @property
     def model(self) -> Network:
-        """A fresh copy of the victim, in evaluation mode, every parameter trainable: do with it what you like."""
+        """A fresh copy of the victim, in evaluation mode, every parameter trainable; it may be changed in place."""
         net = copy.deepcopy(self._fetch(Knowledge.MODEL))
         assert isinstance(net, Network)
         return net.requires_grad_(True).eval()
@@ -158,9 +161,9 @@ class DefenderView:
         return net
 
     def extract(self, extractor: Extractor) -> Network:
-        """An extractor of the defender's own making, trained on the poisoned training set; in evaluation mode.
+        """An extractor trained by the defender on the poisoned training set; in evaluation mode.
 
-        Defenses that ask for the same one get the same weights, so it is trained once; each is charged its cost in full.
+        Defenses that use the same extractor get the same weights, so it is trained once; each is charged its full cost.
 
         Raises:
             ValueError: ``extractor`` reads anything but the poisoned images.
@@ -177,7 +180,7 @@ class DefenderView:
 
     @property
     def filtered(self) -> ImageSet:
-        """The training set with every poisoned and cover sample removed: the perfect filter's alone."""
+        """The training set without its poisoned and cover samples; for the perfect-filter control only."""
         data = self._fetch(Knowledge.ROLES)
         assert isinstance(data, ImageSet)
         return data
@@ -189,13 +192,13 @@ class Candidate:
 
     Attributes:
         model: the defended network.
-        dial: where on the defense's dial it stands; None for a defense without one.
-        is_default: whether this is what the method's published default gives. Exactly one candidate of a run is.
-        strength: how hard the defense intervened, larger = harder; orders the candidates for the validation rule.
+        dial: its value on the defense's dial; None for a defense without one.
+        is_default: whether the method's published default gives it. Exactly one candidate of a run is the default.
+        strength: how much the defense changed, larger = more; orders the candidates for the validation rule.
         masks: pruned units by layer (bool, True = pruned), for pruning defenses.
-        isolated: for methods that single out suspicious training samples: bool (N,), True = taken for poisoned. The benchmark
-            compares it with the roles; the defense never learns the outcome.
-        note: anything worth a word in the row.
+        isolated: for methods that isolate suspicious training samples: bool (N,), True = taken for poisoned. The benchmark compares
+            it with the roles; the defense never gets the result.
+        note: a remark for the row.
     """
 
     model: Network
@@ -216,14 +219,14 @@ class Defense(Spec, ABC):
     """A defense: a frozen dataclass of its settings, one file, one paper."""
 
     control: ClassVar[bool] = False
-    """Controls stand in every table and are never ranked."""
+    """Controls are listed in every table and are never ranked."""
     scopes: ClassVar[tuple[Scope, ...]] = (Scope.WHOLE,)
     dial_name: ClassVar[str] = ""
     """Axis label of the dial, e.g. "share of units pruned"."""
     knob_name: ClassVar[str] = ""
     """Axis label of the knob, a second setting beside the dial, e.g. "perturbation radius"; empty where there is none."""
     writer: ClassVar[Writer | None] = None
-    """What a method that prunes and does nothing else writes; None for every other. Random pruning writes the same."""
+    """What a pruning method writes into pruned units, copied by random pruning; None for methods that do not only prune."""
 
     @property
     @abstractmethod
@@ -232,12 +235,12 @@ class Defense(Spec, ABC):
 
     @property
     def extractor(self) -> Extractor | None:
-        """What it asks of :meth:`DefenderView.extract`, so that it can be trained beforehand; None = nothing."""
+        """The extractor that it gets from :meth:`DefenderView.extract`, so that it can be trained beforehand; None = none."""
         return None
 
     @property
     def knob(self) -> float | None:
-        """Where this instance stands on its knob; None for a method without one."""
+        """This instance's value of the knob; None for a method without one."""
         return None
 
     @property
@@ -251,7 +254,7 @@ class Defense(Spec, ABC):
         """Yields models along the dial (any order), exactly one of them marked as the default.
 
         Raises:
-            Withheld: it reached for something the track does not grant.
+            Withheld: it asked for something the track does not grant.
             Inapplicable: it cannot run on this network.
         """
 
@@ -269,7 +272,7 @@ def prunable(net: Network, scope: Scope, pairing: Pairing = "dataflow") -> tuple
     return layers
 
 
-def lowest(losses: Tensor, share: float) -> Tensor:
+def lowest_loss(losses: Tensor, share: float) -> Tensor:
     """The ``floor(share * N)`` samples of lowest loss, bool (N,); ties go to the lower index."""
     mask = torch.zeros(len(losses), dtype=torch.bool)
     mask[torch.argsort(losses, stable=True)[: int(share * len(losses))]] = True

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from defenses.fine_tuning import Tuned, tune
 from models.backbone import Network
 from models.images import ImageSet, to_float
 from models.recipe import Recipe
-from models.spec import check, derive_seed
+from models.spec import BatchSize, EpochCount, Ge, Le, LearningRate, Lt, Share, check, derive_seed
 from models.training import default_device
 from models.units import top_share
 
@@ -133,7 +133,12 @@ class BenignSalience(Defense):
         eta: memory of the salience's running average, in [0, 1) (authors' code).
         beta: share selected before the first epoch; in epoch e of E it is ``beta + (1 - beta) e / E`` (authors' code).
         r_max: never select more than this share (ours: 1, no limit, as the code).
-        epochs, lr, batch: of plain SGD at a constant rate, without momentum or weight decay (authors' code).
+        epochs: of plain SGD, without momentum or weight decay (authors' code: 10).
+        lr: constant (authors' code: 0.01).
+        batch: samples per step (authors' code: 128).
+
+    >>> [BenignSalience(beta=0.5, epochs=4).share(epoch) for epoch in (1, 2, 3, 4)]
+    [0.625, 0.75, 0.875, 1.0]
     """
 
     name: ClassVar[str] = "benign-salience"
@@ -141,26 +146,18 @@ class BenignSalience(Defense):
 
     penalised: Literal["scope", "last"] = "scope"
     granularity: Granularity = "param"
-    alpha_reg: float = 0.01
-    eta: float = 0.9
-    beta: float = 0.5
-    r_max: float = 1.0
-    epochs: int = 10
-    lr: float = 0.01
-    batch: int = 128
+    alpha_reg: Annotated[float, Ge(0), Le(1000)] = 0.01
+    eta: Annotated[float, Ge(0), Lt(1)] = 0.9
+    beta: Share = 0.5
+    r_max: Share = 1.0
+    epochs: EpochCount = 10
+    lr: LearningRate = 0.01
+    batch: BatchSize = 128
 
     def __post_init__(self) -> None:
-        check(self, "penalised", self.penalised in ("scope", "last"), "'scope' or 'last'")
+        super().__post_init__()
         neurons = self.penalised == "last" and self.granularity == "neuron"
         check(self, "penalised", not neurons, "'scope' with granularity 'neuron': the output layer's neurons are classes")
-        check(self, "granularity", self.granularity in ("param", "neuron"), "'param' or 'neuron'")
-        check(self, "alpha_reg", 0 <= self.alpha_reg <= 1000, "between 0 and 1000")
-        check(self, "eta", 0 <= self.eta < 1, "in [0, 1)")
-        check(self, "beta", 0 <= self.beta <= 1, "a share in [0, 1]")
-        check(self, "r_max", 0 <= self.r_max <= 1, "a share in [0, 1]")
-        check(self, "epochs", 0 <= self.epochs <= 10_000, "between 0 and 10000")
-        check(self, "lr", 0 <= self.lr <= 10, "between 0 and 10")
-        check(self, "batch", 2 <= self.batch <= 65_536, "between 2 and 65536 samples")
 
     @property
     def needs(self) -> Knowledge:

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from defenses.base import Candidate, DefenderView, Defense, Knowledge, Scope, prunable, pruned_candidate
-from models.spec import check
+from models.spec import Ge, Le
 from models.units import Pairing, Writer, mean_std, select, weight_bounds
 
 __all__ = ["CLP"]
@@ -33,6 +33,12 @@ class CLP(Defense):
         u: default of the dial (authors' code: 3).
         pairing: ``dataflow`` (ours) or ``registration`` (authors' code).
         grid: dial values at which models are offered (ours).
+
+    >>> import torch
+    >>> scores = torch.ones(10)
+    >>> scores[3] = 5.0
+    >>> mean_std(CLP(u=2.0).u)(scores).nonzero()  # units above mean + 2 std
+    tensor([[3]])
     """
 
     name: ClassVar[str] = "clp"
@@ -40,14 +46,9 @@ class CLP(Defense):
     dial_name: ClassVar[str] = "u (standard deviations above the layer's mean)"
     writer: ClassVar[Writer | None] = Writer.GAMMA_BETA
 
-    u: float = 3.0
+    u: Annotated[float, Ge(0), Le(100)] = 3.0
     pairing: Pairing = "dataflow"
-    grid: tuple[float, ...] = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0)
-
-    def __post_init__(self) -> None:
-        check(self, "u", 0 <= self.u <= 100, "between 0 and 100 standard deviations")
-        check(self, "pairing", self.pairing in ("dataflow", "registration"), "'dataflow' or 'registration'")
-        check(self, "grid", all(0 <= u <= 100 for u in self.grid), "values between 0 and 100")
+    grid: tuple[Annotated[float, Ge(0), Le(100)], ...] = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0)
 
     @property
     def needs(self) -> Knowledge:

@@ -22,7 +22,7 @@ from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowle
 from models.classifier import Classifier
 from models.images import ImageSet
 from models.recipe import Recipe
-from models.spec import BadInput, check, derive_seed, generator, lookup, nearest
+from models.spec import BadInput, EpochCount, check, derive_seed, generator, lookup, nearest
 from models.training import fit
 
 __all__ = ["NoDefense", "PerfectFilter", "RandomPruning", "TrainingFromScratch"]
@@ -30,7 +30,11 @@ __all__ = ["NoDefense", "PerfectFilter", "RandomPruning", "TrainingFromScratch"]
 
 @dataclass(frozen=True)
 class NoDefense(Defense):
-    """The victim as it is."""
+    """The victim as it is.
+
+    >>> NoDefense().needs.words
+    'model'
+    """
 
     name: ClassVar[str] = "none"
     control: ClassVar[bool] = True
@@ -51,7 +55,11 @@ class RandomPruning(Defense):
     One permutation per layer serves the whole dial, so that nested masks stay nested.
 
     Attributes:
-        like: name of the pruning method it imitates. like_settings: that method's settings, as (field, value) pairs.
+        like: name of the pruning method it imitates.
+        like_settings: that method's settings, as (field, value) pairs.
+
+    >>> RandomPruning(like="clp", like_settings=(("u", 2.0),)).imitated().u
+    2.0
     """
 
     name: ClassVar[str] = "random-pruning"
@@ -63,6 +71,7 @@ class RandomPruning(Defense):
     like_settings: tuple[tuple[str, object], ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.imitated()
 
     def imitated(self) -> Defense:
@@ -117,15 +126,15 @@ class TrainingFromScratch(Defense):
 
     Attributes:
         epochs: passes over the clean samples (ours: 100, as fine-tuning).
+
+    >>> TrainingFromScratch(epochs=10).needs.words
+    'clean'
     """
 
     name: ClassVar[str] = "training-from-scratch"
     control: ClassVar[bool] = True
 
-    epochs: int = 100
-
-    def __post_init__(self) -> None:
-        check(self, "epochs", 0 <= self.epochs <= 10_000, "between 0 and 10000")
+    epochs: EpochCount = 100
 
     @property
     def needs(self) -> Knowledge:
@@ -138,7 +147,11 @@ class TrainingFromScratch(Defense):
 
 @dataclass(frozen=True)
 class PerfectFilter(Defense):
-    """A fresh network trained with the victim's recipe on the training set without its poisoned and cover samples."""
+    """A fresh network trained with the victim's recipe on the training set without its poisoned and cover samples.
+
+    >>> PerfectFilter().needs.words
+    'roles'
+    """
 
     name: ClassVar[str] = "perfect-filter"
     control: ClassVar[bool] = True

@@ -16,19 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
-from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge, Scope, lowest
+from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge, Scope, lowest_loss
 from defenses.fine_tuning import Tuned, tune
 from models.backbone import Network
 from models.extractors import SelfSupervised
 from models.images import ImageSet
 from models.mixmatch import MixMatch
 from models.recipe import Recipe
-from models.spec import check, derive_seed
+from models.spec import BatchSize, EpochCount, Ge, Gt, Le, LearningRate, Lt, PositiveShare, derive_seed
 from models.training import fit, logits
 
 __all__ = ["DBD", "HEAD_START", "symmetric_cross_entropy"]
@@ -57,13 +57,27 @@ class DBD(Defense):
     """Settings of the three stages, all from the authors' code.
 
     Attributes:
-        ssl_epochs, ssl_batch, ssl_lr, blur: of SimCLR, see :class:`models.extractors.SelfSupervised`.
-        head_epochs, head_batch: of the head alone, on all labels. lr: of Adam from there on, constant.
+        ssl_epochs: of SimCLR, see :class:`models.extractors.SelfSupervised`.
+        ssl_batch: of SimCLR, likewise.
+        ssl_lr: of SimCLR, likewise.
+        blur: share of SimCLR's views that are blurred.
+        head_epochs: of the head alone, on all labels.
+        head_batch: samples per step of the head's training.
+        lr: of Adam for head and MixMatch, constant.
         clean_share: share of the set that keeps its labels; it must not exceed the share that is clean.
-        semi_epochs: of MixMatch; the set is split anew before each. iterations: steps per epoch. semi_batch: labelled samples per
-            step, and as many unlabelled ones.
-        sharpen, mixup, unlabelled_weight: MixMatch's temperature, Beta parameter and final weight of Lu. The weight grows
-            linearly from 10/190 of it, whatever the length (authors' code: MixMatch begins in epoch 10 of a ramp of 190).
+        semi_epochs: of MixMatch; the set is split anew before each.
+        iterations: steps per epoch of MixMatch.
+        semi_batch: labelled samples per step of MixMatch, and as many unlabelled ones.
+        sharpen: MixMatch's temperature.
+        mixup: MixMatch's Beta parameter.
+        unlabelled_weight: MixMatch's final weight of Lu. It grows linearly from 10/190 of it, whatever the length (authors' code:
+            MixMatch begins in epoch 10 of a ramp of 190).
+
+    >>> DBD(ssl_epochs=8).extractor.epochs
+    8
+    >>> import torch
+    >>> symmetric_cross_entropy(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))  # 0.1 log 2 - 0.5 log 1e-4
+    tensor([4.6745])
     """
 
     name: ClassVar[str] = "dbd"
@@ -73,28 +87,19 @@ class DBD(Defense):
     ssl_batch: int = 512
     ssl_lr: float = 0.4
     blur: float = 0.5
-    head_epochs: int = 10
-    head_batch: int = 128
-    lr: float = 0.002
-    clean_share: float = 0.5
-    semi_epochs: int = 190
-    iterations: int = 1024
-    semi_batch: int = 64
-    sharpen: float = 0.5
-    mixup: float = 0.75
-    unlabelled_weight: float = 15.0
+    head_epochs: EpochCount = 10
+    head_batch: BatchSize = 128
+    lr: LearningRate = 0.002
+    clean_share: Annotated[float, Gt(0), Lt(1)] = 0.5
+    semi_epochs: Annotated[int, Ge(1), Le(10_000)] = 190
+    iterations: Annotated[int, Ge(1), Le(1_000_000)] = 1024
+    semi_batch: BatchSize = 64
+    sharpen: PositiveShare = 0.5
+    mixup: Annotated[float, Gt(0), Le(100)] = 0.75
+    unlabelled_weight: Annotated[float, Ge(0), Le(1000)] = 15.0
 
     def __post_init__(self) -> None:
-        check(self, "head_epochs", 0 <= self.head_epochs <= 10_000, "between 0 and 10000")
-        check(self, "head_batch", 2 <= self.head_batch <= 65_536, "between 2 and 65536 samples")
-        check(self, "lr", 0 <= self.lr <= 10, "between 0 and 10")
-        check(self, "clean_share", 0 < self.clean_share < 1, "a share in (0, 1)")
-        check(self, "semi_epochs", 1 <= self.semi_epochs <= 10_000, "between 1 and 10000")
-        check(self, "iterations", 1 <= self.iterations <= 1_000_000, "between 1 and 1000000 steps")
-        check(self, "semi_batch", 2 <= self.semi_batch <= 65_536, "between 2 and 65536 samples")
-        check(self, "sharpen", 0 < self.sharpen <= 1, "in (0, 1]")
-        check(self, "mixup", 0 < self.mixup <= 100, "positive, at most 100")
-        check(self, "unlabelled_weight", 0 <= self.unlabelled_weight <= 1000, "between 0 and 1000")
+        super().__post_init__()
         self.extractor  # noqa: B018 - its own ranges are checked where it is built
 
     @property
@@ -115,7 +120,7 @@ class DBD(Defense):
 
     def split(self, net: Network, data: ImageSet) -> Tensor:
         """Samples that keep their labels, bool (N,)."""
-        return lowest(symmetric_cross_entropy(logits(net, data.images), data.labels.cpu()), self.clean_share)
+        return lowest_loss(symmetric_cross_entropy(logits(net, data.images), data.labels.cpu()), self.clean_share)
 
     def candidates(self, view: DefenderView) -> Iterator[Candidate]:
         data = view.train

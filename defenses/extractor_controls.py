@@ -15,7 +15,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from torch.nn.functional import normalize
 from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge
 from models.backbone import Network
 from models.extractors import embeddings, fit_head, mlp
-from models.spec import check, derive_seed
+from models.spec import EpochCount, Ge, Le, LearningRate, derive_seed
 
 __all__ = ["LinearProbe", "NearestClassMean", "class_means"]
 
@@ -41,9 +41,6 @@ class _OnExtractor(Defense):
     control: ClassVar[bool] = True
 
     labels: Literal["clean", "train"] = "clean"
-
-    def __post_init__(self) -> None:
-        check(self, "labels", self.labels in ("clean", "train"), "'clean' or 'train'")
 
     @property
     def needs(self) -> Knowledge:
@@ -69,15 +66,17 @@ class NearestClassMean(_OnExtractor):
     Attributes:
         labels: which images the means are taken over, the clean budget or the poisoned training set as labelled.
         metric: ``euclidean`` (Mensink et al., without their learned metric) or ``cosine``.
+
+    >>> class_means(torch.tensor([[0.0], [2.0], [5.0]]), torch.tensor([0, 0, 1]), num_classes=2)[0]
+    tensor([[1.],
+            [5.]])
+    >>> NearestClassMean(labels="train").needs.words
+    'train + extractor'
     """
 
     name: ClassVar[str] = "nearest-class-mean"
 
     metric: Literal["euclidean", "cosine"] = "euclidean"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self, "metric", self.metric in ("euclidean", "cosine"), "'euclidean' or 'cosine'")
 
     def head(self, z: Tensor, labels: Tensor, view: DefenderView) -> nn.Sequential:
         means, counts = class_means(z, labels, view.num_classes)
@@ -95,20 +94,19 @@ class LinearProbe(_OnExtractor):
 
     Attributes:
         labels: which images it is trained on, the clean budget or the poisoned training set as labelled.
-        epochs, lr, batch: of Adam at a constant rate (ours, those of the heads that Hölder pruning inspects).
+        epochs: passes over the features (ours, as all three those of the heads that Hölder pruning inspects).
+        lr: of Adam, constant.
+        batch: samples per step.
+
+    >>> LinearProbe().needs.words
+    'clean + extractor'
     """
 
     name: ClassVar[str] = "linear-probe"
 
-    epochs: int = 50
-    lr: float = 1e-3
-    batch: int = 256
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self, "epochs", 0 <= self.epochs <= 10_000, "between 0 and 10000")
-        check(self, "lr", 0 <= self.lr <= 10, "between 0 and 10")
-        check(self, "batch", 1 <= self.batch <= 65_536, "between 1 and 65536 samples")
+    epochs: EpochCount = 50
+    lr: LearningRate = 1e-3
+    batch: Annotated[int, Ge(1), Le(65_536)] = 256
 
     def head(self, z: Tensor, labels: Tensor, view: DefenderView) -> nn.Sequential:
         head = mlp(z.shape[1], (), view.num_classes, derive_seed(view.seed, self.name, "weights"))

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from defenses.base import Candidate, DefenderView, Scope, pruned_candidate
 from defenses.fine_tuning import FineTuning
 from defenses.pruning import Pruning, Site, clean_activations, steps, stop
-from models.spec import check
+from models.spec import Ge, Lt
 from models.units import Writer
 
 __all__ = ["FinePruning"]
@@ -30,8 +30,13 @@ class FinePruning(FineTuning):
     """Settings of the fine-tuning, and of the pruning before it.
 
     Attributes:
-        tau, levels, site: as in :class:`defenses.pruning.Pruning`.
+        tau: as in :class:`defenses.pruning.Pruning`.
+        levels: as in :class:`defenses.pruning.Pruning`.
+        site: as in :class:`defenses.pruning.Pruning`.
         shares: further shares to prune and fine-tune at, each in [0, 1); every one costs a whole fine-tuning (ours: none).
+
+    >>> FinePruning(tau=0.1).needs.words
+    'model + clean'
     """
 
     name: ClassVar[str] = "fine-pruning"
@@ -41,13 +46,12 @@ class FinePruning(FineTuning):
 
     tau: float = 0.04
     levels: tuple[float, ...] = Pruning.levels
-    shares: tuple[float, ...] = ()
+    shares: tuple[Annotated[float, Ge(0), Lt(1)], ...] = ()
     site: Site = Pruning.site
 
     def __post_init__(self) -> None:
         super().__post_init__()
         Pruning(self.tau, self.levels, self.site)
-        check(self, "shares", all(0 <= share < 1 for share in self.shares), "shares in [0, 1)")
 
     def candidates(self, view: DefenderView) -> Iterator[Candidate]:
         activations = clean_activations(view, self.site)

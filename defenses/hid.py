@@ -17,21 +17,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge, prunable
-from defenses.holder_pruning import HolderPruning
+from defenses.holder_pruning import HolderPruning, HolderSettings
 from models.backbone import Network
 from models.extractors import SelfSupervised, embeddings, fit_head, mlp
 from models.images import ImageSet
 from models.mixmatch import MixMatch
 from models.recipe import Recipe
-from models.spec import check, derive_seed, generator
+from models.spec import EpochCount, Ge, Gt, Le, LearningRate, PositiveShare, Share, check, derive_seed, generator
 from models.training import default_device, fit
 from models.units import Scope, Scores
 
@@ -53,21 +53,34 @@ def clean_split(logits: Tensor, labels: Tensor, share: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class HID(Defense):
-    """Settings of the four stages; what they say about the reconstruction is in the module's docstring.
+class HID(HolderSettings, Defense):
+    """Settings of the four stages; see also :class:`defenses.holder_pruning.HolderSettings`.
 
     Attributes:
-        ssl_epochs, ssl_batch, ssl_lr, blur: of SimCLR, see :class:`models.extractors.SelfSupervised` (DBD: 1000, 512, 0.4, 0.5).
-        rounds: of head, pruning, split and semi-supervised training; it ends sooner once less than ``settled`` of the samples
-            change sides (ours).
-        hidden: sizes of the head's hidden layers (ours). head_epochs, head_lr, head_batch: of Adam on cached features (ours).
-        alpha, rule, u, share, max_pairs, grid: as in :class:`defenses.holder_pruning.HolderPruning`; ``rule="none"`` leaves the
-            pruning out, so that what it adds can be seen (ours).
+        ssl_epochs: of SimCLR, see :class:`models.extractors.SelfSupervised` (DBD: 1000).
+        ssl_batch: of SimCLR (DBD: 512).
+        ssl_lr: of SimCLR (DBD: 0.4).
+        blur: share of SimCLR's views that are blurred (DBD: 0.5).
+        rounds: of head, pruning, split and semi-supervised training (ours).
+        settled: the rounds end once a smaller share of the samples changes sides (ours).
+        hidden: sizes of the head's hidden layers (ours).
+        head_epochs: of the head on cached features (ours).
+        head_lr: of Adam for the head (ours).
+        head_batch: samples per step of the head (ours).
+        rule: of the pruning, as in :class:`defenses.holder_pruning.HolderPruning`; ``none`` leaves the pruning out, to show what it
+            adds (ours).
         clean_share: of every label's samples, those that may be taken for clean (ours, as DBD's half of the set).
-        semi_epochs: passes of MixMatch over the clean samples, each round (ours). semi_batch, semi_lr: labelled samples per step,
-            as many unlabelled ones, and Adam's rate (DBD's authors' code).
-        sharpen, mixup, unlabelled_weight: MixMatch's temperature, Beta parameter and final weight of Lu, reached linearly (DBD's
-            authors' code: 0.5, 0.75, 15).
+        semi_epochs: passes of MixMatch over the clean samples, each round (ours).
+        semi_batch: labelled samples per step of MixMatch, and as many unlabelled ones (DBD's authors' code).
+        semi_lr: of Adam for MixMatch (DBD's authors' code).
+        sharpen: MixMatch's temperature (DBD's authors' code: 0.5).
+        mixup: MixMatch's Beta parameter (DBD's authors' code: 0.75).
+        unlabelled_weight: MixMatch's final weight of Lu, reached linearly (DBD's authors' code: 15).
+
+    >>> HID(alpha=0.25, rule="top-p").pruner.alpha
+    0.25
+    >>> clean_split(torch.tensor([[9.0, 0.0], [1.0, 0.0], [0.0, 9.0]]), torch.tensor([0, 0, 1]), share=0.5)
+    tensor([ True, False, False])
     """
 
     name: ClassVar[str] = "hid"
@@ -78,39 +91,25 @@ class HID(Defense):
     ssl_batch: int = 512
     ssl_lr: float = 0.4
     blur: float = 0.5
-    rounds: int = 3
-    settled: float = 0.01
-    hidden: tuple[int, ...] = (512, 512)
-    head_epochs: int = 30
-    head_lr: float = 1e-3
-    head_batch: int = 256
-    alpha: float = HolderPruning.alpha
+    rounds: Annotated[int, Ge(1), Le(100)] = 3
+    settled: Share = 0.01
+    hidden: tuple[Annotated[int, Ge(1)], ...] = (512, 512)
+    head_epochs: EpochCount = 30
+    head_lr: LearningRate = 1e-3
+    head_batch: Annotated[int, Ge(1), Le(65_536)] = 256
     rule: Literal["density", "mean-std", "top-p", "none"] = "density"
-    u: float = HolderPruning.u
-    share: float = HolderPruning.share
-    max_pairs: int = HolderPruning.max_pairs
-    grid: tuple[float, ...] = HolderPruning.grid
-    clean_share: float = 0.5
+    clean_share: PositiveShare = 0.5
     semi_epochs: int = 40
     semi_batch: int = 64
     semi_lr: float = 0.002
-    sharpen: float = 0.5
-    mixup: float = 0.75
-    unlabelled_weight: float = 15.0
+    sharpen: PositiveShare = 0.5
+    mixup: Annotated[float, Gt(0), Le(100)] = 0.75
+    unlabelled_weight: Annotated[float, Ge(0), Le(1000)] = 15.0
 
     def __post_init__(self) -> None:
-        check(self, "rounds", 1 <= self.rounds <= 100, "between 1 and 100")
-        check(self, "settled", 0 <= self.settled <= 1, "a share in [0, 1]")
-        check(self, "hidden", len(self.hidden) > 0 and all(size > 0 for size in self.hidden), "one or more positive sizes")
-        check(self, "head_epochs", 0 <= self.head_epochs <= 10_000, "between 0 and 10000")
-        check(self, "head_lr", 0 <= self.head_lr <= 10, "between 0 and 10")
-        check(self, "head_batch", 1 <= self.head_batch <= 65_536, "between 1 and 65536 samples")
-        check(self, "rule", self.rule in ("density", "mean-std", "top-p", "none"), "one of density, mean-std, top-p, none")
-        check(self, "clean_share", 0 < self.clean_share <= 1, "a share in (0, 1]")
-        check(self, "sharpen", 0 < self.sharpen <= 1, "in (0, 1]")
-        check(self, "mixup", 0 < self.mixup <= 100, "positive, at most 100")
-        check(self, "unlabelled_weight", 0 <= self.unlabelled_weight <= 1000, "between 0 and 1000")
-        self.extractor, self.pruner, self.semi  # noqa: B018 - their own ranges are checked where they are built
+        super().__post_init__()
+        check(self, "hidden", len(self.hidden) > 0, "one or more sizes")
+        self.extractor, self.semi  # noqa: B018 - their own ranges are checked where they are built
 
     @property
     def needs(self) -> Knowledge:
@@ -123,9 +122,9 @@ class HID(Defense):
 
     @property
     def pruner(self) -> HolderPruning:
-        """The inner step, under these settings; without one, whose rule it has does not matter."""
-        rule = "density" if self.rule == "none" else self.rule
-        return HolderPruning(alpha=self.alpha, rule=rule, u=self.u, share=self.share, max_pairs=self.max_pairs, grid=self.grid)
+        """Hölder pruning under these settings; where ``rule`` is ``none``, its rule is not used."""
+        shared = {field.name: getattr(self, field.name) for field in fields(HolderSettings)}
+        return HolderPruning(**shared, rule="density" if self.rule == "none" else self.rule)
 
     @property
     def semi(self) -> Recipe:

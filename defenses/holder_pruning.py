@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from torch.nn.functional import cross_entropy
 from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge, Scope, prunable, pruned_candidate
 from models.backbone import Network
 from models.images import ImageSet, to_float
-from models.spec import check, generator
+from models.spec import Ge, Gt, Le, Lt, PositiveShare, Share, Spec, check, generator
 from models.training import default_device
 from models.units import (
     Masks,
@@ -50,7 +50,7 @@ from models.units import (
     weight_bounds,
 )
 
-__all__ = ["HolderPruning", "holder_constants", "quotients"]
+__all__ = ["HolderPruning", "HolderSettings", "holder_constants", "quotients"]
 
 
 def quotients(change: Tensor, distance: Tensor, alpha: float) -> Tensor:
@@ -112,23 +112,46 @@ def holder_constants(
 
 
 @dataclass(frozen=True)
-class HolderPruning(Defense):
-    """Settings of the estimate and of the pruning.
+class HolderSettings(Spec):
+    """The settings that Hölder pruning shares with :class:`defenses.hid.HID`, which prunes with it.
 
     Attributes:
-        alpha: Hölder exponent, in (0, 1] (paper: 0.5).
+        alpha: Hölder exponent (paper: 0.5).
+        u: of the rules ``mean-std``, and ``density`` where no valley exists (CLP: 3).
+        share: of the rule ``top-p`` (ours).
+        max_pairs: at most so many samples, drawn without replacement (ours).
+        grid: shares per layer at which models are offered (ours).
+    """
+
+    alpha: PositiveShare = 0.5
+    u: Annotated[float, Ge(0), Le(100)] = 3.0
+    share: Share = 0.1
+    max_pairs: Annotated[int, Ge(1)] = 5000
+    grid: tuple[Share, ...] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
+
+
+@dataclass(frozen=True)
+class HolderPruning(HolderSettings, Defense):
+    """Settings of the estimate and of the pruning; see also :class:`HolderSettings`.
+
+    Attributes:
         estimator: where FGSM perturbs, the head's input (``feature-fgsm``; ours) or the image (``pixel-fgsm``), or no data at all
             (``weight-bound``: the Lipschitz bound L. On a bounded domain of diameter D a unit is Hölder with L D^(1 - alpha); D is
             common to a layer, so it never changes the ranking and is set to 1).
         rule: default of the dial: ``top-p`` (paper, Algorithm 2), ``density`` (our automatic reading of its appendix), ``mean-std``
             (CLP's), ``fixed``.
-        u: of mean-std, and of density where no valley exists (CLP: 3). share: of top-p (ours). threshold: of fixed.
+        threshold: of the rule ``fixed``.
         eps: FGSM step; None = 0.1 * median feature norm / sqrt(d) in feature space, 8/255 in pixels (ours).
         radii: multiples of eps; the constant is the largest over all of them (ours: one).
         clip: keep images in [0, 1], features at 0 or above (ours: no).
         distance: between the inputs that FGSM perturbs, or between their embeddings (pixel-fgsm at scope HEAD only).
-        pairs: ``train`` (paper) or ``clean``. max_pairs: at most so many samples, drawn without replacement (ours).
-        grid: shares per layer at which models are offered (ours).
+        pairs: ``train`` (paper) or ``clean``.
+
+    >>> method = HolderPruning(alpha=0.5, share=0.25)
+    >>> quotients(torch.tensor([[1.0, 3.0]]), torch.tensor([4.0]), method.alpha)  # change / sqrt(distance)
+    tensor([[0.5000, 1.5000]], dtype=torch.float64)
+    >>> method.policy(torch.tensor([1.0, 9.0, 2.0, 3.0]))  # a quarter of the units
+    tensor([False,  True, False, False])
     """
 
     name: ClassVar[str] = "holder-pruning"
@@ -137,37 +160,21 @@ class HolderPruning(Defense):
     dial_name: ClassVar[str] = "share of units pruned"
     writer: ClassVar[Writer | None] = Writer.OUTPUT
 
-    alpha: float = 0.5
     estimator: Literal["feature-fgsm", "pixel-fgsm", "weight-bound"] = "feature-fgsm"
     rule: Literal["density", "mean-std", "top-p", "fixed"] = "top-p"
-    u: float = 3.0
-    share: float = 0.1
-    threshold: float | None = None
-    eps: float | None = None
-    radii: tuple[float, ...] = (1.0,)
+    threshold: Annotated[float, Ge(0)] | None = None
+    eps: Annotated[float, Gt(0), Lt(math.inf)] | None = None
+    radii: tuple[Annotated[float, Gt(0)], ...] = (1.0,)
     clip: bool = False
     distance: Literal["input", "feature"] = "input"
     pairs: Literal["train", "clean"] = "train"
-    max_pairs: int = 5000
-    grid: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 
     def __post_init__(self) -> None:
-        estimators, rules = ("feature-fgsm", "pixel-fgsm", "weight-bound"), ("density", "mean-std", "top-p", "fixed")
-        check(self, "alpha", 0 < self.alpha <= 1, "in (0, 1]")
-        check(self, "estimator", self.estimator in estimators, "one of " + ", ".join(estimators))
-        check(self, "rule", self.rule in rules, "one of " + ", ".join(rules))
-        check(self, "u", 0 <= self.u <= 100, "between 0 and 100 standard deviations")
-        check(self, "share", 0 <= self.share <= 1, "a share in [0, 1]")
-        given = self.threshold is not None and self.threshold >= 0
-        check(self, "threshold", given if self.rule == "fixed" else self.threshold is None or given, "0 or more with rule 'fixed'")
-        check(self, "eps", self.eps is None or 0 < self.eps < math.inf, "positive, or left out for the automatic step")
-        check(self, "radii", len(self.radii) > 0 and all(r > 0 for r in self.radii), "one or more positive multiples of eps")
-        check(self, "distance", self.distance in ("input", "feature"), "'input' or 'feature'")
-        pixel = self.estimator == "pixel-fgsm"
-        check(self, "distance", self.distance == "input" or pixel, "'input' unless estimator is 'pixel-fgsm'")
-        check(self, "pairs", self.pairs in ("train", "clean"), "'train' or 'clean'")
-        check(self, "max_pairs", self.max_pairs >= 1, "at least 1")
-        check(self, "grid", all(0 <= share <= 1 for share in self.grid), "shares in [0, 1]")
+        super().__post_init__()
+        check(self, "threshold", self.rule != "fixed" or self.threshold is not None, "given with rule 'fixed'")
+        check(self, "radii", len(self.radii) > 0, "one or more multiples of eps")
+        behind = self.distance == "feature" and self.estimator != "pixel-fgsm"
+        check(self, "distance", not behind, "'input' unless estimator is 'pixel-fgsm'")
 
     @property
     def needs(self) -> Knowledge:

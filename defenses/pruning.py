@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge, Scope, prunable, pruned_candidate
 from models.backbone import Network
 from models.images import to_float
-from models.spec import check
+from models.spec import Ge, Lt, Share, check
 from models.training import accuracy, default_device
 from models.units import Masks, Scores, UnitLayer, Writer, capture, embedding_layer, largest_within, prune
 
-__all__ = ["Pruning", "Site", "clean_activations", "last_layers", "lowest", "mean_activations", "steps", "stop"]
+__all__ = ["Pruning", "Site", "clean_activations", "last_layers", "least_active", "mean_activations", "steps", "stop"]
 
 Site = Literal["classifier-input", "last-conv"]
 
@@ -74,7 +74,7 @@ def mean_activations(net: Network, layers: Sequence[UnitLayer], images: Tensor, 
     return {name: value / len(images) for name, value in total.items()}
 
 
-def lowest(activations: Scores, share: float) -> Masks:
+def least_active(activations: Scores, share: float) -> Masks:
     """Masks of the ``round(share * n)`` least active units of each layer, but never its last one; ties by lower index."""
     masks: Masks = {}
     for name, values in activations.items():
@@ -99,7 +99,7 @@ def clean_activations(view: DefenderView, site: Site) -> Scores:
 def steps(activations: Scores, shares: Sequence[float]) -> dict[float, Masks]:
     """Masks by the share of units they really prune, in the order of ``shares``; those that round alike fall together."""
     units = sum(len(values) for values in activations.values())
-    found = [lowest(activations, share) for share in shares]
+    found = [least_active(activations, share) for share in shares]
     return {sum(int(mask.sum()) for mask in masks.values()) / units: masks for masks in found}
 
 
@@ -121,6 +121,12 @@ class Pruning(Defense):
         tau: tolerated drop of validation accuracy, a share in [0, 1] (ours: 0.04, one tolerance for all methods).
         levels: shares at which models are offered, ascending, each in [0, 1) (ours).
         site: of the cut at scope WHOLE: ``classifier-input`` (BackdoorBench's code) or ``last-conv`` (paper).
+
+    >>> activations = {"layer": torch.tensor([3.0, 0.1, 2.0, 0.2])}
+    >>> list(steps(activations, Pruning(levels=(0.0, 0.25, 0.5)).levels))  # shares at which models are offered
+    [0.0, 0.25, 0.5]
+    >>> least_active(activations, 0.5)["layer"]
+    tensor([False,  True, False,  True])
     """
 
     name: ClassVar[str] = "pruning"
@@ -129,16 +135,14 @@ class Pruning(Defense):
     dial_name: ClassVar[str] = "share of units pruned"
     writer: ClassVar[Writer | None] = Writer.OUTPUT
 
-    tau: float = 0.04
-    levels: tuple[float, ...] = tuple(round(0.05 * step, 2) for step in range(20))
+    tau: Share = 0.04
+    levels: tuple[Annotated[float, Ge(0), Lt(1)], ...] = tuple(round(0.05 * step, 2) for step in range(20))
     site: Site = "classifier-input"
 
     def __post_init__(self) -> None:
-        check(self, "tau", 0 <= self.tau <= 1, "a share in [0, 1]")
+        super().__post_init__()
         ascending = list(self.levels) == sorted(set(self.levels))
-        inside = all(0 <= level < 1 for level in self.levels)
-        check(self, "site", self.site in ("classifier-input", "last-conv"), "'classifier-input' or 'last-conv'")
-        check(self, "levels", ascending and inside and 0 in self.levels, "ascending shares in [0, 1), beginning with 0")
+        check(self, "levels", ascending and 0 in self.levels, "ascending shares, beginning with 0")
 
     @property
     def needs(self) -> Knowledge:

@@ -1,7 +1,7 @@
-"""Augmentations beyond crop and flip: per sample, batched, on tensors, and looked up rather than drawn.
+"""Augmentations beyond crop and flip: batched, on tensors, each image by itself.
 
-Each function takes the uniforms it uses, one row per image; a caller that gets them from :func:`models.spec.uniforms` with a key
-made of (seed, epoch) and the samples' index shows every sample the same way, whatever batch it comes in.
+Each function takes the random numbers it uses, one row per image. A caller that gets them from :func:`models.spec.uniforms` with a
+key made of (seed, epoch) and the samples' index augments every sample the same way in any batch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def cutout(images: Tensor, draws: Tensor, size: int) -> Tensor:
     Its centre is any pixel; what would lie outside the image is cut off.
 
     Args:
-        images: float (N, C, H, W) in [0, 1]. draws: float (N, 2) in [0, 1), where the centre is.
+        images: float (N, C, H, W) in [0, 1].
+        draws: float (N, 2) in [0, 1), where the centre is.
+        size: side of the square in pixels.
     """
     _, _, height, width = images.shape
     inside = []
@@ -37,8 +39,8 @@ def cutout(images: Tensor, draws: Tensor, size: int) -> Tensor:
 
 def hue_turned(images: Tensor, turn: Tensor) -> Tensor:
     """Colour images float (N, 3, H, W) in [0, 1] with the hue of their HSV form turned by ``turn`` (N,), in whole turns."""
-    value, lowest = images.amax(1), images.amin(1)
-    chroma = value - lowest
+    value = images.amax(1)
+    chroma = value - images.amin(1)
     red, green, blue = images.unbind(1)
     scale = chroma.clamp(min=1e-8)
     sector = torch.where(value == red, (green - blue) / scale % 6, (blue - red) / scale + 2)
@@ -76,7 +78,10 @@ def simclr_view(images: Tensor, draws: Tensor, flip: bool, blur: float) -> Tenso
     cropping is bilinear, not bicubic, and the crop always fits.
 
     Args:
+        images: float (N, C, H, W) in [0, 1].
         draws: float (N, VIEW_DRAWS) in [0, 1).
+        flip: whether views may be mirrored.
+        blur: share of the views that are blurred.
     """
     u = draws.to(images.device)
     area, ratio = 0.2 + 0.8 * u[:, 0], torch.exp(math.log(4 / 3) * (2 * u[:, 1] - 1))

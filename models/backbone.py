@@ -5,15 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
 from models.cost import tally
-from models.spec import Spec, check
+from models.spec import Ge, Le, Spec
 
-__all__ = ["Backbone", "GlobalAverage", "Network", "Normalise", "he_init"]
+__all__ = ["Backbone", "GlobalAverage", "Network", "Normalise", "Width", "he_init"]
+
+Width = Annotated[int, Ge(1), Le(1024)]
+"""Channels of a network's first stage."""
 
 
 class Normalise(nn.Module):
@@ -84,12 +87,8 @@ class Backbone(Spec, ABC):
         hidden: units of the head's hidden layer; 0 = a plain linear head (what the literature's end-to-end victims have).
     """
 
-    width: int = 16
-    hidden: int = 128
-
-    def __post_init__(self) -> None:
-        check(self, "width", 1 <= self.width <= 1024, "between 1 and 1024 channels")
-        check(self, "hidden", 0 <= self.hidden <= 8192, "between 0 (linear head) and 8192 units")
+    width: Width = 16
+    hidden: Annotated[int, Ge(0), Le(8192)] = 128
 
     @abstractmethod
     def trunk(self, shape: tuple[int, int, int]) -> tuple[nn.Module, int]:

@@ -1,10 +1,10 @@
-"""Feature extractors: networks whose ``features`` are used as they are, under a head trained on something else.
+"""Feature extractors: networks whose ``features`` are frozen, under a head trained on other data.
 
-Where a defender's extractor comes from decides what its method shows, so an origin is a setting like any other. It may be trained
-with labels on clean images, without labels on clean images or on the poisoned ones, or read from a file of weights that somebody
-trained elsewhere. :meth:`Extractor.build` gives a network and its cost; what data it may see is said by :attr:`Extractor.reads`.
+The results of a method depend on where its extractor comes from, so the origin is a setting. An extractor may be trained with
+labels on clean images, without labels on clean or on poisoned images, or read from a file of weights. :meth:`Extractor.build` gives
+a network and its cost; :attr:`Extractor.reads` is the data it is trained on.
 
-The rest serves whoever puts a head on frozen features: :func:`mlp` and :func:`fit_head`, on embeddings that are computed once.
+:func:`mlp` and :func:`fit_head` train a head on frozen features, on embeddings that are computed once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,21 @@ from models.classifier import Classifier
 from models.images import ImageSet
 from models.recipe import Recipe
 from models.simclr import SimCLR
-from models.spec import BadInput, Spec, check, derive_seed, generator, nearest
+from models.spec import (
+    BadInput,
+    BatchSize,
+    EpochCount,
+    Ge,
+    Gt,
+    Le,
+    LearningRate,
+    Share,
+    Spec,
+    check,
+    derive_seed,
+    generator,
+    nearest,
+)
 from models.training import Fitted, default_device, embed, fit, seeded
 from models.weights import fit_state, read_state
 
@@ -52,19 +66,21 @@ class Extractor(Spec, ABC):
     @property
     @abstractmethod
     def origin(self) -> str:
-        """Where its features come from, in words for a table: "trained with labels on the clean images"."""
+        """Where its features come from, for a table: "trained with labels on the clean images"."""
 
     @abstractmethod
     def follows(self, recipe: Recipe) -> dict[str, Any]:
-        """What of the victim's recipe the result depends on, as plain values; extractors that agree in it are one."""
+        """The part of the victim's recipe that the result depends on, as plain values; part of the extractor's key."""
 
     @abstractmethod
     def build(self, fresh: Fresh, data: ImageSet, recipe: Recipe, seed: int) -> Fitted:
         """The extractor, in evaluation mode on the CPU, and its cost.
 
         Args:
-            data: the images it reads. Where it reads nothing, they only tell the number of classes and channels.
+            fresh: builds an untrained network of the victim's architecture.
+            data: the images it reads. Where it reads nothing, only their numbers of classes and channels are used.
             recipe: the one the victim is trained with.
+            seed: of every draw.
 
         Raises:
             BadInput: a file or library it needs is missing or does not fit.
@@ -82,10 +98,7 @@ class Supervised(Extractor):
 
     name: ClassVar[str] = "supervised"
 
-    epochs: int | None = None
-
-    def __post_init__(self) -> None:
-        check(self, "epochs", self.epochs is None or 0 <= self.epochs <= 10_000, "between 0 and 10000, or left out")
+    epochs: EpochCount | None = None
 
     @property
     def reads(self) -> Reads:
@@ -96,7 +109,7 @@ class Supervised(Extractor):
         return "trained with labels on the clean images"
 
     def recipe(self, victims: Recipe) -> Recipe:
-        """The victim's, for as many epochs as this says."""
+        """The victim's recipe, for ``epochs``."""
         return victims if self.epochs is None else dataclasses.replace(victims, epochs=self.epochs)
 
     def follows(self, recipe: Recipe) -> dict[str, Any]:
@@ -115,8 +128,11 @@ class SelfSupervised(Extractor):
 
     Attributes:
         on: the images before the attack (``clean``) or as published (``poisoned``).
-        epochs, batch, lr, temperature: of SGD, cosine to zero (DBD's authors' code: 1000, 512, 0.4 at batch 512, 0.5). The rate is
-            scaled by batch / 512. weight_decay: theirs too.
+        epochs: of SGD with a cosine schedule (DBD's authors' code: 1000).
+        batch: images per step (DBD's authors' code: 512).
+        lr: peak rate at batch 512, scaled by batch / 512 (DBD's authors' code: 0.4).
+        temperature: of the loss (DBD's authors' code: 0.5).
+        weight_decay: of SGD (DBD's authors' code: 1e-4).
         blur: share of the views that are blurred (DBD's authors' code; SimCLR's own recipe for 32x32 images, App. B.9, has none).
         symmetric: both views are anchors, as in SimCLR, or the first ones alone, as in DBD (its authors' code).
     """
@@ -124,22 +140,13 @@ class SelfSupervised(Extractor):
     name: ClassVar[str] = "self-supervised"
 
     on: Literal["clean", "poisoned"] = "poisoned"
-    epochs: int = 1000
-    batch: int = 512
-    lr: float = 0.4
-    temperature: float = 0.5
-    weight_decay: float = 1e-4
-    blur: float = 0.5
+    epochs: EpochCount = 1000
+    batch: BatchSize = 512
+    lr: LearningRate = 0.4
+    temperature: Annotated[float, Gt(0), Le(100)] = 0.5
+    weight_decay: Annotated[float, Ge(0), Le(1)] = 1e-4
+    blur: Share = 0.5
     symmetric: bool = False
-
-    def __post_init__(self) -> None:
-        check(self, "on", self.on in ("clean", "poisoned"), "'clean' or 'poisoned'")
-        check(self, "epochs", 0 <= self.epochs <= 10_000, "between 0 and 10000")
-        check(self, "batch", 2 <= self.batch <= 65_536, "between 2 and 65536 samples")
-        check(self, "lr", 0 <= self.lr <= 10, "between 0 and 10")
-        check(self, "temperature", 0 < self.temperature <= 100, "positive, at most 100")
-        check(self, "weight_decay", 0 <= self.weight_decay <= 1, "in [0, 1]")
-        check(self, "blur", 0 <= self.blur <= 1, "a share in [0, 1]")
 
     @property
     def reads(self) -> Reads:
@@ -150,7 +157,7 @@ class SelfSupervised(Extractor):
         return f"self-supervised on the {self.on} images"
 
     def follows(self, recipe: Recipe) -> dict[str, Any]:
-        # The reference's keys are those of the time before there was a choice.
+        # "reference" is left out: keys from before the setting existed stay the same.
         return {"flip": recipe.flip, **({"precision": recipe.precision} if recipe.precision != "reference" else {})}
 
     def build(self, fresh: Fresh, data: ImageSet, recipe: Recipe, seed: int) -> Fitted:
@@ -191,14 +198,15 @@ class Pretrained(Extractor):
     """Weights from a local file, for an architecture of torchvision or timm; nothing is ever downloaded.
 
     The classifier of the file is left out. Images are resized to ``size`` (bilinear, antialiased) and normalised as the weights
-    expect; a grey image becomes three equal channels. The content of the file, not its place, belongs to the settings.
+    expect; a grey image becomes three equal channels. The settings hold the hash of the file's content, not its path.
 
     Attributes:
         weights: path of the file, safetensors or a plain torch checkpoint.
         model: the architecture by its library's name, e.g. ``resnet18``.
         library: ``torchvision``, or ``timm`` where that is installed.
         size: side of the square images are resized to (torchvision's and timm's usual 224).
-        mean, std: per channel, of images in [0, 1] (ImageNet's, which both libraries use by default).
+        mean: per channel, of images in [0, 1] (ImageNet's, which both libraries use by default).
+        std: per channel, likewise.
     """
 
     name: ClassVar[str] = "pretrained"
@@ -206,15 +214,14 @@ class Pretrained(Extractor):
     weights: str
     model: str = "resnet18"
     library: Literal["torchvision", "timm"] = "torchvision"
-    size: int = 224
+    size: Annotated[int, Ge(8), Le(4096)] = 224
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    std: tuple[Annotated[float, Gt(0)], ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
-        check(self, "library", self.library in ("torchvision", "timm"), "'torchvision' or 'timm'")
-        check(self, "size", 8 <= self.size <= 4096, "between 8 and 4096 pixels")
+        super().__post_init__()
         check(self, "mean", len(self.mean) == 3, "three numbers, one per channel")
-        check(self, "std", len(self.std) == 3 and all(value > 0 for value in self.std), "three positive numbers, one per channel")
+        check(self, "std", len(self.std) == 3, "three numbers, one per channel")
         self._fingerprint()
 
     def _fingerprint(self) -> str:
@@ -316,7 +323,13 @@ def fit_head(
     """Trains ``head`` in place on cached features with Adam at a constant rate; returned in evaluation mode on the CPU.
 
     Args:
-        z: float (N, d). labels: int64 (N,).
+        head: the head.
+        z: float (N, d).
+        labels: int64 (N,).
+        epochs: passes over the features.
+        lr: of Adam.
+        batch: samples per step.
+        seed: of the shuffling.
         loss: (logits (B, num_classes), labels (B,)) -> scalar.
     """
     device, draw = default_device(), generator(seed, "head")

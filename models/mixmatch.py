@@ -24,7 +24,7 @@ from models.spec import derive_seed
 __all__ = ["MixMatch", "interleave", "mixmatch_loss", "ramped", "sharpened"]
 
 Split = Callable[[Network, ImageSet], Tensor]
-"""(the network as it stands, all images) -> which of them keep their labels, bool (N,)."""
+"""(the network so far, all images) -> which of them keep their labels, bool (N,)."""
 
 
 def sharpened(probabilities: Tensor, temperature: float) -> Tensor:
@@ -47,7 +47,7 @@ def interleave(parts: Sequence[Tensor]) -> list[Tensor]:
     """Swaps slices between equally long parts, so that each part holds some of all; doing it again undoes it.
 
     Part 0 and part i exchange their i-th slices. Batch norm then normalises labelled and unlabelled images together, though each
-    part is a forward pass of its own. Slices are of equal length, the last ones longer by one where that does not go.
+    part is a forward pass of its own. Slices have equal lengths, or the last ones are longer by one.
     """
     count, size = len(parts), len(parts[0])
     longer = size % count
@@ -98,10 +98,15 @@ class MixMatch(Classifier):
     """Semi-supervised training on one set, of which :attr:`labelled` keep their labels.
 
     Args:
-        recipe: ``batch`` labelled images and as many unlabelled ones a step; an epoch is ``iterations`` steps.
-        split: asked before every epoch; neither side may hold fewer than two samples.
-        sharpen, mixup, weight: temperature of the guesses, parameter of the Beta distribution, final weight of Lu.
-        ramp: epochs after which Lu has its final weight. head_start: epochs that count as passed when training starts.
+        net: the network, trained in place.
+        recipe: ``batch`` labelled images and as many unlabelled ones a step.
+        split: called before every epoch; each side must hold two samples or more.
+        iterations: steps of an epoch.
+        sharpen: temperature of the guesses.
+        mixup: parameter of the Beta distribution.
+        weight: final weight of Lu.
+        ramp: epochs after which Lu has its final weight.
+        head_start: epochs of the ramp that count as done when training starts.
     """
 
     def __init__(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from models.spec import Spec, check
+from models.spec import BatchSize, EpochCount, Ge, Le, LearningRate, Lt, Spec
 
 __all__ = ["Precision", "Recipe"]
 
@@ -20,38 +20,29 @@ class Recipe(Spec):
         epochs: passes over the training set; 0 = leave the network as it is.
         batch: samples per step.
         lr: peak learning rate.
-        momentum, nesterov, weight_decay: of SGD (weight decay also of Adam).
+        momentum: of SGD.
+        nesterov: use Nesterov momentum.
+        weight_decay: of SGD and Adam.
         optimizer: ``sgd`` or ``adam``.
         schedule: ``cosine`` (per epoch, to zero), ``one-cycle`` (per step), ``multistep`` (x0.1 at 50 % and 75 %) or ``constant``.
-        crop: zero padding of the random crop, in pixels. flip: mirror half of the samples.
-        precision: of arithmetic. ``reference`` = float32 everywhere. ``tf32`` = products of float32 matrices and convs in TF32, in
-            evaluation too; float32 on the CPU, which has no such products. ``bf16`` = that, and the forward passes of training
-            under autocast to bfloat16 (losses, norms and weights stay float32), on the CPU too: faster than float32 on a processor
-            with instructions for it (AVX512-BF16, AMX), several times slower on others.
+        crop: zero padding of the random crop, in pixels.
+        flip: mirror half of the samples.
+        precision: of the arithmetic. ``reference`` = float32. ``tf32`` = matrix products and convs in TF32, in training and
+            evaluation; on the CPU the same as ``reference``. ``bf16`` = TF32, and forward passes of training under autocast to
+            bfloat16 (losses, norms and weights stay float32). On the CPU bfloat16 is faster than float32 where the processor has
+            instructions for it (AVX512-BF16, AMX), and several times slower elsewhere.
     """
 
     name: ClassVar[str] = "recipe"
 
-    epochs: int = 100
-    batch: int = 128
-    lr: float = 0.01
-    momentum: float = 0.9
+    epochs: EpochCount = 100
+    batch: BatchSize = 128
+    lr: LearningRate = 0.01
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
     nesterov: bool = False
-    weight_decay: float = 5e-4
+    weight_decay: Annotated[float, Ge(0), Le(1)] = 5e-4
     optimizer: Literal["sgd", "adam"] = "sgd"
     schedule: Literal["cosine", "one-cycle", "multistep", "constant"] = "cosine"
-    crop: int = 4
+    crop: Annotated[int, Ge(0), Le(64)] = 4
     flip: bool = True
     precision: Precision = "reference"
-
-    def __post_init__(self) -> None:
-        check(self, "epochs", 0 <= self.epochs <= 10_000, "between 0 and 10000")
-        check(self, "batch", 2 <= self.batch <= 65_536, "between 2 and 65536 samples")
-        check(self, "lr", 0 <= self.lr <= 10, "between 0 and 10")
-        check(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
-        check(self, "weight_decay", 0 <= self.weight_decay <= 1, "in [0, 1]")
-        check(self, "crop", 0 <= self.crop <= 64, "between 0 and 64 pixels")
-        check(self, "optimizer", self.optimizer in ("sgd", "adam"), "'sgd' or 'adam'")
-        known = ("cosine", "one-cycle", "multistep", "constant")
-        check(self, "schedule", self.schedule in known, "one of " + ", ".join(known))
-        check(self, "precision", self.precision in ("reference", "tf32", "bf16"), "'reference', 'tf32' or 'bf16'")

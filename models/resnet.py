@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from models.backbone import Backbone, GlobalAverage, he_init
+from models.backbone import Backbone, GlobalAverage, Width, he_init
 
 __all__ = ["WRN16", "PreActResNet18", "ResNet8", "ResNet18", "ResNet20"]
 
@@ -145,7 +145,7 @@ class ResNet18(_ResNet):
     name: ClassVar[str] = "resnet18"
     blocks: ClassVar[tuple[int, ...]] = (2, 2, 2, 2)
 
-    width: int = 64
+    width: Width = 64
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class PreActResNet18(_ResNet):
     blocks: ClassVar[tuple[int, ...]] = (2, 2, 2, 2)
     preact: ClassVar[bool] = True
 
-    width: int = 64
+    width: Width = 64
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ def contrastive_loss(z: Tensor, temperature: float, *, symmetric: bool = False) 
 
     Args:
         z: float (b, 2, d), the two views of every image; need not be normalised.
+        temperature: t.
+        symmetric: take both views as anchors.
     """
     b = len(z)
     flat = normalize(torch.cat([z[:, 0], z[:, 1]]), dim=1)
@@ -40,15 +42,19 @@ def contrastive_loss(z: Tensor, temperature: float, *, symmetric: bool = False) 
 
 
 class SimCLR(Classifier):
-    """Contrastive training of the features, through a projection that is thrown away; the network's head stays as it is.
+    """Contrastive training of the features through a projection, which is not kept; the network's head stays as it is.
 
     The projection is DBD's: a hidden layer of the features' size with batch norm and ReLU, then 128 outputs with a bias.
 
     Args:
+        net: the network, trained in place.
         recipe: of the training; its crop and flip should be off, since the views crop and flip.
         width: size of the features.
-        flip: whether views may be mirrored. blur: share of views that are blurred, see :func:`models.augmentations.simclr_view`.
+        temperature: of the loss.
+        flip: whether views may be mirrored.
+        blur: share of views that are blurred, see :func:`models.augmentations.simclr_view`.
         seed: of the projection's weights, and of the views together with the epoch and the sample.
+        symmetric: see :func:`contrastive_loss`.
     """
 
     def __init__(
@@ -78,7 +84,7 @@ class SimCLR(Classifier):
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         images, _, index = batch
-        with torch.autocast(images.device.type, enabled=False):  # views are pictures and the loss compares cosines: both float32
+        with torch.autocast(images.device.type, enabled=False):  # views and the loss are computed in float32
             views = self.views(images, index)
         first, second = self.projection(self.net.embed(views)).float().chunk(2)
         with torch.autocast(images.device.type, enabled=False):

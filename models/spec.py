@@ -9,15 +9,21 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
-__all__ = ["BadInput", "Spec", "canonical", "check", "derive_seed", "digest", "generator", "lookup", "nearest", "uniforms"]
+__all__ = [
+    "BadInput", "BatchSize", "EpochCount", "Ge", "Gt", "Le", "LearningRate", "Lt", "PositiveShare", "Share", "Spec", "canonical",
+    "check", "derive_seed", "digest", "generator", "lookup", "nearest", "uniforms",
+]  # fmt: skip
 
 
 class BadInput(ValueError):
@@ -42,15 +48,46 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{value!r} cannot stand in a spec: use numbers, strings, enums, tuples and other specs")
 
 
+class Bound(NamedTuple):
+    """A limit of a setting's range, given with its type: ``lr: Annotated[float, Gt(0), Le(1)] = 0.1``."""
+
+    words: str
+    holds: Callable[[Any, Any], bool]
+    limit: float
+
+
+Ge = functools.partial(Bound, "at least", operator.ge)
+Gt = functools.partial(Bound, "more than", operator.gt)
+Le = functools.partial(Bound, "at most", operator.le)
+Lt = functools.partial(Bound, "less than", operator.lt)
+
+Share = Annotated[float, Ge(0), Le(1)]
+PositiveShare = Annotated[float, Gt(0), Le(1)]
+LearningRate = Annotated[float, Ge(0), Le(10)]
+EpochCount = Annotated[int, Ge(0), Le(10_000)]
+BatchSize = Annotated[int, Ge(2), Le(65_536)]
+
+
 class Spec:
     """Base of everything nameable: subclasses are frozen dataclasses with a class-level ``name``.
 
+    A setting's type gives its range: one of a ``Literal``'s values, or within the bounds of an ``Annotated``. Subclasses that check
+    more do so in ``__post_init__``, after the base's.
+
     ``revision`` is raised whenever the numbers a method produces change; it is part of every store key, so stale results are
     recomputed rather than trusted.
+
+    Raises:
+        BadInput: a setting is out of range.
     """
 
     name: ClassVar[str]
     revision: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        for field, hint in _settings(type(self)).items():  # type: ignore[arg-type]  # a class is hashable
+            rule = _broken(hint, getattr(self, field))
+            check(self, field, rule is None, str(rule))
 
     def spec(self) -> dict[str, Any]:
         """Name, revision and every field, as plain JSON values."""
@@ -58,11 +95,43 @@ class Spec:
         return {"name": self.name, "revision": self.revision, **{f.name: _plain(getattr(self, f.name)) for f in fields}}
 
 
+@functools.cache
+def _settings(cls: type[Spec]) -> dict[str, Any]:
+    """A class's settings and their types, with bounds."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+
+
+def _broken(hint: Any, value: Any) -> str | None:
+    """What the type ``hint`` wants ``value`` to be; None where it is within its range."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal and value not in parts:
+        *others, last = map(repr, parts)
+        return f"{', '.join(others)} or {last}" if others else last
+    if origin is Annotated:
+        bounds = [part for part in parts if isinstance(part, Bound)]
+        if not all(bound.holds(value, bound.limit) for bound in bounds):
+            return " and ".join(f"{bound.words} {bound.limit:,}" for bound in bounds)
+    if origin in (Union, UnionType) and value is not None:
+        rule = next((rule for part in parts if (rule := _broken(part, value))), None)
+        return rule and f"{rule}, or left out"
+    if origin is tuple:
+        rule = next((rule for item in value if (rule := _broken(parts[0], item))), None)
+        return rule and f"numbers, each {rule}"
+    return None
+
+
 def check(owner: Spec, field: str, good: bool, rule: str) -> None:
-    """Range check for ``__post_init__``.
+    """A check for ``__post_init__`` that a type cannot express.
+
+    Args:
+        owner: whose setting it is.
+        field: the setting's name.
+        good: whether its value is allowed.
+        rule: what it must be, in words.
 
     Raises:
-        BadInput: naming the method, the field, the value and the rule, when ``good`` is false.
+        BadInput: ``good`` is false; the message names the method, the setting, its value and the rule.
     """
     if not good:
         raise BadInput(f"{owner.name}: {field} = {getattr(owner, field)!r} is out of range; it must be {rule}")

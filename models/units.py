@@ -1,14 +1,13 @@
 """Prunable units: one engine for every pruning defense.
 
-score -> order -> threshold policy -> mask -> writer. A method brings its score; everything else stands here once.
+score -> order -> threshold policy -> mask -> writer. A method defines its score; the rest is here.
 
 Units are the channels of every batch norm, of every conv that feeds no batch norm, and the hidden units of the head. Output units
-are classes and never prunable. What the classifier reads, the channels of the embedding, is a layer of its own
-(:func:`embedding_layer`)
-for methods that cut there. Which convs a norm normalises is read from the data flow (``torch.fx``), so that pre-activation
-nets, whose norms stand before the conv and may normalise a residual sum, are paired by meaning and not by the order of
-registration. ``pairing="registration"`` is the other convention, "the last conv registered before this norm", as in CLP's and
-BackdoorBench's released code; it is right for conv-norm nets and wrong on 7 of the 16 norms of PreAct-ResNet-18.
+are classes and never prunable. The channels of the embedding, which the classifier reads, are a layer of their own
+(:func:`embedding_layer`). The convs that a norm normalises are found from the data flow (``torch.fx``), since in pre-activation
+nets a norm comes before the conv and may normalise a residual sum. ``pairing="registration"`` takes the last conv registered before
+the norm, as CLP's and BackdoorBench's released code do; it is right for conv-norm nets and wrong for 7 of the 16 norms of
+PreAct-ResNet-18.
 """
 
 from __future__ import annotations
@@ -68,9 +67,10 @@ class UnitLayer:
     """One layer's prunable units.
 
     Attributes:
-        name: dotted path of the module in the network, or ``embedding``. kind: ``norm``, ``conv``, ``linear`` or ``input`` (of the
-            classifier). size: number of units.
-        head: whether it stands in the head.
+        name: dotted path of the module in the network, or ``embedding``.
+        kind: ``norm``, ``conv``, ``linear`` or ``input`` (of the classifier).
+        size: number of units.
+        head: whether it is in the head.
         writers: dotted paths of the convs whose (summed) output a norm normalises; for a conv or linear layer, itself.
     """
 

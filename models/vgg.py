@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from models.backbone import Backbone, GlobalAverage, he_init
+from models.backbone import Backbone, GlobalAverage, Width, he_init
 
 __all__ = ["VGG11", "VGG11BN", "VGG19BN"]
 
@@ -44,7 +44,7 @@ class _VGG(Backbone):
     convs: ClassVar[tuple[int, ...]]
     norm: ClassVar[bool] = True
 
-    width: int = 64  # Table 1 of the paper
+    width: Width = 64  # Table 1 of the paper
 
     def trunk(self, shape: tuple[int, int, int]) -> tuple[nn.Module, int]:
         return _trunk(shape, self.width, self.convs, self.norm), self.width * _FACTORS[-1]

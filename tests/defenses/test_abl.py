@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, interpolate
 
 from defenses import abl
 from defenses.abl import ABL, local_ascent
-from defenses.base import Inapplicable, Knowledge, lowest
+from defenses.base import Inapplicable, Knowledge, lowest_loss
 from models.augmentations import cutout
 from models.classifier import Classifier
 from models.images import ImageSet, quantise, to_float
@@ -45,7 +45,7 @@ def test_the_lowest_losses_are_those_of_a_loop():
     losses = torch.randint(0, 6, (41,), generator=generator(0, "losses")).float()
     order = sorted(range(41), key=lambda i: (losses[i].item(), i))
     for share in (0.01, 0.1, 0.5):
-        assert set(torch.nonzero(lowest(losses, share)).flatten().tolist()) == set(order[: int(41 * share)])
+        assert set(torch.nonzero(lowest_loss(losses, share)).flatten().tolist()) == set(order[: int(41 * share)])
 
 
 def test_rates_of_all_stages(view_of, data_of, monkeypatch):

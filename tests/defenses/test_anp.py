@@ -87,7 +87,8 @@ def test_the_range_of_the_perturbation(project, bound, steps):
     draw = generator(0, "noise")
     start = 0.4 * (2 * torch.rand((2, 1000), generator=draw) - 1)
     direction = torch.randn(1000, generator=draw).sign()
-    delta, xi = ascend(lambda d, x: (direction * d).sum() - (direction * x).sum(), start[0], start[1], 0.4, steps, project)
+    mask = torch.ones(1000)
+    delta, xi = ascend(lambda d, x: (direction * d).sum() - (direction * x).sum(), mask, start[0], start[1], 0.4, steps, project)
     expected = start[0] + 0.4 * direction
     torch.testing.assert_close(delta, expected.clamp(-0.4, 0.4) if project else expected)
     for value in (delta, xi):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from defenses.base import Inapplicable, Scope
-from defenses.pruning import Pruning, last_layers, lowest, mean_activations
+from defenses.pruning import Pruning, last_layers, least_active, mean_activations
 from models.images import to_float
 from models.resnet import PreActResNet18, ResNet8
 from models.spec import BadInput
@@ -45,15 +45,15 @@ def test_order_and_masks_equal_a_numpy_twin(net_of, data_of):
     # Without a shortcut, what the classifier reads is what the last convolution gives, before pooling.
     (read,) = mean_activations(net, last_layers(net, Scope.WHOLE, "classifier-input"), data.images, batch=7).values()
     np.testing.assert_allclose(read.numpy(), twin, rtol=1e-5, atol=1e-7)
-    mask = lowest({"features.4": found}, 0.5)["features.4"]
+    mask = least_active({"features.4": found}, 0.5)["features.4"]
     assert set(mask.nonzero().ravel().tolist()) == set(np.argsort(twin, kind="stable")[:3].tolist())
 
 
 def test_ties_go_to_the_lower_index_and_the_last_unit_stays():
     activations = {"a": torch.tensor([0.0, 2.0, 0.0, 0.0])}
-    assert lowest(activations, 0.5)["a"].tolist() == [True, False, True, False]
-    assert lowest(activations, 0.99)["a"].tolist() == [True, False, True, True]
-    assert lowest({"a": torch.zeros(1)}, 0.9)["a"].tolist() == [False]
+    assert least_active(activations, 0.5)["a"].tolist() == [True, False, True, False]
+    assert least_active(activations, 0.99)["a"].tolist() == [True, False, True, True]
+    assert least_active({"a": torch.zeros(1)}, 0.9)["a"].tolist() == [False]
 
 
 def test_the_last_convolution_is_not_a_shortcut():

@@ -5,13 +5,15 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
+import math
+import re
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 import torch
 
-from models.spec import BadInput, Spec, canonical, check, derive_seed, digest, generator, lookup, nearest
+from models.spec import BadInput, Ge, Gt, Le, Lt, Share, Spec, canonical, check, derive_seed, digest, generator, lookup, nearest
 
 
 class Colour(enum.Enum):
@@ -34,6 +36,17 @@ class Outer(Spec):
 
     def __post_init__(self) -> None:
         check(self, "sizes", len(self.sizes) < 4, "at most three numbers")
+
+
+@dataclass(frozen=True)
+class Ranged(Spec):
+    name: ClassVar[str] = "ranged"
+    share: Share = 0.5
+    rate: Annotated[float, Gt(0), Lt(10_000)] = 1.0
+    count: Annotated[int, Ge(2), Le(65_536)] | None = None
+    sizes: tuple[Annotated[int, Ge(1)], ...] = (1,)
+    mode: Literal["one", "two", "three"] = "one"
+    inner: Inner = Inner()
 
 
 def test_a_spec_is_its_name_revision_and_fields() -> None:
@@ -77,6 +90,28 @@ def test_purposes_draw_independently_and_repeatably() -> None:
 def test_a_value_out_of_range_is_named() -> None:
     with pytest.raises(BadInput, match=r"outer: sizes = \(1, 2, 3, 4\) is out of range; it must be at most three numbers"):
         Outer(sizes=(1, 2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        ("share", 1.01, "at least 0 and at most 1"),
+        ("share", math.nan, "at least 0 and at most 1"),
+        ("rate", 0, "more than 0 and less than 10,000"),
+        ("rate", 10_000, "more than 0 and less than 10,000"),
+        ("count", 1, "at least 2 and at most 65,536, or left out"),
+        ("sizes", (3, 0), "numbers, each at least 1"),
+        ("mode", "four", "'one', 'two' or 'three'"),
+    ],
+)
+def test_a_setting_outside_the_range_of_its_type_is_named(field: str, value: Any, rule: str) -> None:
+    with pytest.raises(BadInput, match=re.escape(f"ranged: {field} = {value!r} is out of range; it must be {rule}") + "$"):
+        Ranged(**{field: value})
+
+
+def test_the_ends_of_a_closed_range_belong_to_it() -> None:
+    for given in ({"share": 0}, {"share": 1}, {"rate": 9_999.9}, {"count": 2}, {"count": None}, {"sizes": ()}, {"mode": "two"}):
+        Ranged(**given)  # type: ignore[arg-type]
 
 
 def test_lookup_finds_by_name_and_suggests_the_nearest() -> None:
