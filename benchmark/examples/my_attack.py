@@ -1,5 +1,4 @@
 """Stripe. You, "Your paper", 2026: a white stripe along the left edge.
-
 Needs: the training data. Edits: pixels, labels. Dial: the poisoning rate. Deviations from the paper: none.
 """
 
@@ -15,7 +14,6 @@ from models.images import ImageSet
 @dataclass(frozen=True)
 class Stripe(Attack):
     """Settings: ``width`` of the stripe in pixels."""
-
     name = "stripe"
     width: int = 2
 
@@ -24,5 +22,4 @@ class Stripe(Attack):
             marked = images.clone()
             marked[..., : self.width] = 1.0
             return marked
-
         return Crafted(train=trigger, test=trigger)

@@ -1,5 +1,4 @@
 """Largest bound. You, "Your paper", 2026: in each layer, prune the units with the largest Lipschitz bound.
-
 Needs: model. Edits: units of the scope. Dial: share of units pruned, default 0.05. Deviations from the paper: none.
 """
 
@@ -13,7 +12,6 @@ from models.units import Writer, select, top_share, weight_bounds
 @dataclass(frozen=True)
 class LargestBound(Defense):
     """Settings: ``share``, the published point of the dial."""
-
     name = "largest-bound"
     scopes = (Scope.HEAD, Scope.WHOLE)
     dial_name = "share of units pruned"
@@ -24,5 +22,4 @@ class LargestBound(Defense):
         model = view.model
         scores = weight_bounds(model, prunable(model, view.scope))
         for share in sorted({0.0, 0.01, 0.02, 0.1, 0.2, self.share}):
-            masks = select(scores, top_share(share))
-            yield pruned_candidate(model, masks, Writer.GAMMA_BETA, share, is_default=share == self.share)
+            yield pruned_candidate(model, select(scores, top_share(share)), Writer.GAMMA_BETA, share, share == self.share)

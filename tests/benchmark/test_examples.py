@@ -30,7 +30,7 @@ def test_the_matrix_of_the_examples_names_them_all() -> None:
     matrix = load_matrix(EXAMPLES / "mine.toml")
     assert {name for name, _ in matrix.plugins} == {f"{file}.py" for _, file, _, _ in ADDED}
     assert {cell.scenario.backbone.name for cell in matrix.cells} == {"three-convs"}
-    assert {cell.scenario.attack_label for cell in matrix.cells} == {"stripe", "badnets"}
+    assert {cell.scenario.attack_label for cell in matrix.cells} == {"stripe", "blended"}
     assert {cell.defense.name for cell in matrix.cells} == {"largest-bound", "none"}
 
 
