@@ -21,8 +21,8 @@ MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 HOMES = {
     "wandb": {"benchmark/tracking.py"},
     "pydantic": {"benchmark/settings/matrix.py"},
-    "matplotlib": {"benchmark/report/charts.py", "benchmark/report/style.py"},
-    "seaborn": {"benchmark/report/charts.py", "benchmark/report/style.py"},
+    "matplotlib": {"benchmark/report/panels.py", "benchmark/report/render.py"},
+    "seaborn": {"benchmark/report/panels.py"},
     "pytorch_lightning": {"models/classifier.py"},
     "ray": {"benchmark/run/on_ray.py"},
     "filelock": {"benchmark/storage/files.py"},

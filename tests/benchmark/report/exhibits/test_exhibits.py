@@ -14,13 +14,12 @@ import pytest
 from typer.testing import CliRunner
 
 from attacks.adaptive import Adaptive
-from benchmark.report.report.exhibits import answers_axes
-from benchmark.report.report.exhibits import answers_boards
-from benchmark.report.report.exhibits import evidence
-from benchmark.report.report.exhibits import plots as exhibit_plots
-from benchmark.report.report.exhibits import write as exhibits
+from benchmark.report.exhibits import answers_axes
+from benchmark.report.exhibits import answers_boards
+from benchmark.report.exhibits import evidence
+from benchmark.report.exhibits import write as exhibits
 from benchmark.analysis import stats
-from benchmark.report.report import style
+from benchmark.report import render, style
 from benchmark.storage import rows as files
 from benchmark.__main__ import app
 from benchmark.run.cell import cell_rows
@@ -629,8 +628,8 @@ def test_no_two_lines_of_a_figure_look_alike() -> None:
     known = {entry: style.Look(f"#{number % 8:06x}", "o") for number, entry in enumerate(entries)}
     height = evidence.Interval(0.5, 0.4, 0.6)
     lines = tuple(evidence.Series(" ".join(entry), (0.0, 1.0), (height, height), entry) for entry in entries)
-    with style.figures() as plt:
-        drawn = exhibit_plots.draw(plt, Lines((evidence.Panel("p", "x", "y", lines),), 1, ""), known, "t")
+    with render.style():
+        drawn = render.sheet(Lines((evidence.Panel("p", "x", "y", lines),), 1, ""), "t", known)
         looks = {(line.get_color(), str(line._unscaled_dash_pattern)) for line in drawn.axes[0].lines}
         named = {(line.get_color(), str(line._unscaled_dash_pattern)) for line in drawn.legends[0].get_lines()}
     assert len(looks) == 20
