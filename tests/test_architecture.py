@@ -23,8 +23,8 @@ MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 HOMES = {
     "wandb": {"benchmark/tracking.py"},
     "pydantic": {"benchmark/settings/schema.py"},
-    "matplotlib": {"benchmark/report/charts.py", "benchmark/report/style.py"},
-    "seaborn": {"benchmark/report/charts.py", "benchmark/report/style.py"},
+    "matplotlib": {"benchmark/report/panels.py", "benchmark/report/render.py"},
+    "seaborn": {"benchmark/report/panels.py"},
     "pytorch_lightning": {"models/loop.py"},
     "ray": {"benchmark/run/on_ray.py"},
     "filelock": {"benchmark/storage/files.py"},

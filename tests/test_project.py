@@ -13,7 +13,6 @@ import yaml
 from packaging.requirements import Requirement
 
 from benchmark.data.sources import DATASETS
-from benchmark.settings.load import load_matrix
 from benchmark.settings.load import matrix_names
 
 ROOT = Path(__file__).parents[1]

@@ -13,15 +13,10 @@ from typing import ClassVar
 import torch
 
 from benchmark.data.decoded import Request
-from benchmark.data.sources import source_of
-from benchmark.data.sources import stem
-from benchmark.data.splits import draw
-from benchmark.data.splits import identity
+from benchmark.data.sources import source_of, stem
+from benchmark.data.splits import draw, identity
 from models.images import ImageSet
-from models.spec import Spec
-from models.spec import check
-from models.spec import digest
-from models.spec import generator
+from models.spec import Spec, check, digest, generator
 
 __all__ = ["Dataset", "DatasetSpec", "load", "mean_std"]
 

@@ -28,8 +28,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
 
-from benchmark.analysis import intervals
-from benchmark.analysis import stats
+from benchmark.analysis import intervals, stats
 from benchmark.report.style import METRIC_COLOURS, looks, wrapped
 from benchmark.report.tables import (
     GATE_WORDS,

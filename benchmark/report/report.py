@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmark.analysis import rank_tests
-from benchmark.analysis import stats
+from benchmark.analysis import rank_tests, stats
 from benchmark.report.tables import (
     GATE_WORDS,
     GIVEN_NOTES,

@@ -19,10 +19,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from benchmark.analysis import intervals
-from benchmark.analysis import published
-from benchmark.analysis import rank_tests
-from benchmark.analysis import stats
+from benchmark.analysis import intervals, published, rank_tests, stats
 from benchmark.rules.metrics import ADVERSARIAL_ASR, COSTS_POINTS, COSTS_SHARE, IMPLANTED_ASR, IMPLANTED_EFFECT
 from benchmark.rules.selection import LEAKY_TOLERANCE, TAU
 from benchmark.rules.tracks import TRACKS

@@ -7,7 +7,8 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmark.data.datasets import Dataset, DatasetSpec, load, mean_std, split_budget, split_validation
+from benchmark.data.datasets import Dataset, DatasetSpec, load, mean_std
+from benchmark.data.splits import split_budget, split_validation
 from benchmark.settings.cells import Cell, Scenario
 from defenses.base import Inapplicable
 from models.backbone import Network

@@ -11,13 +11,9 @@ import pandas as pd
 from scipy import stats as scipy_stats
 
 from attacks.adaptive import Adaptive
-from benchmark.analysis import intervals
-from benchmark.analysis import stats
-from benchmark.analysis.stats import ENTRY
-from benchmark.analysis.stats import Interval
-from benchmark.analysis.stats import SCENARIO
-from benchmark.analysis.stats import SCRATCH
-from benchmark.analysis.stats import WORLD
+from benchmark.analysis import intervals, stats
+from benchmark.analysis.intervals import Interval
+from benchmark.analysis.stats import ENTRY, SCENARIO, SCRATCH, WORLD
 from benchmark.report.exhibits.evidence import (
     FIGURES,
     MEANS,
@@ -59,7 +55,6 @@ from benchmark.report.exhibits.evidence import (
 from benchmark.report.tables import SELECTION_WORDS, gate_words, markdown
 from benchmark.rules.metrics import IMPLANTED_ASR
 from benchmark.rules.selection import TAU
-from benchmark.analysis.intervals import Interval
 from defenses.anp import ANP
 from defenses.holder_pruning import HolderPruning
 

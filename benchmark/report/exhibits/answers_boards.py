@@ -10,14 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-from benchmark.analysis import intervals
-from benchmark.analysis import rank_tests
-from benchmark.analysis import stats
-from benchmark.analysis.stats import ENTRY
-from benchmark.analysis.stats import Interval
-from benchmark.analysis.stats import SCENARIO
-from benchmark.analysis.stats import SCRATCH
-from benchmark.analysis.stats import WORLD
+from benchmark.analysis import intervals, rank_tests, stats
+from benchmark.analysis.intervals import Interval
+from benchmark.analysis.stats import ENTRY, SCENARIO, SCRATCH, WORLD
 from benchmark.report.exhibits.evidence import (
     FIGURES,
     MEANS,
@@ -50,7 +45,6 @@ from benchmark.report.exhibits.evidence import (
     verdict,
     victims_words,
 )  # fmt: skip
-from benchmark.analysis.intervals import Interval
 from benchmark.report.tables import GATE_WORDS, gate_words, markdown, scenario_words
 from benchmark.rules.metrics import IMPLANTED_ASR
 from defenses.hid import HID

@@ -13,7 +13,7 @@ import pandas as pd
 from scipy import stats as scipy_stats
 
 from benchmark.analysis import stats
-from benchmark.analysis.stats import Interval
+from benchmark.analysis.intervals import Interval
 from benchmark.report.exhibits.evidence import (
     UNMEASURED,
     Column,
@@ -39,7 +39,6 @@ from benchmark.report.exhibits.evidence import (
     points_words,
     verdict,
 )
-from benchmark.analysis.intervals import Interval
 from benchmark.report.tables import markdown, number_text
 
 __all__ = ["training"]

@@ -18,16 +18,10 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from benchmark.analysis import intervals
-from benchmark.analysis import stats
+from benchmark.analysis import intervals, stats
 from benchmark.analysis.intervals import Interval
-from benchmark.analysis.stats import SCENARIO
-from benchmark.analysis.stats import WORLD
-from benchmark.report.figures import DotPanel
-from benchmark.report.figures import Dots
-from benchmark.report.figures import Lines
-from benchmark.report.figures import Panel
-from benchmark.report.figures import Series
+from benchmark.analysis.stats import SCENARIO, WORLD
+from benchmark.report.figures import DotPanel, Dots, Lines, Panel, Series
 from benchmark.report.tables import gate_words, markdown
 from benchmark.settings.cells import Matrix
 

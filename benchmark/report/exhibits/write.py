@@ -19,8 +19,8 @@ import pandas as pd
 from benchmark.analysis.stats import headline, tracks
 from benchmark.report.exhibits import answers_axes, answers_boards, answers_training
 from benchmark.report.exhibits.evidence import Column, Missing, Shown, Source
-from benchmark.report.exhibits.plots import draw
-from benchmark.report.style import figures, looks, save
+from benchmark.report.render import draw
+from benchmark.report.style import looks
 from benchmark.report.tables import (
     bracketed,
     csv_text,
@@ -228,45 +228,43 @@ def write_exhibits(results: Path) -> list[Path]:
     written: list[Path] = []
     index, parts = [], []
     sources: dict[str, Source | None] = {}
-    with figures() as plt:
-        for exhibit in EXHIBITS:
-            if exhibit.matrix not in sources:
-                sources[exhibit.matrix] = source_of(results / exhibit.matrix)
-            source = sources[exhibit.matrix]
-            head = f"## {exhibit.title}\n\n<a id=\"{exhibit.name}\"></a>\n\n**{exhibit.question}**\n\n"
-            if source is None:
-                index.append((exhibit, f"not run yet: `{command(exhibit)}`"))
-                parts.append(f"{head}Not run yet: `{command(exhibit)}`\n")
-                continue
-            rows = f"[{exhibit.matrix}]({exhibit.matrix}/rows.csv)"
-            try:
-                shown = exhibit.show(source)
-            except Missing as reason:
-                words = f"The rows of {rows} cannot answer this: {markdown(reason)}."
-                index.append((exhibit, words))
-                parts.append(f"{head}{words}\n\nRows: `{command(exhibit)}`\n")
-                continue
-            text = caption(exhibit, source, shown)
-            old = f"{STALE_WORDS}\n\n" if stale(results / exhibit.matrix) else ""
-            stem = place / exhibit.name
-            files = {".md": f"# {exhibit.title}\n\n{table_markdown(shown)}\n{markdown(text)}\n", ".csv": csv_text(shown.frame),
-                     ".tex": table_latex(shown, text, f"exhibit-{exhibit.name}")}  # fmt: skip
-            for suffix, content in files.items():
-                write_text(stem.with_suffix(suffix), content)
-                written.append(stem.with_suffix(suffix))
-            picture = ""
-            if shown.figure is not None:
-                drawn = draw(plt, shown.figure, looks(source.rows), f"{exhibit.title}: {setting_words(source.rows)['dataset']}")
-                written += save(drawn, stem)
-                plt.close(drawn)
-                picture = f"![{exhibit.title}]({_FOLDER}/{exhibit.name}.png)\n\n"
-            links = ", ".join(f"[{words}]({_FOLDER}/{exhibit.name}.{words})" for words in
-                              (*(suffix[1:] for suffix in files), *(("svg",) if picture else ())))  # fmt: skip
-            parts.append(
-                f"{head}{old}{shown.answer}\n\n{picture}<details><summary>Table</summary>\n\n{table_markdown(shown)}\n</details>\n\n"
-                f"{markdown(text)}\n\nRows: {rows}, `{command(exhibit)}`. Files: {links}.\n"
-            )
-            index.append((exhibit, "answered"))
+    for exhibit in EXHIBITS:
+        if exhibit.matrix not in sources:
+            sources[exhibit.matrix] = source_of(results / exhibit.matrix)
+        source = sources[exhibit.matrix]
+        head = f"## {exhibit.title}\n\n<a id=\"{exhibit.name}\"></a>\n\n**{exhibit.question}**\n\n"
+        if source is None:
+            index.append((exhibit, f"not run yet: `{command(exhibit)}`"))
+            parts.append(f"{head}Not run yet: `{command(exhibit)}`\n")
+            continue
+        rows = f"[{exhibit.matrix}]({exhibit.matrix}/rows.csv)"
+        try:
+            shown = exhibit.show(source)
+        except Missing as reason:
+            words = f"The rows of {rows} cannot answer this: {markdown(reason)}."
+            index.append((exhibit, words))
+            parts.append(f"{head}{words}\n\nRows: `{command(exhibit)}`\n")
+            continue
+        text = caption(exhibit, source, shown)
+        old = f"{STALE_WORDS}\n\n" if stale(results / exhibit.matrix) else ""
+        stem = place / exhibit.name
+        files = {".md": f"# {exhibit.title}\n\n{table_markdown(shown)}\n{markdown(text)}\n", ".csv": csv_text(shown.frame),
+                 ".tex": table_latex(shown, text, f"exhibit-{exhibit.name}")}  # fmt: skip
+        for suffix, content in files.items():
+            write_text(stem.with_suffix(suffix), content)
+            written.append(stem.with_suffix(suffix))
+        picture = ""
+        if shown.figure is not None:
+            title = f"{exhibit.title}: {setting_words(source.rows)['dataset']}"
+            written += draw(shown.figure, title, stem, looks(source.rows))
+            picture = f"![{exhibit.title}]({_FOLDER}/{exhibit.name}.png)\n\n"
+        links = ", ".join(f"[{words}]({_FOLDER}/{exhibit.name}.{words})" for words in
+                          (*(suffix[1:] for suffix in files), *(("svg",) if picture else ())))  # fmt: skip
+        parts.append(
+            f"{head}{old}{shown.answer}\n\n{picture}<details><summary>Table</summary>\n\n{table_markdown(shown)}\n</details>\n\n"
+            f"{markdown(text)}\n\nRows: {rows}, `{command(exhibit)}`. Files: {links}.\n"
+        )
+        index.append((exhibit, "answered"))
     contents = pipe_table(["Question", "Exhibit", "Rows"], [
         [exhibit.question, f"[{exhibit.title}](#{exhibit.name})", words if words != "answered" else f"`{exhibit.matrix}`"]
         for exhibit, words in index

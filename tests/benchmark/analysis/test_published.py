@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 
 import benchmark
-from benchmark.analysis import published, stats
+from benchmark.analysis import published
 from benchmark.report import charts as plots
-from benchmark.report import style, tables
+from benchmark.report import tables
 from benchmark.storage.rows import Curve, Row, Timing, frame
 
 DASH = "\N{EN DASH}"
@@ -152,17 +152,17 @@ def test_settings_are_words_and_what_cannot_be_read_is_none(tmp_path: Path) -> N
 
 def test_the_figure_marks_another_protocol_and_is_drawn_for_counterparts_alone() -> None:
     rows = frame([*every("none"), *every("anp")])
-    with style.figures() as plt:
-        figure = plots._published(plt, rows, "model+clean", "t")
-        told = [text.get_text() for text in figure.texts]
-        assert any(text.startswith("OTHER PROTOCOL than the literature's; published at 10 % poison") for text in told)
-        asr = figure.axes[1]
-        boxes = [patch for patch in asr.patches if patch.get_width() > 0]
-        assert [round(patch.get_width() - 1.2, 2) for patch in boxes] == [1.24, 3.1]  # undefended 93.79 to 95.03, ANP 0.73 to 3.83
-        same = plots._published(plt, rows.assign(acc_literature=0.9), "model+clean", "t")
-        assert not any("OTHER PROTOCOL" in text.get_text() for text in same.texts)
-        assert plots._published(plt, rows.assign(dataset="digits"), "model+clean", "t") is None
-        assert plots._published(plt, frame(every("none")), "control", "t") is None
+    figure = plots._published(rows, "model+clean")
+    assert figure is not None
+    assert figure.panels[0].subtitle.startswith("OTHER PROTOCOL than the literature's; published at 10 % poison")
+    assert figure.panels[0].alarm
+    bands = dict(figure.panels[1].series)["published: least to largest"]
+    assert [round(100 * (band.high - band.low), 2) for band in bands] == [1.24, 3.1]  # undefended 93.79 to 95.03, ANP 0.73 to 3.83
+    same = plots._published(rows.assign(acc_literature=0.9), "model+clean")
+    assert same is not None
+    assert not any(panel.alarm or "OTHER PROTOCOL" in panel.subtitle for panel in same.panels)
+    assert plots._published(rows.assign(dataset="digits"), "model+clean") is None
+    assert plots._published(frame(every("none")), "control") is None
 
 
 def ranked(scenarios: int) -> pd.DataFrame:
@@ -171,39 +171,15 @@ def ranked(scenarios: int) -> pd.DataFrame:
 
 
 def test_average_ranks_are_drawn_from_eleven_scenarios_on_and_refused_in_words_below() -> None:
-    with style.figures() as plt:
-        figure = plots._ranks(plt, ranked(11), "model+clean", "t")
-        assert [text.get_text() for text in figure.axes[0].texts] == ["c  1.00", "b  2.00", "3.00  a"]
-        assert plots._ranks(plt, ranked(10), "model+clean", "t") is None
+    figure = plots._ranks(ranked(11), "model+clean")
+    assert figure is not None
+    (panel,) = figure.panels
+    assert panel.names == ("c", "b", "a")
+    assert [part.mean for part in dict(panel.series)["rank"]] == [1, 2, 3]
+    assert plots._ranks(ranked(10), "model+clean") is None
     words = tables.rank_words(ranked(10), "model+clean", "validation")
     assert words == (
         "Rank tests and critical-difference diagram: not made; they need at least 11 implanted scenarios (10 here) and three "
         "complete, differing defenses."
     )
     assert "Friedman test on RA over 11 scenarios" in tables.rank_words(ranked(11), "model+clean", "validation")
-
-
-def test_bars_that_touch_get_lanes_of_their_own() -> None:
-    spans = [(1.0, 3.0), (2.0, 4.0), (3.5, 5.0), (4.0, 6.0), (1.0, 1.5)]
-    lanes = plots._lanes(spans)
-    assert lanes == [0, 1, 0, 2, 1]
-    for one, first in enumerate(spans):
-        for other, second in list(enumerate(spans))[one + 1 :]:
-            if lanes[one] == lanes[other]:
-                assert first[1] < second[0] or second[1] < first[0]
-
-
-def test_paired_tables_say_what_so_few_can_show(tmp_path: Path) -> None:
-    rows = [r for name, ra in (("anp", 0.5), ("training-from-scratch", 0.4)) for r in every(name, ra=ra, control=name != "anp")]
-    files = written(rows, tmp_path)
-    text = files["paired-model-clean.md"]
-    line = next(line for line in text.splitlines() if line.startswith("| anp | whole | RA |"))
-    assert [cell.strip() for cell in line.split("|")[4:-1]] == ["2 of 2", "+10.0 [+10.0, +10.0]", "0.500", "1.000", "2", "0.500"]
-    assert "With 2 pairs the smallest p is 0.500, and 1.000 after Holm over 2 comparisons: a difference cannot reach 5 %" in text
-    assert "One comparison needs 6 blocks, 2 need 7." in text
-    first = next(csv.DictReader(files["paired-model-clean.csv"].splitlines()))
-    assert (first["track"], first["control"], first["metric"]) == ("model+clean", "training-from-scratch", "ra")
-    assert first["pairs"] == "2"
-    without = written(every("anp"), tmp_path / "without")
-    assert f"the control {stats.SCRATCH}" in without["paired-model-clean.md"]
-    assert "paired-model-clean.csv" not in without

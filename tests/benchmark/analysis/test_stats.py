@@ -11,10 +11,8 @@ import pandas as pd
 import pytest
 import scipy.stats
 
-from benchmark.analysis import intervals
-from benchmark.analysis import rank_tests
-from benchmark.analysis import stats
-from benchmark.run import cell
+from benchmark.analysis import intervals, rank_tests, stats
+from benchmark.run import outcome
 from benchmark.storage.rows import Row, Timing, frame
 
 RA = {  # (attack, seed) -> defense -> RA; acc is 0.9 and asr is 0.95 - ra throughout
@@ -479,7 +477,7 @@ def test_detectors_equal_plain_loops_over_the_rows():
 
 
 def test_the_note_that_marks_an_exported_attack_is_the_one_that_cells_write():
-    assert stats.EXPORTED in inspect.getsource(cell.cell_rows)
+    assert stats.EXPORTED in inspect.getsource(outcome)
 
 
 def test_given_by_plain_loops():

@@ -20,16 +20,10 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmark.data import image_files
-from benchmark.data import sources
-from benchmark.data.datasets import Dataset
-from benchmark.data.datasets import DatasetSpec
-from benchmark.data.datasets import load
-from benchmark.data.datasets import mean_std
-from benchmark.data.decoded import Request
-from benchmark.data.decoded import Whole
-from benchmark.data.splits import split_budget
-from benchmark.data.splits import split_validation
+from benchmark.data import image_files, sources
+from benchmark.data.datasets import Dataset, DatasetSpec, load, mean_std
+from benchmark.data.decoded import Request, Whole
+from benchmark.data.splits import split_budget, split_validation
 from models.images import ImageSet
 from models.spec import BadInput, digest
 

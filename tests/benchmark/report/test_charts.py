@@ -11,8 +11,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from benchmark.analysis.stats import Interval
 from benchmark.report import charts as plots
-from benchmark.report import style
+from benchmark.report import render, style
+from benchmark.report.figures import DotPanel, Dots, Lines, Mark, Panel, Series
 from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON
 from benchmark.storage.rows import Curve, Row, Timing, frame
 from models.spec import BadInput
@@ -116,15 +118,13 @@ def test_the_board_by_hand():
     assert list(mine["asr"][:2]) == pytest.approx([0.35, 0.75])
     assert list(mine["asr_oracle"][:2]) == pytest.approx([0.15, 0.05])
     assert list(mine["ra_oracle"][:2]) == pytest.approx([0.8, 0.9])
-    with style.figures() as plt:
-        figure = plots._leaderboard(plt, rows, "t")
-        texts = [text.get_text() for axis in figure.axes for text in axis.texts]
-        assert texts == ["refused everywhere"]
-        assert plots._leaderboard(plt, rows[rows["defense"].isin(["none", "random"])], "t") is None
-        assert plots._leaderboard(plt, rows.assign(asr_undefended=0.3), "t") is None
-        idle = rows.assign(mark=["no change" if name == "weak" else "" for name in rows["defense"]])
-        ticks = [tick.get_text() for tick in plots._leaderboard(plt, idle, "t").axes[0].get_yticklabels()]
-        assert ticks == ["strong", "weak: no change", "never"]
+    figure = plots._leaderboard(rows)
+    assert isinstance(figure, Dots)
+    assert [text for panel in figure.panels for text in panel.letters.values()] == ["refused everywhere"]
+    assert plots._leaderboard(rows[rows["defense"].isin(["none", "random"])]) is None
+    assert plots._leaderboard(rows.assign(asr_undefended=0.3)) is None
+    idle = rows.assign(mark=["no change" if name == "weak" else "" for name in rows["defense"]])
+    assert plots._leaderboard(idle).panels[0].names == ("strong", "weak: no change", "never")
 
 
 def test_second_run_writes_the_same_bytes_and_touches_nothing(drawn):
@@ -140,6 +140,18 @@ def test_no_date_and_no_version_inside(drawn):
         assert b"<dc:date>" not in content
         assert b"Software" not in content[:400]
         assert mpl.__version__.encode() not in content[:2000]
+        assert path.suffix != ".svg" or b"<!--" not in content
+
+
+def test_a_png_has_at_most_128_colours_and_keeps_those_of_single_markers(drawn):
+    for path in drawn[1]:
+        if path.suffix == ".png":
+            picture = Image.open(path)
+            assert picture.mode == "P"
+            assert len(picture.getcolors()) <= 128
+    board = Image.open(next(path for path in drawn[1] if path.name == "leaderboard.png")).convert("RGB")
+    found = {colour for _, colour in board.getcolors(4096)}
+    assert {mpl.colors.to_hex(np.array(colour) / 255).upper() for colour in found} >= set(style.METRIC_COLOURS.values())
 
 
 def test_drawing_leaves_no_setting_and_no_figure_behind(drawn):
@@ -149,32 +161,34 @@ def test_drawing_leaves_no_setting_and_no_figure_behind(drawn):
     assert mpl.rcParams["text.parse_math"] is True
 
 
-def texts(figure: mpl.figure.Figure) -> list[str]:
-    return [text.get_text() for axis in figure.axes for text in axis.texts]
+def words(figure: Dots | Lines) -> list[str]:
+    return [text for text, _ in figure.key]
 
 
 def test_heat_map_cells_by_hand_and_marks():
     rows, _, _ = world()
-    with style.figures() as plt:
-        figure = plots._heatmap(plt, rows, "model+clean", "ra", "t")
-        shown = texts(figure)
-        legend = [text.get_text() for text in figure.legends[0].get_texts()]
-        ticks = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
-        assert {tick.get_rotation() for tick in (*figure.axes[0].get_yticklabels(), *figure.axes[0].get_xticklabels())} == {0.0}
+    figure = plots._heatmap(rows, "model+clean", "ra")
+    (panel,) = figure.panels
     # rows of the panel: undefended, the dial, random; columns in matrix order
-    assert shown == ["0", "50*", "10", "0", "50", "10"]
-    assert legend == ["attack not implanted or adversarial: not counted", "* = some seeds missing"]
-    assert ticks == ["undefended", "dial $_{1}", "random"]
+    assert panel.texts.T.ravel().tolist() == ["0", "50*", "10", "0", "50", "10"]
+    assert panel.dead == (1,)
+    assert np.isnan(panel.values[:, 1]).all()
+    assert panel.values[:, 0] == pytest.approx([0, 50, 10])
+    assert words(figure) == ["attack not implanted or adversarial: not counted", "* = some seeds missing"]
+    assert panel.names == ("undefended", "dial $_{1}", "random")
+    with render.style():
+        axes = render.sheet(figure, "t").axes[0]
+        assert {tick.get_rotation() for tick in (*axes.get_yticklabels(), *axes.get_xticklabels())} == {0.0}
+        assert [text.get_text() for text in axes.texts] == ["0", "50*", "10", "0", "50", "10"]
 
 
 def test_heat_map_letters_for_what_is_missing():
     rows, _, _ = world()
     rows = rows[~((rows["defense"] == "random") & (rows["attack"] == "badnets"))]
     rows.loc[rows["defense"].str.startswith("dial"), "status"] = "refused"
-    with style.figures() as plt:
-        figure = plots._heatmap(plt, rows, "model+clean", "asr", "t")
-        assert texts(figure)[:3] == ["95", "R", "n"]
-        assert [text.get_text() for text in figure.legends[0].get_texts()][1:] == ["R = refused", "n = not run"]
+    figure = plots._heatmap(rows, "model+clean", "asr")
+    assert figure.panels[0].texts[:, 0].tolist() == ["95", "R", "n"]
+    assert words(figure)[1:] == ["R = refused", "n = not run"]
 
 
 def test_all_seeds_are_drawn_and_no_row_without_an_attack():
@@ -184,11 +198,13 @@ def test_all_seeds_are_drawn_and_no_row_without_an_attack():
 
 def test_costly_attacks_are_starred_and_the_twin_is_drawn():
     rows = frame([row("dear", seed, "none", acc_undefended=0.85, asr_benign=0.1) for seed in (0, 1)] + [row("cheap", 0, "none")])
-    with style.figures() as plt:
-        axis = plots._attacks(plt, rows, "t").axes[0]
-        assert [tick.get_text() for tick in axis.get_xticklabels()] == ["dear*", "cheap"]
-        levels = [tuple(np.round(line.get_ydata(), 6)) for line in axis.lines if line.get_linestyle() == "-"]
-        assert levels == [(96, 96), (10, 10), (96, 96), (2, 2)]
+    (panel,) = plots._attacks(rows).panels
+    assert panel.names == ("dear*", "cheap")
+    series = dict(panel.series)
+    assert [[part.mean for part in series[name]] for name in ("acc_benign", "asr_benign")] == [
+        pytest.approx([0.96, 0.96]), pytest.approx([0.1, 0.02])
+    ]  # fmt: skip
+    assert panel.points["acc"] == ((0.85, 0.85), (0.95,))
 
 
 def test_dial_mean_interpolates_on_the_common_range():
@@ -199,27 +215,22 @@ def test_dial_mean_interpolates_on_the_common_range():
     assert mean == pytest.approx([0.5, 0.75])
 
 
-def test_axes_of_shares_are_honest(drawn):
+def test_axes_of_shares_are_honest():
     rows, _, _ = world()
-    with style.figures() as plt:
-        figure = plots._scatter(plt, rows.assign(acc=0.45), "model+clean", "t")
-        low, high = figure.axes[0].get_ylim()
+    with render.style():
+        low, high = render.sheet(plots._scatter(rows.assign(acc=0.45), "model+clean"), "t").axes[0].get_ylim()
         assert low <= 0
         assert high >= 100
-        cropped = plots._scatter(plt, rows, "model+clean", "t")
-        assert cropped.axes[0].get_ylabel() == "ACC in % (from 80 %)"
-        bars = plots._attacks(plt, rows, "t")
-        assert bars.axes[0].get_ylim()[0] == 0
+        assert plots._scatter(rows, "model+clean").panels[0].ylabel == "ACC in % (from 80 %)"
+        bars = render.sheet(plots._attacks(rows), "t").axes[0].containers
+        assert {bar.get_x() for container in bars for bar in container} == {0}
 
 
-def test_many_attacks_are_spread_over_panels_and_none_is_lost():
+def test_no_attack_is_lost_where_there_are_many():
     rows = frame([row(f"attack {number}", 0, "none") for number in range(16)])
-    with style.figures() as plt:
-        panels = [axis for axis in plots._attacks(plt, rows, "t").axes if axis.get_title(loc="left")]
-        titles = [axis.get_title(loc="left") for axis in panels]
-        shown = [text.get_text().replace("\n", " ") for axis in panels for text in axis.get_xticklabels()]
-    assert titles == ["digits, net (1 of 3)", "digits, net (2 of 3)", "digits, net (3 of 3)"]
-    assert shown == [f"attack {number}" for number in range(16)]
+    (panel,) = plots._attacks(rows).panels
+    assert panel.title == "digits, net"
+    assert panel.names == tuple(f"attack {number}" for number in range(16))
 
 
 def test_a_matrix_without_dials_timings_or_implanted_attacks(tmp_path):
@@ -240,25 +251,24 @@ def isolating() -> list[Row]:
 
 
 def test_detectors_by_hand():
-    rows = frame(isolating())
-    with style.figures() as plt:
-        figure = plots._detectors(plt, rows, "train", "t")
-        assert figure is not None
-        axis = figure.axes[0]
-        dots = [collection for collection in axis.collections if isinstance(collection, mpl.collections.PathCollection)]
-        means = {(round(float(x), 3), tuple(np.round(dot.get_facecolor()[0][:3], 2))) for dot in dots
-                 for x, _ in dot.get_offsets() if dot.get_sizes()[0] > 40}  # fmt: skip
-        seeds = sorted(round(float(x), 3) for dot in dots for x, _ in dot.get_offsets() if dot.get_sizes()[0] < 40)
-        filled = {entry: tuple(np.round(mpl.colors.to_rgb(look.colour), 2)) for entry, look in style.looks(rows).items()}
-        assert means == {(70.0, filled["abl", "whole"]), (30.0, (1, 1, 1)), (0.0, (1, 1, 1)), (10.0, filled["dbd", "whole"]),
-                         (100.0, (1, 1, 1))}  # fmt: skip
-        assert seeds == [0.0, 0.0, 30.0, 30.0, 60.0, 80.0]  # a single seed is its mean
-        assert texts(figure) == ["F", "F", "0"]
-        bases = [line.get_xdata()[0] for line in axis.lines if line.get_linestyle() == "--"]
-        assert bases == pytest.approx([10.0, 10.0])
-        legend = [text.get_text() for text in figure.legends[0].get_texts()]
-        assert legend[:2] == ["abl", "dbd"]
-        assert legend[-3:] == ["attack not implanted", "F = failed", "0 = nothing isolated"]
+    figure = plots._detectors(frame(isolating()), "train")
+    assert isinstance(figure, Dots)
+    (panel,) = figure.panels
+    means = {(label, row): round(part.mean, 3) for label, parts in panel.series for row, part in enumerate(parts)
+             if not np.isnan(part.mean)}  # fmt: skip
+    assert means == {
+        ("abl: precision", 0): 0.7, ("abl: recall", 0): 0.3, ("abl: recall", 1): 0.0, ("dbd: precision", 1): 0.1,
+        ("dbd: recall", 1): 1.0, ("base", 0): 0.1, ("base", 1): 0.1,
+    }  # fmt: skip
+    assert sorted(panel.points["abl: precision"][0]) == pytest.approx([0.6, 0.8])
+    assert panel.letters == {("dbd: precision", 0): "F", ("dbd: recall", 0): "F", ("abl: precision", 1): "0"}
+    assert panel.hatched == (1,)
+    assert [figure.marks[name].hollow for name in ("abl: precision", "abl: recall")] == [False, True]
+    assert words(figure)[-3:] == ["attack not implanted", "F = failed", "0 = nothing isolated"]
+    with render.style():
+        page = render.sheet(figure, "t")
+        assert sorted(text.get_text() for text in page.axes[0].texts if text.get_text()) == ["0", "F", "F"]
+        assert [text.get_text() for text in page.legends[0].get_texts()][:2] == ["abl", "dbd"]
 
 
 def test_detectors_are_drawn_only_where_something_is_isolated(tmp_path):
@@ -275,34 +285,44 @@ def test_dials_name_only_the_selections_a_track_is_shown_under():
     rows, curves, _ = world()
     blind = (rows["selection"] == "validation") & rows["defense"].str.startswith("dial")
     rows.loc[blind, ["status", "reason"]] = ["refused", NOTHING_TO_VALIDATE_ON]
-    with style.figures() as plt:
-        figure = plots._dials(plt, rows, curves, "model+clean", "t")
-        assert [text.get_text() for text in figure.legends[0].get_texts()][-2:] == ["default", "oracle"]
+    assert words(plots._dials(rows, curves, "model+clean"))[-2:] == ["default", "oracle"]
 
 
-@pytest.mark.parametrize("width", [7.0, 11.0, 13.5])
+@pytest.mark.parametrize("columns", [1, 3, 4])
 @pytest.mark.parametrize("name", ["x", "nearest-class-mean on poisoned, no labels", "n" * 60])
-def test_legends_stay_within_the_figure(width, name):
-    from matplotlib.lines import Line2D
+def test_legends_titles_and_notes_stay_within_the_page(columns, name):
+    key = tuple((text, Mark(marker="o")) for text in [name, "short", *[name] * 14])
+    panel = Panel(name, "x", "y", (Series("", (0.0, 1.0), (style_interval(), style_interval()), mark=Mark(stroke="-")),))
+    with render.style():
+        page = render.sheet(Lines((panel,) * columns, columns, "A note. " * 60, key), "title " * 20)
+        width, height = page.bbox.width, page.bbox.height
+        boxes = [one.get_window_extent() for one in (*page.legends, *page.texts)]
+        boxes += [axes.get_tightbbox() for axes in page.axes]
+    assert all(box.x0 >= 0 and box.x1 <= width and box.y0 >= 0 and box.y1 <= height for box in boxes)
+    assert not any(one.overlaps(other) for place, one in enumerate(boxes) for other in boxes[:place])
 
-    names = [name, "short", *[name] * 14]
-    columns = plots._legend_columns(names, width)
-    with style.figures() as plt:
-        panels = style.Panels(plt, 1, 1, (width - 1, 1.0), (0, 0), (0.5, 0.5, 4.0, 0.5), "t", min_width=width)
-        panels.legend([Line2D([], [], marker="o", label=text) for text in names], columns)
-        box = panels.figure.legends[0].get_window_extent(panels.figure.canvas.get_renderer())
-        assert box.x1 <= width * panels.figure.dpi
+
+def style_interval() -> Interval:
+    return Interval(0.5, 0.4, 0.6)
+
+
+def test_words_that_the_neighbour_has_are_written_once():
+    panel = DotPanel("", "RA in %", ("one", "two"), (("ra", (style_interval(),) * 2),))
+    with render.style():
+        page = render.sheet(Dots((panel, panel, panel, panel), "", 2), "t")
+    assert [axes.get_xlabel() for axes in page.axes] == ["", "", "RA in %", "RA in %"]
+    assert [axes.yaxis.get_tick_params()["labelleft"] for axes in page.axes] == [True, False, True, False]
 
 
 def test_long_names_of_controls_are_told_apart_in_the_scatter_legend():
     long = [f"nearest-class-mean on {which}, {labels} labels" for which in ("clean", "poisoned") for labels in ("no", "with")]
     rows = frame([row("badnets", 0, name, 0.3, control=name != "good") for name in ("good", "none", *long)]
                  + [row("wanet", 0, "good", 0.3, asr_undefended=0.3)])  # fmt: skip
-    with style.figures() as plt:
-        figure = plots._scatter(plt, rows, "model+clean", "t")
-        legend = [text.get_text() for text in figure.legends[0].get_texts()]
-        assert legend == ["undefended", "good", *long, "attack not implanted or adversarial: not counted"]
-        assert texts(figure) == [""] * len(texts(figure))  # arrows; nothing is written over the points
+    with render.style():
+        page = render.sheet(plots._scatter(rows, "model+clean"), "t")
+    legend = [text.get_text() for text in page.legends[0].get_texts()]
+    assert legend == ["undefended", "good", *long, "attack not implanted or adversarial: not counted"]
+    assert {text.get_text() for axes in page.axes for text in axes.texts} == {""}  # arrows; nothing is written over the points
 
 
 def test_looks_are_distinct_and_keep_their_place():
@@ -340,12 +360,26 @@ def gallery_item(channels: int, peak: int) -> tuple[str, np.ndarray, np.ndarray]
 
 def test_gallery_states_its_amplification(tmp_path):
     written = plots.trigger_gallery([gallery_item(1, 3), gallery_item(1, 0)], tmp_path / "triggers.png")
-    assert [path.name for path in written] == ["triggers.png", "triggers.svg"]
+    assert [path.relative_to(tmp_path).as_posix() for path in written] == [
+        "triggers.png", "triggers.svg", "triggers/peak-3.png", "triggers/peak-0.png"
+    ]  # fmt: skip
     before = [path.read_bytes() for path in written]
     assert [
         path.read_bytes() for path in plots.trigger_gallery([gallery_item(1, 3), gallery_item(1, 0)], tmp_path / "triggers")
     ] == before
     assert np.asarray(Image.open(written[0]).convert("L")).std() > 10
+    assert Image.open(written[0]).mode == "RGB"
+
+
+def test_a_trigger_picture_holds_the_pixels_and_says_what_it_shows(tmp_path):
+    (path,) = plots.trigger_pictures([gallery_item(3, 60)], tmp_path)
+    picture = Image.open(path)
+    assert picture.text == {"Title": "peak 60", "Description": "difference \N{MULTIPLICATION SIGN} 2"}
+    scale = picture.width // 17
+    assert picture.size == (17 * scale, 26 * scale)  # two images of 8 x 8, a gap of one; three rows, two gaps
+    pixels = np.asarray(picture)[scale // 2 :: scale, scale // 2 :: scale, 0]
+    assert (pixels[0, 0], pixels[7, 7], pixels[9 + 7, 7], pixels[18, 0], pixels[18 + 7, 7]) == (100, 100, 160, 0, 120)
+    assert (pixels[:, 8] == 255).all()
 
 
 @pytest.mark.parametrize(("peak", "factor"), [(0, 100), (2, 100), (3, 50), (100, 2), (128, 1), (255, 1)])
@@ -356,8 +390,9 @@ def test_amplification_never_clips(peak, factor):
 def test_mosaic_puts_images_side_by_side():
     images = np.stack([np.full((3, 2, 2), value, dtype=np.uint8) for value in (10, 20)])
     sheet = plots._mosaic(images, 1)
-    assert sheet.shape == (2, 5, 3)
-    assert sheet[0, :, 0].tolist() == [10, 10, 255, 20, 20]
+    assert sheet.shape == (3, 6, 3)
+    assert sheet[0, :, 0].tolist() == [10, 10, 255, 20, 20, 255]
+    assert (sheet[2] == 255).all()
 
 
 @pytest.mark.parametrize("broken", ["empty", "channels", "float", "shape"])

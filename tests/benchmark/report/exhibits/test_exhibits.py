@@ -14,12 +14,10 @@ import pytest
 from typer.testing import CliRunner
 
 from attacks.adaptive import Adaptive
-from benchmark.analysis import intervals
 from benchmark.__main__ import app
-from benchmark.analysis import stats
-from benchmark.report import style
+from benchmark.analysis import intervals, stats
+from benchmark.report import render, style
 from benchmark.report.exhibits import answers_axes, answers_boards, evidence
-from benchmark.report.exhibits import plots as exhibit_plots
 from benchmark.report.exhibits import write as exhibits
 from benchmark.report.exhibits.evidence import Dots, Lines, Missing, Source
 from benchmark.report.exhibits.write import EXHIBITS, caption, command, source_of, table_latex, table_markdown, write_exhibits
@@ -627,8 +625,8 @@ def test_no_two_lines_of_a_figure_look_alike() -> None:
     known = {entry: style.Look(f"#{number % 8:06x}", "o") for number, entry in enumerate(entries)}
     height = evidence.Interval(0.5, 0.4, 0.6)
     lines = tuple(evidence.Series(" ".join(entry), (0.0, 1.0), (height, height), entry) for entry in entries)
-    with style.figures() as plt:
-        drawn = exhibit_plots.draw(plt, Lines((evidence.Panel("p", "x", "y", lines),), 1, ""), known, "t")
+    with render.style():
+        drawn = render.sheet(Lines((evidence.Panel("p", "x", "y", lines),), 1, ""), "t", known)
         looks = {(line.get_color(), str(line._unscaled_dash_pattern)) for line in drawn.axes[0].lines}
         named = {(line.get_color(), str(line._unscaled_dash_pattern)) for line in drawn.legends[0].get_lines()}
     assert len(looks) == 20
