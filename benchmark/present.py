@@ -108,7 +108,7 @@ def draw_exhibits(results: Path, console: Console) -> None:
 
 def leaderboard(folder: Path, console: Console) -> None:
     """Prints the leaderboards of a result folder."""
-    from benchmark.report.tables import console_leaderboard
+    from benchmark.report.boards import console_leaderboard
 
     rows, _, _ = _frames(folder)
     for table in console_leaderboard(rows):

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmark.analysis import published
-from benchmark.analysis import stats
-from benchmark.rules.metrics import IMPLANTED_ASR
+from benchmark.analysis import published, stats
 from benchmark.report.style import METRIC_COLOURS, Panels, figures, label, log_axis, looks, percent_axis, save, wrapped
-from benchmark.report.tables import gate_words, plain, scenario_words, slug
+from benchmark.report.text import plain, slug
+from benchmark.report.words import gate_words, scenario_words
+from benchmark.rules.metrics import IMPLANTED_ASR
 from models.spec import BadInput
 
 __all__ = ["trigger_gallery", "write_plots"]

@@ -9,29 +9,26 @@ from pathlib import Path
 import pandas as pd
 
 from benchmark.analysis import stats
-from benchmark.storage.files import write_text
-from benchmark.rules.metrics import IMPLANTED_ASR
-from benchmark.settings.provenance import STALE_WORDS, matrix_of, stale
-from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON
-from benchmark.report.tables import (
+from benchmark.report.boards import given_table, leaderboard_markdown
+from benchmark.report.details import problems_markdown, validity_markdown
+from benchmark.report.text import markdown, slug
+from benchmark.report.words import (
     GATE_WORDS,
     GIVEN_NOTES,
     NOTHING,
     SELECTION_WORDS,
     gate_words,
-    given_markdown,
-    leaderboard_markdown,
     mark_words,
-    markdown,
     paired_words,
-    problems_markdown,
     rank_words,
     resolution_words,
     setting_words,
-    slug,
     track_words,
-    validity_markdown,
 )  # fmt: skip
+from benchmark.rules.metrics import IMPLANTED_ASR
+from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON
+from benchmark.settings.provenance import STALE_WORDS, matrix_of, stale
+from benchmark.storage.files import write_text
 
 __all__ = ["headline", "plain_words", "summary", "write_headline", "write_plain_words", "write_report"]
 
@@ -357,8 +354,8 @@ def write_report(
                     f"**Stealthy attacks only** ({gate_words(quiet)}; attacks that cost ACC left out): {summary(quiet, track)} "
                     f"[md]({stem}.md), [csv]({stem}.csv)\n"
                 )
-            text.append(f"**Significance.** {rank_words(rows, track, judged)}\n\n{_pairs(rows, track)}")
-        text.append(f"**What the defender was given**\n\n{given_markdown(rows, track)}")
+            text.append(f"**Significance.** {markdown(rank_words(rows, track, judged))}\n\n{_pairs(rows, track)}")
+        text.append(f"**What the defender was given**\n\n{given_table(rows, track).markdown()}")
         lines = []
         for selection in stats.selections(rows, track):
             for kind, words in (("leaderboard", "leaderboard"), ("attacks", "every attack"),

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pandas as pd
 
 from benchmark.analysis import stats
+from benchmark.report.text import plain
 from benchmark.storage.files import write_bytes
-from benchmark.report.tables import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

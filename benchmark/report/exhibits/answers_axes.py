@@ -12,6 +12,7 @@ from scipy import stats as scipy_stats
 
 from attacks.adaptive import Adaptive
 from benchmark.analysis import stats
+from benchmark.analysis.stats import ENTRY, SCENARIO, SCRATCH, WORLD, Interval
 from benchmark.report.exhibits.evidence import (
     FIGURES,
     MEANS,
@@ -50,10 +51,10 @@ from benchmark.report.exhibits.evidence import (
     verdict,
     victims_words,
 )  # fmt: skip
+from benchmark.report.text import markdown
+from benchmark.report.words import SELECTION_WORDS, gate_words
 from benchmark.rules.metrics import IMPLANTED_ASR
 from benchmark.rules.selection import TAU
-from benchmark.analysis.stats import ENTRY, SCENARIO, SCRATCH, WORLD, Interval
-from benchmark.report.tables import SELECTION_WORDS, gate_words, markdown
 from defenses.anp import ANP
 from defenses.holder_pruning import HolderPruning
 

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from benchmark.analysis import stats
+from benchmark.analysis.stats import ENTRY, SCENARIO, SCRATCH, WORLD, Interval
 from benchmark.report.exhibits.evidence import (
     FIGURES,
     MEANS,
@@ -43,9 +44,9 @@ from benchmark.report.exhibits.evidence import (
     verdict,
     victims_words,
 )  # fmt: skip
+from benchmark.report.text import markdown
+from benchmark.report.words import GATE_WORDS, gate_words, scenario_words
 from benchmark.rules.metrics import IMPLANTED_ASR
-from benchmark.analysis.stats import ENTRY, SCENARIO, SCRATCH, WORLD, Interval
-from benchmark.report.tables import GATE_WORDS, gate_words, markdown, scenario_words
 from defenses.hid import HID
 from models.spec import digest
 

@@ -13,6 +13,7 @@ import pandas as pd
 from scipy import stats as scipy_stats
 
 from benchmark.analysis import stats
+from benchmark.analysis.stats import Interval
 from benchmark.report.exhibits.evidence import (
     UNMEASURED,
     Column,
@@ -38,8 +39,7 @@ from benchmark.report.exhibits.evidence import (
     points_words,
     verdict,
 )
-from benchmark.analysis.stats import Interval
-from benchmark.report.tables import markdown, number_text
+from benchmark.report.text import markdown, number_text
 
 __all__ = ["training"]
 

@@ -19,9 +19,10 @@ import numpy as np
 import pandas as pd
 
 from benchmark.analysis import stats
-from benchmark.settings.matrix import Matrix
 from benchmark.analysis.stats import SCENARIO, WORLD, Interval
-from benchmark.report.tables import gate_words, markdown
+from benchmark.report.text import markdown
+from benchmark.report.words import gate_words
+from benchmark.settings.matrix import Matrix
 
 __all__ = [
     "END_TO_END", "FIGURES", "MEANS", "UNMEASURED", "Column", "DotPanel", "Dots", "Entry", "Lines", "Missing", "Panel", "Series",

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmark.report.exhibits.evidence import DotPanel, Dots, Lines, Panel, Series
 from benchmark.analysis.stats import UNDEFENDED
+from benchmark.report.exhibits.evidence import DotPanel, Dots, Lines, Panel, Series
 from benchmark.report.style import METRIC_COLOURS, Look, Panels, log_axis, percent_axis, wrapped
-from benchmark.report.tables import plain
+from benchmark.report.text import plain
 
 __all__ = ["draw"]
 

@@ -16,30 +16,17 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmark.report.exhibits import answers_axes
-from benchmark.report.exhibits import answers_boards
-from benchmark.report.exhibits import answers_training
+from benchmark.analysis.stats import headline, tracks
+from benchmark.report.exhibits import answers_axes, answers_boards, answers_training
 from benchmark.report.exhibits.evidence import Column, Missing, Shown, Source
 from benchmark.report.exhibits.plots import draw
-from benchmark.storage.files import write_text
+from benchmark.report.style import figures, looks, save
+from benchmark.report.text import bracketed, csv_text, latex, latex_table, markdown, number_text, percent_text, pipe_table, plain
+from benchmark.report.words import gate_words, setting_words
 from benchmark.settings.matrix import load_matrix
 from benchmark.settings.provenance import STALE_WORDS, stale
+from benchmark.storage.files import write_text
 from benchmark.storage.rows import Curve, Row, Timing, read
-from benchmark.analysis.stats import headline, tracks
-from benchmark.report.style import figures, looks, save
-from benchmark.report.tables import (
-    bracketed,
-    csv_text,
-    gate_words,
-    latex,
-    latex_table,
-    markdown,
-    number_text,
-    percent_text,
-    pipe_table,
-    plain,
-    setting_words,
-)
 from models.spec import BadInput
 
 __all__ = ["EXHIBITS", "Exhibit", "caption", "command", "source_of", "table_latex", "table_markdown", "write_exhibits"]

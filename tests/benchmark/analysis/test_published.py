@@ -10,11 +10,10 @@ import pandas as pd
 import pytest
 
 import benchmark
+from benchmark.analysis import published, stats
 from benchmark.report import charts as plots
-from benchmark.analysis import published
-from benchmark.analysis import stats
-from benchmark.report import style
-from benchmark.report import tables
+from benchmark.report import style, tables
+from benchmark.report import words as sentences
 from benchmark.storage.rows import Curve, Row, Timing, frame
 
 DASH = "\N{EN DASH}"
@@ -177,12 +176,12 @@ def test_average_ranks_are_drawn_from_eleven_scenarios_on_and_refused_in_words_b
         figure = plots._ranks(plt, ranked(11), "model+clean", "t")
         assert [text.get_text() for text in figure.axes[0].texts] == ["c  1.00", "b  2.00", "3.00  a"]
         assert plots._ranks(plt, ranked(10), "model+clean", "t") is None
-    words = tables.rank_words(ranked(10), "model+clean", "validation")
+    words = sentences.rank_words(ranked(10), "model+clean", "validation")
     assert words == (
         "Rank tests and critical-difference diagram: not made; they need at least 11 implanted scenarios (10 here) and three "
         "complete, differing defenses."
     )
-    assert "Friedman test on RA over 11 scenarios" in tables.rank_words(ranked(11), "model+clean", "validation")
+    assert "Friedman test on RA over 11 scenarios" in sentences.rank_words(ranked(11), "model+clean", "validation")
 
 
 def test_bars_that_touch_get_lanes_of_their_own() -> None:

@@ -13,8 +13,8 @@ from PIL import Image
 
 from benchmark.report.report import charts as plots
 from benchmark.report.report import style
-from benchmark.storage.rows import Curve, Row, Timing, frame
 from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON
+from benchmark.storage.rows import Curve, Row, Timing, frame
 from models.spec import BadInput
 
 KEY = ("matrix", "dataset", "backbone", "attack", "rate", "seed", "track", "scope", "defense", "cell")

@@ -17,8 +17,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from benchmark.report import page
 from benchmark.analysis import stats
+from benchmark.report import page
 from benchmark.report.charts import trigger_gallery
 from benchmark.storage.rows import Curve, Key, Row, Timing, frame
 

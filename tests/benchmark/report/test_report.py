@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmark.report import report
-from benchmark.report import tables
-from benchmark.storage.rows import Curve, Row, Timing, frame
+from benchmark.report import report, tables, words
 from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON
+from benchmark.storage.rows import Curve, Row, Timing, frame
 
 
 def row(attack: str, seed: int, defense: str, ra: float = 0.0, **more: object) -> Row:
@@ -59,7 +58,7 @@ def test_summary_names_ties_and_incomplete_entries():
 
 
 def test_summary_when_nothing_is_implanted_or_finished():
-    assert report.summary(frame([row("badnets", 0, "good", asr_undefended=0.3)]), "model+clean") == tables.NOTHING
+    assert report.summary(frame([row("badnets", 0, "good", asr_undefended=0.3)]), "model+clean") == words.NOTHING
     refused = frame([row("badnets", 0, "good", status="refused", reason="why")])
     assert report.summary(refused, "model+clean") == "No competing defense finished a cell on an implanted scenario."
 
@@ -95,7 +94,7 @@ def test_report_shows_what_each_was_given_and_links_the_isolated_samples_below_t
     assert "- what the defender was given: [md](tables/given-train.md)\n" in text
     picture = text.index("](plots/detectors-train.png)")
     assert picture < text.index("[md](tables/detectors-train.md), [csv](tables/detectors-train.csv)")
-    assert tables.GIVEN_NOTES in text
+    assert words.GIVEN_NOTES in text
     assert "detectors" not in report.write_report(tmp_path, frame(rows), "t", files=[]).read_text()
 
 
@@ -120,7 +119,7 @@ def test_report_takes_the_files_it_is_given(tmp_path: Path):
 
 def test_report_when_nothing_is_implanted(tmp_path: Path):
     text = report.write_report(tmp_path, frame([row("badnets", 0, "good", asr_undefended=0.3)]), "t").read_text()
-    assert tables.NOTHING in text
+    assert words.NOTHING in text
     assert "No cell was refused and none failed." in text
 
 
@@ -157,7 +156,7 @@ def test_plain_words_count_by_hand():
     )
     nobody = report.plain_words(frame(rows_with(weak=0.1, none=0.0)))
     assert nobody == "- **model+clean**: No entry takes the mean ASR below 50 %.\n"
-    assert report.plain_words(frame([row("badnets", 0, "good", asr_undefended=0.3)])).endswith(f"{tables.NOTHING}\n")
+    assert report.plain_words(frame([row("badnets", 0, "good", asr_undefended=0.3)])).endswith(f"{words.NOTHING}\n")
     behind = report.plain_words(frame([*rows_with(weak=0.1), *(row("badnets", seed, "random", 0.5) for seed in (0, 1, 2))]))
     assert "No defense matches the control random (RA 50.0 %)." in behind
 

@@ -9,13 +9,13 @@ from itertools import combinations
 from typing import Any
 
 import pytest
+from tests.benchmark.test_exhibits import made_up
 
 from benchmark.report.exhibits.answers_training import training
 from benchmark.report.exhibits.evidence import Missing
 from benchmark.settings.matrix import Cell, find_matrix, load_matrix
 from benchmark.settings.matrix import recipes as recipe_presets
 from models.training import Recipe
-from tests.benchmark.test_exhibits import made_up
 
 Triple = tuple[float, float, float]
 RANKED = {"fine-tuning": 0.3, "fine-pruning": 0.5, "clp": 0.2, "holder-pruning": 0.1, "pruning": 0.4}

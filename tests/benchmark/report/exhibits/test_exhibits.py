@@ -11,22 +11,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from benchmark.report.report.exhibits import answers_axes, answers_boards, evidence
+from benchmark.report.report.exhibits import plots as exhibit_plots
+from benchmark.report.report.exhibits import write as exhibits
 from typer.testing import CliRunner
 
 from attacks.adaptive import Adaptive
-from benchmark.report.report.exhibits import answers_axes
-from benchmark.report.report.exhibits import answers_boards
-from benchmark.report.report.exhibits import evidence
-from benchmark.report.report.exhibits import plots as exhibit_plots
-from benchmark.report.report.exhibits import write as exhibits
-from benchmark.analysis import stats
-from benchmark.report.report import style
-from benchmark.storage import rows as files
 from benchmark.__main__ import app
-from benchmark.run.cell import cell_rows
+from benchmark.analysis import stats
 from benchmark.report.exhibits.evidence import Dots, Lines, Missing, Source
 from benchmark.report.exhibits.write import EXHIBITS, caption, command, source_of, table_latex, table_markdown, write_exhibits
+from benchmark.report.report import style
+from benchmark.run.cell import cell_rows
 from benchmark.settings.matrix import Cell, Matrix, find_matrix, load_matrix, matrix_names
+from benchmark.storage import rows as files
 from benchmark.storage.rows import Curve, Row, Timing
 from benchmark.storage.store import Entry
 from defenses.base import Knowledge
