@@ -86,15 +86,13 @@ def _only(folder: Path, written: Sequence[Path], keep: str = "") -> None:
 
 
 def draw_report(folder: Path, console: Console) -> None:
-    """Writes the folder's README.md and what the project's front page says of it; the headline is one matrix's."""
-    from benchmark.report.report import write_headline, write_plain_words, write_report
+    """Writes the folder's README.md and, where it is the committed folder, the finding on the project's front page."""
+    from benchmark.report.report import write_front, write_report
 
     rows = _frames(folder)[0]
     write_report(folder, rows, _title(folder), description=_setting(folder, "about"))
-    front, place = folder.parent.parent / "README.md", f"{folder.parent.name}/{folder.name}"
-    if folder.name == FRONT:
-        write_headline(front, rows, place)
-    write_plain_words(front, rows, place)
+    for block in ["headline"] * (folder.name == FRONT) + [f"words:{folder.name}"]:
+        write_front(folder.parent.parent / "README.md", rows, f"{folder.parent.name}/{folder.name}", block)
     console.print(f"report: {folder / 'README.md'}", highlight=False)
 
 
@@ -159,8 +157,8 @@ def present(folder: Path, matrix: Any, *, cache: Path, console: Console, track: 
 
 def _gallery(folder: Path, matrix: Any, cache: Path) -> None:
     """Clean, triggered and amplified difference of a few test images per attack, from the first backbone and seed."""
-    from benchmark.run.cell import read_victim, victim_key, world
     from benchmark.report.charts import trigger_gallery
+    from benchmark.run.cell import read_victim, victim_key, world
     from benchmark.storage.store import Store
 
     store = Store(cache / "store")
@@ -240,8 +238,8 @@ def catalogue(console: Console) -> None:
     """Prints everything a matrix may name."""
     from attacks import ATTACKS
     from benchmark.data.datasets import DATASETS
-    from benchmark.settings.matrix import FOLDER, matrix_names, presets
     from benchmark.rules.tracks import TRACKS
+    from benchmark.settings.matrix import FOLDER, matrix_names, presets
     from defenses import DEFENSES
     from models import BACKBONES
     from models.extractors import EXTRACTORS

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table as Screen
 
 __all__ = ["console_leaderboard", "entry_name", "given", "given_csv", "given_table", "leaderboard_csv", "leaderboard_markdown",
-           "leaderboard_table"]  # fmt: skip
+           "leaderboard_table", "overview_table"]  # fmt: skip
 
 
 def entry_name(line: Line) -> str:
@@ -70,6 +70,28 @@ def leaderboard_csv(board: pd.DataFrame, rows: pd.DataFrame, track: str, selecti
         "scenarios_implanted": int(found["implanted"].sum()), "scenarios": len(found),
     })  # fmt: skip
     return csv_text(pd.concat([head, board], axis=1))
+
+
+_OVERVIEW = (
+    Column("Track", lambda line: line["track"] if line["role"] == "defense" else f"({line['role']})", left=True),
+    Column.words("Defense"),
+    Column.words("Scope"),
+    *(Column.percent(name.upper(), name) for name in ("acc", "asr", "ra")),
+    Column.percent("dACC", "d_acc", signed=True),
+    Column.percent("RA, oracle", "ra_oracle"),
+    Column.percent("ASR, leaky", "asr_leaky"),
+    Column("Marks", lambda line: mark_words(line)),
+)
+
+
+def overview_table(rows: pd.DataFrame) -> Table:
+    """Every entry of every track under the selection it is judged by, with what choices on the test set would report; reference
+    and controls once. Without blocks where nothing is implanted."""
+    found = [board.assign(track=track) for track, _, board in stats.judged_boards(rows) if len(board)]
+    if not found:
+        return Table(_OVERVIEW)
+    boards = pd.concat(found, ignore_index=True)
+    return Table.of(_OVERVIEW, boards[(boards["role"] == "defense") | ~boards.duplicated(stats.ENTRY)])
 
 
 def console_leaderboard(rows: pd.DataFrame) -> list[Screen]:
