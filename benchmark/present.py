@@ -54,7 +54,7 @@ def _title(folder: Path) -> str:
 
 def draw_tables(folder: Path, console: Console) -> None:
     """Writes ``tables/`` beside the rows."""
-    from benchmark.report.tables import write_tables
+    from benchmark.report.tables.write import write_tables
 
     written = write_tables(*_frames(folder), folder, _title(folder))
     _only(folder / "tables", written)
@@ -106,7 +106,7 @@ def draw_exhibits(results: Path, console: Console) -> None:
 
 def leaderboard(folder: Path, console: Console) -> None:
     """Prints the leaderboards of a result folder."""
-    from benchmark.report.boards import console_leaderboard
+    from benchmark.report.tables.boards import console_leaderboard
 
     rows, _, _ = _frames(folder)
     for table in console_leaderboard(rows):

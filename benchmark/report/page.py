@@ -29,8 +29,8 @@ import pandas as pd
 from PIL import Image, ImageOps
 
 from benchmark.analysis import stats
-from benchmark.report import boards
 from benchmark.report.style import METRIC_COLOURS, looks, wrapped
+from benchmark.report.tables import boards
 from benchmark.report.text import number_text, percent_text, plain
 from benchmark.report.words import (
     GATE_WORDS,

@@ -15,8 +15,8 @@ from typing import Any
 import pandas as pd
 
 from benchmark.analysis import stats
-from benchmark.report.boards import given_table, leaderboard_markdown, overview_table
-from benchmark.report.details import problems_markdown, validity_markdown
+from benchmark.report.tables.boards import given_table, leaderboard_markdown, overview_table
+from benchmark.report.tables.details import problems_markdown, validity_markdown
 from benchmark.report.text import entry, markdown, slug
 from benchmark.report.words import (
     GIVEN_NOTES,

@@ -23,8 +23,9 @@ from rich.console import Console
 
 from benchmark.analysis import stats
 from benchmark.present import draw_page
-from benchmark.report import boards, page, words
+from benchmark.report import page, words
 from benchmark.report.charts import trigger_gallery
+from benchmark.report.tables import boards
 from benchmark.report.text import plain
 from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON
 from benchmark.storage.rows import Curve, Key, Row, Timing, frame, write

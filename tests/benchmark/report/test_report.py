@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmark.report import report, tables, words
+from benchmark.report import report, words
+from benchmark.report.tables import write as tables
 from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON
 from benchmark.storage.rows import Curve, Row, Timing, frame
 

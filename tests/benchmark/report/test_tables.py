@@ -12,8 +12,10 @@ import pytest
 from rich.console import Console
 
 from benchmark.analysis import stats
-from benchmark.report import boards, tables, words
 from benchmark.report import text as texts
+from benchmark.report import words
+from benchmark.report.tables import boards
+from benchmark.report.tables import write as tables
 from benchmark.storage.rows import Curve, Row, Timing, frame, read, write
 
 HOSTILE = "=x|y<b>$z_1%&#{}\\ [a](b) `c` *d* \x1b[31m\nnew\u202e"

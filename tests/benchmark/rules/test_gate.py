@@ -12,8 +12,10 @@ import pandas as pd
 import pytest
 
 from benchmark.analysis import stats
-from benchmark.report import details, report, tables
+from benchmark.report import report
 from benchmark.report import words as sentences
+from benchmark.report.tables import details
+from benchmark.report.tables import write as tables
 from benchmark.rules.metrics import gate
 from benchmark.storage.rows import Curve, Row, Timing, frame
 

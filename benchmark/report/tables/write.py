@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from benchmark.analysis import published, stats
-from benchmark.report import boards, details
+from benchmark.report.tables import boards, details
 from benchmark.report.text import csv_text, markdown, plain, slug
 from benchmark.report.words import (
     GATE_WORDS,

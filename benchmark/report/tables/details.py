@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from benchmark.analysis import published, stats
-from benchmark.report.boards import entry_name
+from benchmark.report.tables.boards import entry_name
 from benchmark.report.text import DASH, Cell, Column, Line, Table, csv_text, entry, markdown, percent_text, with_deviation
 from benchmark.report.words import distinct, probability_text, scenario_words, target_words
 
