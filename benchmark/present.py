@@ -54,7 +54,7 @@ def _title(folder: Path) -> str:
 
 def draw_tables(folder: Path, console: Console) -> None:
     """Writes ``tables/`` beside the rows."""
-    from benchmark.report.tables import write_tables
+    from benchmark.report.tables.write import write_tables
 
     written = write_tables(*_frames(folder), folder, _title(folder))
     _only(folder / "tables", written)
@@ -86,15 +86,13 @@ def _only(folder: Path, written: Sequence[Path], keep: str = "") -> None:
 
 
 def draw_report(folder: Path, console: Console) -> None:
-    """Writes the folder's README.md and what the project's front page says of it; the headline is one matrix's."""
-    from benchmark.report.report import write_headline, write_plain_words, write_report
+    """Writes the folder's README.md and, where it is the committed folder, the finding on the project's front page."""
+    from benchmark.report.report import write_front, write_report
 
     rows = _frames(folder)[0]
     write_report(folder, rows, _title(folder), description=_setting(folder, "about"))
-    front, place = folder.parent.parent / "README.md", f"{folder.parent.name}/{folder.name}"
-    if folder.name == FRONT:
-        write_headline(front, rows, place)
-    write_plain_words(front, rows, place)
+    for block in ["headline"] * (folder.name == FRONT) + [f"words:{folder.name}"]:
+        write_front(folder.parent.parent / "README.md", rows, f"{folder.parent.name}/{folder.name}", block)
     console.print(f"report: {folder / 'README.md'}", highlight=False)
 
 
@@ -108,7 +106,7 @@ def draw_exhibits(results: Path, console: Console) -> None:
 
 def leaderboard(folder: Path, console: Console) -> None:
     """Prints the leaderboards of a result folder."""
-    from benchmark.report.tables import console_leaderboard
+    from benchmark.report.tables.boards import console_leaderboard
 
     rows, _, _ = _frames(folder)
     for table in console_leaderboard(rows):

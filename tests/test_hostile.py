@@ -28,7 +28,7 @@ from rich.console import Console
 
 from benchmark.data import image_files
 from benchmark.data.datasets import DatasetSpec, load
-from benchmark.report import tables
+from benchmark.report import text as texts
 from benchmark.run import own_model as mymodel
 from benchmark.run.progress import RunProgress
 from benchmark.settings.load import load_matrix
@@ -411,10 +411,10 @@ FILES = [
     ("a scenario that scenarios.csv does not have", rows("scenario\n", "scenarios.csv"), "scenarios.csv"),
     ("an open quote", rows(f'{HEADER}\n"{line()}\n'), "not a rows file"),
     ("nothing", rows(""), "not a rows file"),
-    ("a name of everything evil in Markdown", neutral(tables.markdown, "<script", "x|y", "[a]("), ""),
-    ("a name of everything evil in LaTeX", neutral(tables.latex, "\\input"), ""),
+    ("a name of everything evil in Markdown", neutral(texts.markdown, "<script", "x|y", "[a]("), ""),
+    ("a name of everything evil in LaTeX", neutral(texts.latex, "\\input"), ""),
     ("a name of everything evil in CSV", neutral(
-        lambda name: tables.csv_text(pd.DataFrame({"n": [name]})).splitlines()[1], "\x1b"), ""),
+        lambda name: texts.csv_text(pd.DataFrame({"n": [name]})).splitlines()[1], "\x1b"), ""),
 ]  # fmt: skip
 
 ATTEMPTS = [
@@ -432,7 +432,7 @@ def outcomes() -> Iterator[dict[str, str]]:
     found: dict[str, str] = {}
     yield found
     if "LEVELFIELD_HOSTILE" in os.environ:
-        told = [(a.whom, tables.markdown(a.what), tables.markdown(found.get(a.what, "NOT as it should be"))) for a in ATTEMPTS]
+        told = [(a.whom, texts.markdown(a.what), texts.markdown(found.get(a.what, "NOT as it should be"))) for a in ATTEMPTS]
         lines = [
             "# Hostile files\n\n",
             "What a stranger's file may try, and what happens (`tests/test_hostile.py`): it is refused in one line, or harmless.\n",
@@ -470,7 +470,7 @@ def test_attempts(attempt: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_every_attempt_stands_in_the_committed_table() -> None:
     page = (Path(__file__).resolve().parents[1] / "results" / "HOSTILE.md").read_text()
-    missing = [a.what for a in ATTEMPTS if f"| {a.whom} | {tables.markdown(a.what)} | " not in page]
+    missing = [a.what for a in ATTEMPTS if f"| {a.whom} | {texts.markdown(a.what)} | " not in page]
     assert not missing, "make hostile"
     assert f"{len(ATTEMPTS)} attempts" in page
 

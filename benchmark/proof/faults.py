@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from benchmark.report.tables import markdown
+from benchmark.report.text import markdown
 from benchmark.storage.rows import FILES
 from models.spec import BadInput
 

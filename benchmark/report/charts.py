@@ -17,23 +17,11 @@ from PIL.PngImagePlugin import PngInfo
 
 from benchmark.analysis import published, rank_tests, stats
 from benchmark.analysis.intervals import Interval
-from benchmark.report.figures import (
-    STROKES,
-    DotPanel,
-    Dots,
-    Figure,
-    Gallery,
-    Heat,
-    HeatPanel,
-    Key,
-    Lines,
-    Mark,
-    Panel,
-    Series,
-)
+from benchmark.report.figures import STROKES, DotPanel, Dots, Figure, Gallery, Heat, HeatPanel, Key, Lines, Mark, Panel, Series
 from benchmark.report.render import draw
 from benchmark.report.style import COLOURS, MARKERS, METRIC_COLOURS, label, looks, wrapped
-from benchmark.report.tables import gate_words, plain, scenario_words, slug
+from benchmark.report.text import plain, slug
+from benchmark.report.words import gate_words, scenario_words
 from benchmark.rules.metrics import IMPLANTED_ASR
 from benchmark.storage.files import write_bytes
 from models.spec import BadInput

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pandas as pd
 
 from benchmark.analysis import stats
-from benchmark.report.tables import number_text, percent_text, plain, scenario_words
+from benchmark.report.text import number_text, percent_text, plain
+from benchmark.report.words import scenario_words
 from benchmark.rules.metrics import ADVERSARIAL_ASR, IMPLANTED_ASR, IMPLANTED_EFFECT
 from benchmark.rules.selection import LEAKY_TOLERANCE, TAU
 from models.spec import BadInput, nearest

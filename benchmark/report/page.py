@@ -30,21 +30,19 @@ from PIL import Image, ImageOps
 
 from benchmark.analysis import intervals, stats
 from benchmark.report.style import METRIC_COLOURS, looks, wrapped
-from benchmark.report.tables import (
+from benchmark.report.tables import boards
+from benchmark.report.text import number_text, percent_text, plain
+from benchmark.report.words import (
     GATE_WORDS,
     GIVEN_NOTES,
     NOTHING,
     SELECTION_WORDS,
     gate_words,
-    given_words,
     mark_words,
-    number_text,
-    percent_text,
-    plain,
     scenario_words,
     setting_words,
     track_words,
-)
+)  # fmt: skip
 from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON
 from benchmark.storage.files import write_text
 
@@ -180,15 +178,12 @@ def _state(gate: pd.Series) -> str:
 
 def _given(rows: pd.DataFrame, track: str, selection: str) -> dict[tuple[str, str], Facts]:
     """What each entry of a track's field was given, in words."""
-    names = {"model": "Model", "clean_images": "Clean labelled images", "training_images": "Training images",
-             "extractor": "Extractor", "controls_training": "Controls training", "preset": "Preset"}  # fmt: skip
-
     def epochs(line: pd.Series) -> str:
         return "" if math.isnan(line["extractor_epochs"]) else number_text(float(line["extractor_epochs"]))
 
     return {
         (line["defense"], line["scope"]): [
-            *((names[key], text) for key, text in given_words(line).items()),
+            *boards.given(line).items(),
             ("Cost, of which extractor", epochs(line)),
         ]
         for _, line in stats.given(rows, track, selection).iterrows()

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from benchmark.analysis.stats import UNDEFENDED, Interval
+from benchmark.analysis.intervals import Interval
+from benchmark.analysis.stats import UNDEFENDED
 from benchmark.report.figures import (
     DASHED,
     DOTTED,
@@ -27,7 +28,7 @@ from benchmark.report.figures import (
     Series,
 )
 from benchmark.report.style import COLOURS, GREYS, MARKERS, METRIC_COLOURS, Look, wrapped
-from benchmark.report.tables import plain
+from benchmark.report.text import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

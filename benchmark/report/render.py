@@ -21,7 +21,7 @@ from PIL import Image
 from benchmark.report.figures import Figure, Heat, Key, Mark
 from benchmark.report.panels import Cell, Looks, area_style, cells_of, line_style
 from benchmark.report.style import wrapped
-from benchmark.report.tables import plain
+from benchmark.report.text import plain
 from benchmark.storage.files import write_bytes
 
 if TYPE_CHECKING:

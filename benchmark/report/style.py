@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from benchmark.analysis import stats
-from benchmark.report.tables import plain
+from benchmark.report.text import plain
 
 __all__ = ["COLOURS", "GREYS", "MARKERS", "METRIC_COLOURS", "Look", "label", "looks", "wrapped"]
 

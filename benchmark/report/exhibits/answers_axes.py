@@ -19,12 +19,7 @@ from benchmark.report.exhibits.evidence import (
     MEANS,
     UNMEASURED,
     Column,
-    DotPanel,
-    Dots,
-    Lines,
     Missing,
-    Panel,
-    Series,
     Shown,
     Source,
     before_defense,
@@ -51,8 +46,10 @@ from benchmark.report.exhibits.evidence import (
     points_words,
     verdict,
     victims_words,
-)  # fmt: skip
-from benchmark.report.tables import SELECTION_WORDS, gate_words, markdown
+)
+from benchmark.report.figures import DotPanel, Dots, Lines, Panel, Series
+from benchmark.report.text import markdown
+from benchmark.report.words import SELECTION_WORDS, gate_words
 from benchmark.rules.metrics import IMPLANTED_ASR
 from benchmark.rules.selection import TAU
 from defenses.anp import ANP

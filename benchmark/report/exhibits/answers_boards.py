@@ -17,8 +17,6 @@ from benchmark.report.exhibits.evidence import (
     FIGURES,
     MEANS,
     Column,
-    DotPanel,
-    Dots,
     Missing,
     Shown,
     Source,
@@ -44,8 +42,10 @@ from benchmark.report.exhibits.evidence import (
     points_words,
     verdict,
     victims_words,
-)  # fmt: skip
-from benchmark.report.tables import GATE_WORDS, gate_words, markdown, scenario_words
+)
+from benchmark.report.figures import DotPanel, Dots
+from benchmark.report.text import markdown
+from benchmark.report.words import GATE_WORDS, gate_words, scenario_words
 from benchmark.rules.metrics import IMPLANTED_ASR
 from defenses.hid import HID
 from models.spec import digest

@@ -17,8 +17,6 @@ from benchmark.analysis.intervals import Interval
 from benchmark.report.exhibits.evidence import (
     UNMEASURED,
     Column,
-    DotPanel,
-    Dots,
     Missing,
     Shown,
     Source,
@@ -39,7 +37,8 @@ from benchmark.report.exhibits.evidence import (
     points_words,
     verdict,
 )
-from benchmark.report.tables import markdown, number_text
+from benchmark.report.figures import DotPanel, Dots
+from benchmark.report.text import markdown, number_text
 
 __all__ = ["training"]
 

@@ -22,7 +22,8 @@ from benchmark.analysis import intervals, stats
 from benchmark.analysis.intervals import Interval
 from benchmark.analysis.stats import SCENARIO, WORLD
 from benchmark.report.figures import DotPanel, Dots, Lines, Panel, Series
-from benchmark.report.tables import gate_words, markdown
+from benchmark.report.text import markdown
+from benchmark.report.words import gate_words
 from benchmark.settings.cells import Matrix
 
 __all__ = [

@@ -21,19 +21,8 @@ from benchmark.report.exhibits import answers_axes, answers_boards, answers_trai
 from benchmark.report.exhibits.evidence import Column, Missing, Shown, Source
 from benchmark.report.render import draw
 from benchmark.report.style import looks
-from benchmark.report.tables import (
-    bracketed,
-    csv_text,
-    gate_words,
-    latex,
-    latex_table,
-    markdown,
-    number_text,
-    percent_text,
-    pipe_table,
-    plain,
-    setting_words,
-)
+from benchmark.report.text import bracketed, csv_text, latex, latex_table, markdown, number_text, percent_text, pipe_table, plain
+from benchmark.report.words import gate_words, setting_words
 from benchmark.settings.load import load_matrix
 from benchmark.settings.provenance import STALE_WORDS, stale
 from benchmark.storage.files import write_text

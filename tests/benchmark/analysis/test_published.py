@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 
 import benchmark
-from benchmark.analysis import published
+from benchmark.analysis import published, stats
 from benchmark.report import charts as plots
-from benchmark.report import tables
+from benchmark.report import words as sentences
+from benchmark.report.tables import write as tables
 from benchmark.storage.rows import Curve, Row, Timing, frame
 
 DASH = "\N{EN DASH}"
@@ -177,9 +178,25 @@ def test_average_ranks_are_drawn_from_eleven_scenarios_on_and_refused_in_words_b
     assert panel.names == ("c", "b", "a")
     assert [part.mean for part in dict(panel.series)["rank"]] == [1, 2, 3]
     assert plots._ranks(ranked(10), "model+clean") is None
-    words = tables.rank_words(ranked(10), "model+clean", "validation")
+    words = sentences.rank_words(ranked(10), "model+clean", "validation")
     assert words == (
         "Rank tests and critical-difference diagram: not made; they need at least 11 implanted scenarios (10 here) and three "
         "complete, differing defenses."
     )
-    assert "Friedman test on RA over 11 scenarios" in tables.rank_words(ranked(11), "model+clean", "validation")
+    assert "Friedman test on RA over 11 scenarios" in sentences.rank_words(ranked(11), "model+clean", "validation")
+
+
+def test_paired_tables_say_what_so_few_can_show(tmp_path: Path) -> None:
+    rows = [r for name, ra in (("anp", 0.5), ("training-from-scratch", 0.4)) for r in every(name, ra=ra, control=name != "anp")]
+    files = written(rows, tmp_path)
+    text = files["paired-model-clean.md"]
+    line = next(line for line in text.splitlines() if line.startswith("| anp | whole | RA |"))
+    assert [cell.strip() for cell in line.split("|")[4:-1]] == ["2 of 2", "+10.0 [+10.0, +10.0]", "0.500", "1.000", "2", "0.500"]
+    assert "With 2 pairs the smallest p is 0.500, and 1.000 after Holm over 2 comparisons: a difference cannot reach 5 %" in text
+    assert "One comparison needs 6 blocks, 2 need 7." in text
+    first = next(csv.DictReader(files["paired-model-clean.csv"].splitlines()))
+    assert (first["track"], first["control"], first["metric"]) == ("model+clean", "training-from-scratch", "ra")
+    assert first["pairs"] == "2"
+    without = written(every("anp"), tmp_path / "without")
+    assert f"the control {stats.SCRATCH}" in without["paired-model-clean.md"]
+    assert "paired-model-clean.csv" not in without

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from benchmark.analysis.stats import Interval
+from benchmark.analysis.intervals import Interval
 from benchmark.report import charts as plots
 from benchmark.report import render, style
 from benchmark.report.figures import DotPanel, Dots, Lines, Mark, Panel, Series

@@ -23,8 +23,10 @@ from rich.console import Console
 
 from benchmark.analysis import stats
 from benchmark.present import draw_page
-from benchmark.report import page, tables
+from benchmark.report import page, words
 from benchmark.report.charts import trigger_gallery
+from benchmark.report.tables import boards
+from benchmark.report.text import plain
 from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON
 from benchmark.storage.rows import Curve, Key, Row, Timing, frame, write
 
@@ -168,7 +170,7 @@ def test_means_are_the_leaderboards(selection: str, seeds: int) -> None:
         assert (line["ok"], line["of"]) == (wanted["cells_ok"], wanted["cells"]) == (3 * seeds, 3 * seeds)
         assert line["role"] == wanted["role"]
     # The texts are those of the table that people read.
-    table = tables.leaderboard_markdown(board, "model+clean")
+    table = boards.leaderboard_markdown(board, "model+clean")
     for line in lines:
         shown = " | ".join(" ".join(part for part in line[name][1:] if part) for name in ("acc", "asr", "ra"))
         assert f"| {line['entry']} | whole | {shown} | " in table
@@ -309,7 +311,7 @@ def test_controls_alone_and_nothing_implanted_make_a_page(tmp_path: Path) -> Non
     nothing = embedded(written(field(1, asr_undefended=0.3), tmp_path / "b"))
     assert nothing["means"] == []
     assert len(nothing["places"]) == 4 * 4 * len(stats.SELECTIONS)
-    assert nothing["words"][nothing["nothing"]] == tables.NOTHING
+    assert nothing["words"][nothing["nothing"]] == words.NOTHING
 
 
 # -- safety --------------------------------------------------------------------------------------------------------------------
@@ -330,7 +332,7 @@ def test_hostile_names_are_inert(text: str, tmp_path: Path) -> None:
     assert data
     assert not set("<>&\u2028\u2029\u202e\x1b\n") & set(data[1])
     found = json.loads(data[1])
-    wanted = tables.plain(HOSTILE)
+    wanted = plain(HOSTILE)
     assert {found["words"][place["d"]] for place in found["scenarios"]} == {wanted}
     ((_, title),) = Reader(hostile).all("title")
     assert title == f"{wanted}: leaderboard"
@@ -425,7 +427,7 @@ def test_committed_pages_are_small_and_speak_of_their_rows(path: Path) -> None:
     rows = pd.read_csv(path.with_name("rows.csv"), keep_default_na=False)
     assert len(found["cells"]) == rows["cell"].nunique()
     assert [found["words"][place["a"]] for place in found["scenarios"]] == [
-        tables.plain(attack) for _, _, attack in dict.fromkeys(rows[stats.SCENARIO].itertuples(index=False, name=None))
+        plain(attack) for _, _, attack in dict.fromkeys(rows[stats.SCENARIO].itertuples(index=False, name=None))
     ]
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmark.report import report, tables
+from benchmark.report import report, words
+from benchmark.report.tables import write as tables
 from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON
 from benchmark.storage.rows import Curve, Row, Timing, frame
 
@@ -58,7 +59,7 @@ def test_summary_names_ties_and_incomplete_entries():
 
 
 def test_summary_when_nothing_is_implanted_or_finished():
-    assert report.summary(frame([row("badnets", 0, "good", asr_undefended=0.3)]), "model+clean") == tables.NOTHING
+    assert report.summary(frame([row("badnets", 0, "good", asr_undefended=0.3)]), "model+clean") == words.NOTHING
     refused = frame([row("badnets", 0, "good", status="refused", reason="why")])
     assert report.summary(refused, "model+clean") == "No competing defense finished a cell on an implanted scenario."
 
@@ -94,7 +95,7 @@ def test_report_shows_what_each_was_given_and_links_the_isolated_samples_below_t
     assert "- what the defender was given: [md](tables/given-train.md)\n" in text
     picture = text.index("](plots/detectors-train.png)")
     assert picture < text.index("[md](tables/detectors-train.md), [csv](tables/detectors-train.csv)")
-    assert tables.GIVEN_NOTES in text
+    assert words.GIVEN_NOTES in text
     assert "detectors" not in report.write_report(tmp_path, frame(rows), "t", files=[]).read_text()
 
 
@@ -114,35 +115,56 @@ def test_report_takes_the_files_it_is_given(tmp_path: Path):
         tmp_path, frame(rows_with(good=0.7)), "t", files=[tmp_path / "plots" / "scatter-model-clean.png"]
     ).read_text()
     assert "](plots/scatter-model-clean.png)" in text
-    assert "SVG" not in text
+    assert ".svg" not in text
 
 
 def test_report_when_nothing_is_implanted(tmp_path: Path):
     text = report.write_report(tmp_path, frame([row("badnets", 0, "good", asr_undefended=0.3)]), "t").read_text()
-    assert tables.NOTHING in text
+    assert words.NOTHING in text
     assert "No cell was refused and none failed." in text
 
 
-def test_the_front_page_gets_the_headline_between_its_markers_and_only_there(tmp_path: Path):
+BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
+
+
+def test_the_front_page_gets_the_finding_between_its_markers_and_only_there(tmp_path: Path):
     rows = frame(rows_with(best=0.8, other=0.2, none=0.0))
     page = tmp_path / "README.md"
-    page.write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
-    assert report.write_headline(page, rows, "results/m") is True
+    page.write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n")
+    assert report.write_front(page, rows, "results/m", "headline") is True
     text = page.read_text()
-    assert text.startswith(f"above\n{report.BEGIN}\nIn plain words:\n")
-    assert "</summary>\n\n| track |" in text, "a table that is folded stands apart from the tag"
-    assert text.count("<details>") == text.count("</details>\n") == 2
-    assert text.endswith(f"{report.END}\nbelow\n")
+    assert text.startswith(f"above\n{BEGIN}\n- 1 of 2 entries (a defense and its scope) takes the mean attack success rate")
+    assert "\n\nMatrix [m](results/m/README.md): digits, 1 attack, 1 backbone; seeds 0, 1, 2; 1 of 1 scenarios implanted.\n" in text
+    assert text.endswith(f"{END}\nbelow\n")
     assert "old" not in text
-    assert report.write_headline(page, rows, "results/m") is False
+    assert report.write_front(page, rows, "results/m", "headline") is False
     picture = tmp_path / "results" / "m" / "plots" / "leaderboard.png"
     picture.parent.mkdir(parents=True)
     picture.touch()
-    assert report.write_headline(page, rows, "results/m") is True
-    assert "](results/m/plots/leaderboard.png)](results/m/README.md)\n\nIn plain words:" in page.read_text()
+    (tmp_path / "results" / "m" / "manifest.json").write_text('{"versions": {"torch": "2.9", "scipy": "1"}}')
+    assert report.write_front(page, rows, "results/m", "headline") is True
+    assert "](results/m/plots/leaderboard.png)](results/m/README.md)\n\n- 1 of 2" in page.read_text()
+    assert "; torch 2.9.\n" in page.read_text()
     page.write_text("no markers")
-    assert report.write_headline(page, rows, "results/m") is False
-    assert report.write_headline(tmp_path / "none.md", rows, "results/m") is False
+    assert report.write_front(page, rows, "results/m", "headline") is False
+    assert report.write_front(tmp_path / "none.md", rows, "results/m", "headline") is False
+
+
+def test_the_finding_is_three_sentences_by_hand():
+    rows = rows_with(strong=0.8, weak=0.2, random=0.1, none=0.0)
+    rows += [row("badnets", seed, "training-from-scratch", 0.5, control=True) for seed in (0, 1, 2)]
+    rows += [row("badnets", seed, name, 0.9, selection="oracle") for seed in (0, 1, 2) for name in ("strong", "weak")]
+    # ASR is 0.95 - RA; RA 0.82 and 0.22 on average, 0.9 under the oracle.
+    assert report.finding(frame(rows)) == [
+        "1 of 2 entries (a defense and its scope) takes the mean attack success rate (ASR) below 50 %: strong (13.0 %), in the track "
+        "model+clean.",
+        "strong (whole) matches the *training-from-scratch* control (RA 50.0 %).",
+        "Choosing every setting on the test set would raise the mean robust accuracy (RA) of these entries from 52.0 % to 90.0 %; no "
+        "defender can choose so.",
+    ]
+    nobody = report.finding(frame(rows_with(weak=0.1, none=0.0)))
+    assert nobody == ["None of 1 entries (a defense and its scope) takes the mean attack success rate (ASR) below 50 %."]
+    assert report.finding(frame([row("badnets", 0, "good", asr_undefended=0.3)])) == [words.NOTHING]
 
 
 def test_plain_words_count_by_hand():
@@ -152,13 +174,13 @@ def test_plain_words_count_by_hand():
     # ASR is 0.95 - RA: strong 0.13 on average, weak 0.73; RA 0.82 and 0.22 against controls of 0.5 and 0.12.
     assert text == (
         "- **model+clean**: 1 of 2 entries takes the mean ASR below 50 %: strong (whole) leaves ASR 13.0 % at ACC 90.0 %. strong "
-        "(whole) matches the control training-from-scratch (RA 50.0 %).\n"
+        "(whole) matches the *training-from-scratch* control (RA 50.0 %).\n"
     )
     nobody = report.plain_words(frame(rows_with(weak=0.1, none=0.0)))
     assert nobody == "- **model+clean**: No entry takes the mean ASR below 50 %.\n"
-    assert report.plain_words(frame([row("badnets", 0, "good", asr_undefended=0.3)])).endswith(f"{tables.NOTHING}\n")
+    assert report.plain_words(frame([row("badnets", 0, "good", asr_undefended=0.3)])).endswith(f"{words.NOTHING}\n")
     behind = report.plain_words(frame([*rows_with(weak=0.1), *(row("badnets", seed, "random", 0.5) for seed in (0, 1, 2))]))
-    assert "No defense matches the control random (RA 50.0 %)." in behind
+    assert "No defense matches the *random* control (RA 50.0 %)." in behind
 
 
 def test_who_changed_nothing_is_never_called_best():
@@ -188,16 +210,16 @@ def test_plain_words_say_what_was_singled_out():
     assert "recall 20 %; mechanism failed in 1 of 1 cells." in report.plain_words(failed)
 
 
-def test_a_pages_words_about_a_matrix_stand_between_its_own_markers(tmp_path: Path):
+def test_a_matrix_has_markers_of_its_own(tmp_path: Path):
     rows, page = frame(rows_with(best=0.8, none=0.0)), tmp_path / "README.md"
     page.write_text("<!-- words:m:begin -->\nold\n<!-- words:m:end -->\n<!-- words:n:begin -->\nkept\n<!-- words:n:end -->\n")
-    assert report.write_plain_words(page, rows, "results/m") is True
+    assert report.write_front(page, rows, "results/m", "words:m") is True
     text = page.read_text()
     assert "old" not in text
     assert "kept" in text
     assert "1 of 1 scenarios" in text
-    assert report.write_plain_words(page, rows, "results/m") is False
-    assert report.write_plain_words(page, rows, "results/unnamed") is False
+    assert report.write_front(page, rows, "results/m", "words:m") is False
+    assert report.write_front(page, rows, "results/unnamed", "words:unnamed") is False
 
 
 def test_a_matrix_of_attacks_alone_shows_the_attacked_models_and_no_board(tmp_path: Path):

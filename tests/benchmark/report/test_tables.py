@@ -11,7 +11,11 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from benchmark.report import tables
+from benchmark.analysis import stats
+from benchmark.report import text as texts
+from benchmark.report import words
+from benchmark.report.tables import boards
+from benchmark.report.tables import write as tables
 from benchmark.storage.rows import Curve, Row, Timing, frame, read, write
 
 HOSTILE = "=x|y<b>$z_1%&#{}\\ [a](b) `c` *d* \x1b[31m\nnew\u202e"
@@ -96,9 +100,9 @@ def test_second_run_changes_no_byte(tmp_path):
 def test_tables_of_a_read_file_equal_those_of_the_frame(tmp_path):
     rows = field()
     write(tmp_path, rows, [], [])
-    assert tables.leaderboard_markdown(
-        tables.stats.leaderboard(read(tmp_path / "rows.csv", Row), "model+clean", "validation"), ""
-    ) == (tables.leaderboard_markdown(tables.stats.leaderboard(frame(rows), "model+clean", "validation"), ""))
+    assert boards.leaderboard_markdown(
+        stats.leaderboard(read(tmp_path / "rows.csv", Row), "model+clean", "validation"), ""
+    ) == (boards.leaderboard_markdown(stats.leaderboard(frame(rows), "model+clean", "validation"), ""))
 
 
 def test_seconds_stand_in_the_cost_table_alone(tmp_path):
@@ -118,12 +122,12 @@ def test_single_seed_prints_no_bracket(tmp_path):
 
 def test_nothing_implanted_is_a_sentence(tmp_path):
     written = run(field(asr_undefended=0.3, implanted=False), tmp_path)
-    assert tables.NOTHING in written["leaderboard-model-clean-validation.md"]
-    assert written["leaderboard-model-clean-validation.tex"] == f"% {tables.NOTHING}\n"
+    assert words.NOTHING in written["leaderboard-model-clean-validation.md"]
+    assert written["leaderboard-model-clean-validation.tex"] == f"% {words.NOTHING}\n"
     assert "badnets<br>not implanted" in written["attacks-model-clean-validation.md"]
     assert "**not implanted**" in written["attack-validity.md"]
     twins = run(field(asr_benign=0.9), tmp_path / "twins")
-    assert tables.NOTHING in twins["leaderboard-model-clean-validation.md"]
+    assert words.NOTHING in twins["leaderboard-model-clean-validation.md"]
     assert "badnets<br>adversarial" in twins["attacks-model-clean-validation.md"]
     assert "0 of 2 scenarios implanted, 2 adversarial." in twins["attack-validity.md"]
 
@@ -146,7 +150,7 @@ def test_marks_and_the_board_of_stealthy_attacks(tmp_path):
 
 def test_a_validation_part_that_cannot_tell_the_tolerance_says_so(tmp_path):
     text = run(field(clean_images=288), tmp_path)["leaderboard-model-clean-validation.md"]
-    assert "The validation part holds 58 images, too few to tell a loss of 4 points from none" in text
+    assert "The validation part holds 58 images, too few to detect a loss of 4 points" in text
     assert "the standard error of the loss is 4.2 points" in text
     assert "The validation part" not in run(field(clean_images=2500), tmp_path / "o")["leaderboard-model-clean-validation.md"]
 
@@ -166,7 +170,7 @@ def test_missing_cells_print_their_reason(tmp_path):
             status="refused" if attack == "wanet" else "ok" if seed else "failed",
             reason="" if attack == "badnets" and seed else f"why | {attack}",
         )
-        for name in tables.stats.SELECTIONS
+        for name in stats.SELECTIONS
         for attack in ("badnets", "wanet")
         for seed in (0, 1)
     ]
@@ -368,7 +372,7 @@ def test_no_table_of_detectors_where_nothing_is_isolated(tmp_path):
 def test_detector_lines_by_hand(tmp_path):
     told = {"selection": "default", "used": "train", "train_images": 200, "track": "train"}
     rows = [row("badnets", seed, "abl", isolated=10 + seed, precision=0.5 + 0.2 * seed, recall=0.25, **told) for seed in (0, 1)]
-    note = f"training-control attack: {tables.stats.EXPORTED}"
+    note = f"training-control attack: {stats.EXPORTED}"
     rows += [row("badnets", 0, "abl", track="train"),
              row("wanet", 0, "abl", isolated=0, recall=0.0, asr_undefended=0.3, note=note, **told),
              row("wanet", 1, "abl", isolated=5, precision=1.0, recall=0.5, asr_undefended=0.3, **told),
@@ -377,10 +381,10 @@ def test_detector_lines_by_hand(tmp_path):
     lines = [cells(line)[4:] for line in written["detectors-train.md"].splitlines() if line.startswith("| abl |")]
     assert lines == [
         ["badnets", "yes", "10.5", "5.3", "60.0±14.1", "25.0±0.0", "10.0"],
-        [f"wanet<br>{tables.stats.EXPORTED}", "**no**", "2.5", "1.2", "100.0 (1 of 2 seeds)", "25.0±35.4", "10.0"],
+        [f"wanet<br>{stats.EXPORTED}", "**no**", "2.5", "1.2", "100.0 (1 of 2 seeds)", "25.0±35.4", "10.0"],
         ["sig", "yes", "failed", DASH, DASH, DASH, "10.0"],
     ]
-    assert f"Attacks marked *{tables.stats.EXPORTED}*" in written["detectors-train.md"]
+    assert f"Attacks marked *{stats.EXPORTED}*" in written["detectors-train.md"]
     first = next(csv.DictReader(io.StringIO(written["detectors-train.csv"])))
     assert (first["track"], first["precision"], first["isolated_share"], first["base_rate"]) == ("train", "0.6", "0.0525", "0.1")
 
@@ -396,7 +400,7 @@ def test_detector_lines_by_hand(tmp_path):
     ],
 )
 def test_latex(raw, expected):
-    assert tables.latex(raw) == expected
+    assert texts.latex(raw) == expected
 
 
 @pytest.mark.parametrize(
@@ -411,12 +415,12 @@ def test_latex(raw, expected):
     ],
 )
 def test_markdown(raw, expected):
-    assert tables.markdown(raw) == expected
+    assert texts.markdown(raw) == expected
 
 
 @pytest.mark.parametrize("start", list("=+-@"))
 def test_csv_starts_no_formula(start):
-    text = tables.csv_text(pd.DataFrame({"name": [f"{start}1+1"], "value": [-0.5], "none": [float("nan")]}))
+    text = texts.csv_text(pd.DataFrame({"name": [f"{start}1+1"], "value": [-0.5], "none": [float("nan")]}))
     assert text == f"name,value,none\n'{start}1+1,-0.5,\n"
 
 
@@ -424,12 +428,12 @@ def test_csv_starts_no_formula(start):
     ("value", "expected"), [(0.0, "0"), (0.03125, "0.0312"), (1.5, "1.5"), (12.34, "12.3"), (4800.0, "4800"), (100.0, "100")]
 )
 def test_number(value, expected):
-    assert tables.number_text(value) == expected
+    assert texts.number_text(value) == expected
 
 
 def test_slug():
-    assert tables.slug("model+clean") == "model-clean"
-    assert tables.slug("../..") == "unnamed"
+    assert texts.slug("model+clean") == "model-clean"
+    assert texts.slug("../..") == "unnamed"
 
 
 def test_console_fits_a_hundred_columns():
@@ -439,7 +443,7 @@ def test_console_fits_a_hundred_columns():
     ]
     out = io.StringIO()
     console = Console(file=out, width=100)
-    for table in tables.console_leaderboard(frame(rows)):
+    for table in boards.console_leaderboard(frame(rows)):
         console.print(table)
     text = out.getvalue()
     assert max(map(len, text.splitlines())) <= 100
@@ -450,6 +454,6 @@ def test_console_fits_a_hundred_columns():
 
 def test_console_says_when_nothing_is_implanted():
     out = io.StringIO()
-    for table in tables.console_leaderboard(frame(field(asr_undefended=0.3))):
+    for table in boards.console_leaderboard(frame(field(asr_undefended=0.3))):
         Console(file=out, width=100).print(table)
     assert "No attack was implanted" in out.getvalue()

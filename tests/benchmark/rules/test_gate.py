@@ -12,7 +12,10 @@ import pandas as pd
 import pytest
 
 from benchmark.analysis import stats
-from benchmark.report import report, tables
+from benchmark.report import report
+from benchmark.report import words as sentences
+from benchmark.report.tables import details
+from benchmark.report.tables import write as tables
 from benchmark.rules.metrics import gate
 from benchmark.storage.rows import Curve, Row, Timing, frame
 
@@ -184,7 +187,7 @@ def test_an_entry_without_canaries_or_with_some_keeps_its_other_gaps() -> None:
     assert list(gaps["gap_validation"]) == pytest.approx([0.2, 0.2, 0.2])
     assert gaps["gap_canary"].isna().to_dict() == {"good": False, "anew": True, "some": False}
     assert gaps.loc["some", "ra_canary"] == pytest.approx(0.6), "seed 0 alone"
-    assert "nan" not in tables._gap_table(frame(rows))
+    assert "nan" not in details.gaps_markdown(frame(rows))
 
 
 def test_rules_with_hindsight_are_never_ranked_and_the_others_are() -> None:
@@ -215,7 +218,7 @@ def test_leaderboards_count_marks_of_finished_cells() -> None:
     board = stats.leaderboard(frame(rows), "model+clean", "validation").set_index("defense")
     counts = {name: tuple(line) for name, line in board[["no_change", "mechanism_failed", "kept", "cells_ok"]].iterrows()}
     assert counts == {"lazy": (3, 0, 0, 3), "works": (1, 0, 1, 3), "finder": (0, 2, 0, 3), "random": (0, 0, 0, 3)}
-    words = {name: tables.mark_words(line) for name, line in board.iterrows()}
+    words = {name: sentences.mark_words(line) for name, line in board.iterrows()}
     assert words == {"lazy": "no change in 3 of 3", "works": "kept untouched in 1 of 3", "finder": "mechanism failed in 2 of 3",
                      "random": ""}  # fmt: skip
 
@@ -260,6 +263,6 @@ def test_a_validation_part_that_cannot_resolve_the_tolerance_is_named(budget: in
 
 def test_the_nearest_published_figure_has_its_own_column() -> None:
     words = "nearest reference: ACC 92.2, ASR 92.6; differs: another network (139.6 M parameters, ours 20.0 M)"
-    text = tables.validity_markdown(frame([row("badnets", seed, "none", gate=f"implanted: ASR 99.0; {words}") for seed in (0, 1)]))
+    text = details.validity_markdown(frame([row("badnets", seed, "none", gate=f"implanted: ASR 99.0; {words}") for seed in (0, 1)]))
     cells = [cell.strip() for cell in text.splitlines()[2].split("|")]
     assert cells[-4:-1] == ["implanted: ASR 99.0", f"not judged; {words.replace(' reference', '')}", "\N{EN DASH}"]

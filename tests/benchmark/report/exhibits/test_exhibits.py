@@ -19,8 +19,9 @@ from benchmark.analysis import intervals, stats
 from benchmark.report import render, style
 from benchmark.report.exhibits import answers_axes, answers_boards, evidence
 from benchmark.report.exhibits import write as exhibits
-from benchmark.report.exhibits.evidence import Dots, Lines, Missing, Source
+from benchmark.report.exhibits.evidence import Missing, Source
 from benchmark.report.exhibits.write import EXHIBITS, caption, command, source_of, table_latex, table_markdown, write_exhibits
+from benchmark.report.figures import Dots, Lines
 from benchmark.run.outcome import cell_rows
 from benchmark.settings.cells import Cell, Matrix
 from benchmark.settings.load import find_matrix, load_matrix, matrix_names
