@@ -27,6 +27,7 @@ from models.backbone import Network
 from models.classifier import Classifier, LightningEnvironment, pl
 from models.cost import metered
 from models.images import ImageSet, to_float
+from models.progress import epoch_ended
 from models.spec import Spec, check
 
 __all__ = [
@@ -157,6 +158,13 @@ class seeded:  # noqa: N801 - used like a function
         self._fork.__exit__(*exception)  # type: ignore[arg-type]
 
 
+class _Epochs(pl.Callback):  # type: ignore[misc]  # mypy does not follow Lightning's imports
+    """Reports every epoch."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        epoch_ended(trainer.current_epoch + 1, trainer.max_epochs)
+
+
 def fit(module: Classifier, data: ImageSet, recipe: Recipe, seed: int) -> Fitted:
     """Trains ``module`` on ``data``; the same arguments give the same weights, bit for bit, on one machine type.
 
@@ -186,6 +194,7 @@ def fit(module: Classifier, data: ImageSet, recipe: Recipe, seed: int) -> Fitted
             plugins=[LightningEnvironment()],
             precision="bf16-mixed" if recipe.precision == "bf16" else "32-true",
             logger=False,
+            callbacks=[_Epochs()],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,

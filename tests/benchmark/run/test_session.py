@@ -21,12 +21,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmark.run.local import Failure, Stage, run_stages
-from benchmark.storage.files import held
-from benchmark.settings.matrix import Matrix, load_matrix
-from benchmark.storage.rows import Curve, Row, read
-from benchmark.run.session import Outcome, parse_only, run_matrix
 from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON, Selection
+from benchmark.run.local import Failure, run_stages
+from benchmark.run.plan import Stage
+from benchmark.run.session import Outcome, parse_only, run_matrix
+from benchmark.settings.matrix import Matrix, load_matrix
+from benchmark.storage.files import held
+from benchmark.storage.rows import Curve, Row, read
 from models.spec import BadInput, digest
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -357,7 +358,7 @@ def test_slices_merge_into_one_file(matrix: Matrix, once: Path, tmp_path: Path) 
     assert content(tmp_path) == content(once)
 
 
-def test_an_interrupt_leaves_rows_of_what_stands_and_the_same_command_goes_on(
+def test_an_interrupt_leaves_rows_of_what_is_cached_and_the_same_command_goes_on(
     matrix: Matrix, once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stopped(stages: Sequence[Stage], *arguments: Any) -> list[Failure]:
