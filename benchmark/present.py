@@ -26,6 +26,8 @@ __all__ = [
     "leaderboard", "present",
 ]  # fmt: skip
 
+COMMITTED = "results"
+"""Name of the folder whose rows are committed."""
 FRONT = "quick"
 """The matrix whose leaderboard stands on the project's front page."""
 GALLERY = "triggers"
@@ -86,15 +88,16 @@ def _only(folder: Path, written: Sequence[Path], keep: str = "") -> None:
 
 
 def draw_report(folder: Path, console: Console) -> None:
-    """Writes the folder's README.md and what the project's front page says of it; the headline is one matrix's."""
+    """Writes the folder's README.md. For committed rows also what the project's front page reports of them."""
     from benchmark.report.report import write_headline, write_plain_words, write_report
 
     rows = _frames(folder)[0]
     write_report(folder, rows, _title(folder), description=_setting(folder, "about"))
-    front, place = folder.parent.parent / "README.md", f"{folder.parent.name}/{folder.name}"
-    if folder.name == FRONT:
-        write_headline(front, rows, place)
-    write_plain_words(front, rows, place)
+    if folder.parent.name == COMMITTED:
+        front, place = folder.parent.parent / "README.md", f"{COMMITTED}/{folder.name}"
+        if folder.name == FRONT:
+            write_headline(front, rows, place)
+        write_plain_words(front, rows, place)
     console.print(f"report: {folder / 'README.md'}", highlight=False)
 
 
