@@ -35,33 +35,30 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-benchmark: $(STAMP) ## run MATRIX, then draw its tables, plots, page and report (issued again: resumes, repeats nothing)
+benchmark: $(STAMP) ## run MATRIX into runs/ and draw its tables, plots, page and report; again: resumes (ARGS=--publish: into results/)
 	@$(LEVELFIELD) run --matrix $(MATRIX) $(ARGS)
 
-slices: $(STAMP) ## run MATRIX defense by defense, as the file orders them: every attack undefended first (ONLY=seed=0 takes a part)
+slices: $(STAMP) ## run MATRIX defense by defense, in the file's order: every attack undefended first (ONLY=seed=0 takes a part)
 	@$(RUN) -c 'from benchmark.settings.load import find_matrix, load_matrix; \
 	  print(*dict.fromkeys(cell.defense_label for cell in load_matrix(find_matrix("$(MATRIX)")).cells), sep="\n")' | \
 	while IFS= read -r defense; do \
 	  $(LEVELFIELD) run --matrix $(MATRIX) --only "$(if $(ONLY),$(ONLY)$(comma))defense=$$defense" $(ARGS) </dev/null || exit; \
 	done
 
-tables: $(STAMP) ## tables of MATRIX from its stored rows
+tables: $(STAMP) ## tables of MATRIX from the rows of your run, or from the committed ones if there was none
 	@$(LEVELFIELD) tables --matrix $(MATRIX) $(ARGS)
 
-plots: $(STAMP) ## plots of MATRIX from its stored rows
+plots: $(STAMP) ## plots of MATRIX from the same rows
 	@$(LEVELFIELD) plots --matrix $(MATRIX) $(ARGS)
 
-page: $(STAMP) ## leaderboard.html of MATRIX from its stored rows: sort, filter and open it in a browser, no network
+page: $(STAMP) ## leaderboard.html of MATRIX from the same rows: sort, filter and open it in a browser, no network
 	@$(LEVELFIELD) page --matrix $(MATRIX) $(ARGS)
 
-report: $(STAMP) ## report of MATRIX from its stored rows
+report: $(STAMP) ## report of MATRIX from the same rows
 	@$(LEVELFIELD) report --matrix $(MATRIX) $(ARGS)
 
-paper: $(STAMP) ## tables, plots, page and report of everything under results/, and the exhibits, from stored rows, touching no model
-	@found=; for rows in results/*/rows.csv; do \
-	  [ -f "$$rows" ] || continue; found=yes; matrix=$$(basename "$$(dirname "$$rows")"); \
-	  for verb in tables plots page report; do $(LEVELFIELD) $$verb --matrix "$$matrix"; done; \
-	done; [ -n "$$found" ] || { echo "results/ holds no rows yet: run 'make benchmark' first" >&2; exit 2; }; $(LEVELFIELD) exhibits
+paper: $(STAMP) ## tables, plots, page and report of every committed matrix in results/, and the exhibits, from the committed rows
+	@for verb in tables plots page report exhibits; do $(LEVELFIELD) $$verb --results results; done
 
 dashboard: $(STAMP) ## look at the W&B runs of MATRIX in the terminal, grouped by defense (no network, no account)
 	@$(LEVELFIELD) dashboard --matrix $(MATRIX) $(ARGS)
@@ -86,6 +83,6 @@ lint: $(STAMP) ## lint, types and import contracts alone
 fix: $(STAMP) ## repair what the linter can repair by itself
 	@$(RUN) -m ruff check --fix .
 
-clean: ## remove caches of tools (the environment .venv and the store of trained stages .cache stay)
+clean: ## remove caches of tools (the environment .venv, the trained models in .cache and the results in runs/ stay)
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage htmlcov build dist *.egg-info
 	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './.git/*' -prune -exec rm -rf {} +

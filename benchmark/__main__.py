@@ -1,4 +1,4 @@
-"""The command line: verbs and filters. Numbers stand in matrix files, never in flags."""
+"""Runs backdoor defenses on attacked image classifiers, and shows the results. Settings are in matrix files, never in flags."""
 
 from __future__ import annotations
 
@@ -21,20 +21,34 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 console = Console(soft_wrap=True)
 
 MatrixOption = Annotated[str, typer.Option("--matrix", "-m", help="A shipped matrix by name, or a .toml file.")]
-ResultsOption = Annotated[Path, typer.Option("--results", help="Folder of results.", envvar="LEVELFIELD_RESULTS")]
+WriteOption = Annotated[
+    Optional[Path],  # noqa: UP045 - typer reads the annotation at run time
+    typer.Option("--results", help="Folder to write results into (default: runs).", envvar="LEVELFIELD_RESULTS"),
+]
+ReadOption = Annotated[
+    Optional[Path],  # noqa: UP045 - typer reads the annotation at run time
+    typer.Option(
+        "--results",
+        help="Folder of results (default: of each matrix those in runs, if there are any, otherwise those in results).",
+        envvar="LEVELFIELD_RESULTS",
+    ),
+]
 CacheOption = Annotated[
-    Path, typer.Option("--cache", help="Folder of the store, decoded images and tracking runs.", envvar="LEVELFIELD_CACHE")
+    Path, typer.Option("--cache", help="Folder of trained models, decoded images and tracking runs.", envvar="LEVELFIELD_CACHE")
 ]
 OnlyOption = Annotated[
     Optional[str],  # noqa: UP045 - typer reads the annotation at run time
-    typer.Option("--only", help="Run a slice, e.g. attack=badnets|sig,seed=0; axes: backbone attack seed track scope defense."),
+    typer.Option("--only", help="Run a part, e.g. attack=badnets|sig,seed=0; axes: backbone attack seed track scope defense."),
 ]
-RESULTS, CACHE = Path("results"), Path(".cache")
+RUNS, CACHE = Path("runs"), Path(".cache")
+"""Where runs write; git ignores both."""
+COMMITTED = Path("results")
+"""Where the committed results are."""
 
 
 @contextmanager
 def _heard() -> Iterator[None]:
-    """Has a Ctrl-C that falls into a destructor, where Python prints it and goes on, raised again a moment later."""
+    """Inside, a Ctrl-C during a destructor, which Python would print and ignore, is raised again a moment later."""
     before = sys.unraisablehook
 
     def hook(unraisable: sys.UnraisableHookArgs) -> None:
@@ -73,21 +87,24 @@ def run(
         typer.Option(min=0, max=1, help="With ray: a stage's share of a GPU (default: a third, if there are any). No row changes."),
     ] = None,
     wandb: Annotated[bool, typer.Option(help="Log every cell to Weights & Biases (offline by default).")] = True,
-    results: ResultsOption = RESULTS,
+    publish: Annotated[bool, typer.Option("--publish", help="For maintainers: write the committed folder, results.")] = False,
+    results: WriteOption = None,
     cache: CacheOption = CACHE,
 ) -> None:
-    """Run a matrix: implant, defend, score; then tables, plots, page, report and the leaderboard."""
+    """Run a matrix: train attacked models, defend them, score; then draw tables, plots, page and report."""
     from benchmark.present import present
     from benchmark.run.progress import notes
     from benchmark.run.session import run_matrix
     from benchmark.settings.load import find_matrix, load_matrix
 
+    if publish and results is not None:
+        raise BadInput("--publish writes results: leave --results (or LEVELFIELD_RESULTS) away")
     loaded = load_matrix(find_matrix(matrix), notes(console))
     try:
         with _heard():
             outcome = run_matrix(
                 loaded,
-                results=results,
+                results=COMMITTED if publish else results or RUNS,
                 cache=cache,
                 console=console,
                 only=only,
@@ -96,35 +113,54 @@ def run(
                 gpus=gpus,
             )
             present(outcome.folder, loaded, cache=cache, console=console, track=wandb)
+            _compare(outcome.folder)
     except KeyboardInterrupt:
-        console.print("\ninterrupted; finished stages are stored, finished cells have rows: issue the same command again to go on")
+        console.print("\ninterrupted; finished stages are cached, finished cells have rows: issue the same command again to go on")
         raise typer.Exit(130) from None
 
 
-def _stored(matrix: str | None, results: Path) -> list[Path]:
-    """The result folders meant: one by name, or all that hold rows."""
+def _compare(folder: Path) -> None:
+    """Prints how the rows of a run compare with the committed rows of the same matrix, if there are any."""
+    from benchmark.run.compare import comparison
+
+    committed = COMMITTED / folder.name
+    if (committed / "rows.csv").is_file() and folder.resolve() != committed.resolve():
+        for line in comparison(folder, committed).lines(committed):
+            console.print(line, highlight=False, markup=False)
+
+
+def _stored(matrix: str | None, results: Path | None) -> list[Path]:
+    """The folders of results to read: of one matrix, or of all that have rows.
+
+    Without ``results`` a matrix is read from runs if it has rows there, otherwise from the committed results; a line says which.
+    """
     from models.spec import nearest
 
-    if not results.is_dir():
-        raise BadInput(f"{results}: no such folder; run a matrix first")
-    every = sorted(folder for folder in results.iterdir() if (folder / "rows.csv").is_file())
-    if matrix is None:
-        return every
-    found = [folder for folder in every if folder.name == matrix]
-    if not found:
-        raise BadInput(f"{results}: no results of a matrix {matrix!r}{nearest(matrix, [folder.name for folder in every])}")
+    folders: dict[str, Path] = {}
+    for root in (COMMITTED, RUNS) if results is None else (results,):
+        for rows in sorted(root.glob("*/rows.csv")):
+            folders[rows.parent.name] = rows.parent
+    where = f"{RUNS}, {COMMITTED}" if results is None else str(results)
+    if not folders:
+        raise BadInput(f"{where}: no results there; run a matrix first")
+    if matrix is not None and matrix not in folders:
+        raise BadInput(f"{where}: no results of a matrix {matrix!r}{nearest(matrix, list(folders))}")
+    found = [folders[name] for name in sorted(folders) if matrix in (None, name)]
+    for folder in found if results is None else ():
+        whose = "your run" if folder.parent == RUNS else "committed"
+        console.print(f"reading {folder} ({whose})", highlight=False, markup=False)
     return found
 
 
 StoredOption = Annotated[
     Optional[str],  # noqa: UP045 - typer reads the annotation at run time
-    typer.Option("--matrix", "-m", help="One matrix; without it, every matrix with stored rows."),
+    typer.Option("--matrix", "-m", help="One matrix (default: every matrix that has rows)."),
 ]
 
 
 @app.command()
-def tables(matrix: StoredOption = None, results: ResultsOption = RESULTS) -> None:
-    """Regenerate tables from stored rows, touching no model."""
+def tables(matrix: StoredOption = None, results: ReadOption = None) -> None:
+    """Draw the tables again from stored rows."""
     from benchmark.present import draw_tables
 
     for folder in _stored(matrix, results):
@@ -132,8 +168,8 @@ def tables(matrix: StoredOption = None, results: ResultsOption = RESULTS) -> Non
 
 
 @app.command()
-def plots(matrix: StoredOption = None, results: ResultsOption = RESULTS) -> None:
-    """Regenerate figures from stored rows, touching no model."""
+def plots(matrix: StoredOption = None, results: ReadOption = None) -> None:
+    """Draw the figures again from stored rows."""
     from benchmark.present import draw_plots
 
     for folder in _stored(matrix, results):
@@ -141,8 +177,8 @@ def plots(matrix: StoredOption = None, results: ResultsOption = RESULTS) -> None
 
 
 @app.command()
-def page(matrix: StoredOption = None, results: ResultsOption = RESULTS) -> None:
-    """Regenerate each result folder's leaderboard.html, a page to sort, filter and open, from stored rows."""
+def page(matrix: StoredOption = None, results: ReadOption = None) -> None:
+    """Draw leaderboard.html, a page to sort, filter and open, again from stored rows."""
     from benchmark.present import draw_page
 
     for folder in _stored(matrix, results):
@@ -150,8 +186,8 @@ def page(matrix: StoredOption = None, results: ResultsOption = RESULTS) -> None:
 
 
 @app.command()
-def report(matrix: StoredOption = None, results: ResultsOption = RESULTS) -> None:
-    """Regenerate each result folder's README.md from stored rows."""
+def report(matrix: StoredOption = None, results: ReadOption = None) -> None:
+    """Write the report, README.md beside the rows, again from stored rows."""
     from benchmark.present import draw_report
 
     for folder in _stored(matrix, results):
@@ -159,8 +195,10 @@ def report(matrix: StoredOption = None, results: ResultsOption = RESULTS) -> Non
 
 
 @app.command()
-def exhibits(results: ResultsOption = RESULTS) -> None:
-    """Regenerate EXHIBITS.md: reviewers' questions, each answered by a table or figure from stored rows."""
+def exhibits(
+    results: Annotated[Path, typer.Option("--results", help="Folder of results.", envvar="LEVELFIELD_RESULTS")] = COMMITTED,
+) -> None:
+    """Write EXHIBITS.md again from stored rows: reviewers' questions, each answered by a table or figure."""
     from benchmark.present import draw_exhibits
 
     _stored(None, results)
@@ -169,13 +207,13 @@ def exhibits(results: ResultsOption = RESULTS) -> None:
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A folder of results, e.g. results/quick, yours or somebody else's.")],
-    sample: Annotated[int, typer.Option(min=0, help="Rows to draw and compute again; 0 = check the files alone.")] = 5,
-    draw: Annotated[int, typer.Option(min=0, help="Which draw: the same number draws the same rows.")] = 0,
+    folder: Annotated[Path, typer.Argument(help="A folder of results, e.g. results/quick.")],
+    sample: Annotated[int, typer.Option(min=0, help="How many rows to draw and compute again; 0 = check the files alone.")] = 5,
+    draw: Annotated[int, typer.Option(min=0, help="Seed of the draw.")] = 0,
     processes: Annotated[int, typer.Option(min=0, help="Stages at once; 0 = one per core (three on a GPU).")] = 0,
     cache: CacheOption = CACHE,
 ) -> None:
-    """Compute randomly drawn rows again from the settings beside them, and compare; exit status 1 where they differ."""
+    """Compute randomly drawn rows again from the settings beside them, and compare; exit status 1 if they differ."""
     from benchmark.proof.verify import stands, verify
 
     checked = verify(folder, sample=sample, draw=draw, cache=cache, console=console, processes=processes or None)
@@ -195,9 +233,9 @@ def show(
     matrix: MatrixOption = "quick",
     only: Annotated[
         Optional[str],  # noqa: UP045 - typer reads the annotation at run time
-        typer.Option("--only", help="Explain rows instead, e.g. attack=blended,defense=anp,seed=0: why they count, were chosen."),
+        typer.Option("--only", help="Explain these rows instead, e.g. attack=blended,defense=anp,seed=0."),
     ] = None,
-    results: ResultsOption = RESULTS,
+    results: ReadOption = None,
 ) -> None:
     """Print the leaderboards of stored rows; with --only, why a scenario counts and why a candidate was chosen."""
     from benchmark.present import explained, leaderboard
@@ -213,11 +251,11 @@ def show(
 def dashboard(
     matrix: Annotated[
         Optional[str],  # noqa: UP045 - typer reads the annotation at run time
-        typer.Option("--matrix", "-m", help="Its runs alone, grouped by defense; default: every run ever logged here."),
+        typer.Option("--matrix", "-m", help="Only runs of this matrix, grouped by defense (default: every run logged here)."),
     ] = None,
     cache: CacheOption = CACHE,
 ) -> None:
-    """Look at the W&B runs of this machine in the terminal; needs no network and no account."""
+    """Show the W&B runs of this machine in the terminal; needs no network and no account."""
     import subprocess
 
     from benchmark.tracking import dashboard_command
@@ -228,35 +266,35 @@ def dashboard(
 @app.command("show-my-model")
 def show_my_model(
     checkpoint: Annotated[Path, typer.Option(help="safetensors, or a torch state dict (read with weights only).")],
-    backbone: Annotated[str, typer.Option(help="Its architecture, by name; width and head size are read off the weights.")],
+    backbone: Annotated[str, typer.Option(help="Its architecture, by name; width and head size are read from the weights.")],
     dataset: Annotated[str, typer.Option(help="Data set by name, or folder:PATH of class folders.")],
     attack: Annotated[
         Optional[str],  # noqa: UP045 - typer reads the annotation at run time
-        typer.Option(help="Attack suspected or known; without one, only ACC is measured."),
+        typer.Option(help="The attack, if suspected or known; without one, only ACC is measured."),
     ] = None,
     matrix: Annotated[
         str, typer.Option("--matrix", "-m", help="Whose defenses, attack settings and clean budget to use.")
     ] = "my-model",
-    results: ResultsOption = RESULTS,
+    results: WriteOption = None,
     cache: CacheOption = CACHE,
 ) -> None:
-    """Run the post-training defenses on a checkpoint of yours; writes a table and the cleaned weights."""
+    """Run the post-training defenses on your own checkpoint; writes a table and the defended weights."""
     from benchmark.run.own_model import defend_checkpoint
 
-    defend_checkpoint(checkpoint, backbone, dataset, attack, matrix, results=results, cache=cache, console=console)
+    defend_checkpoint(checkpoint, backbone, dataset, attack, matrix, results=results or RUNS, cache=cache, console=console)
 
 
 def main() -> None:
-    """Entry point: a BadInput is one line and exit status 2; so is the absence of pydantic, which checks matrix files."""
+    """Entry point: a BadInput is one line and exit status 2; so is a missing pydantic, which checks matrix files."""
     try:
         app()
     except (BadInput, ModuleNotFoundError) as error:
-        told = str(error)
+        message = str(error)
         if isinstance(error, ModuleNotFoundError):  # some versions of typer want it too, before a matrix is read
             if (error.name or "").partition(".")[0] != "pydantic":
                 raise
-            told = "pydantic is not installed here, and matrix files are checked by it: pip install pydantic"
-        Console(stderr=True, soft_wrap=True).print(f"error: {told}", style="red", markup=False, highlight=False)
+            message = "pydantic is not installed here, and matrix files are checked by it: pip install pydantic"
+        Console(stderr=True, soft_wrap=True).print(f"error: {message}", style="red", markup=False, highlight=False)
         sys.exit(2)
 
 

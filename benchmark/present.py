@@ -26,6 +26,8 @@ __all__ = [
     "leaderboard", "present",
 ]  # fmt: skip
 
+COMMITTED = "results"
+"""Name of the folder whose rows are committed."""
 FRONT = "quick"
 """The matrix whose leaderboard stands on the project's front page."""
 GALLERY = "triggers"
@@ -86,13 +88,14 @@ def _only(folder: Path, written: Sequence[Path], keep: str = "") -> None:
 
 
 def draw_report(folder: Path, console: Console) -> None:
-    """Writes the folder's README.md and, where it is the committed folder, the finding on the project's front page."""
+    """Writes the folder's README.md and, for committed rows, the finding on the project's front page."""
     from benchmark.report.report import write_front, write_report
 
     rows = _frames(folder)[0]
     write_report(folder, rows, _title(folder), description=_setting(folder, "about"))
-    for block in ["headline"] * (folder.name == FRONT) + [f"words:{folder.name}"]:
-        write_front(folder.parent.parent / "README.md", rows, f"{folder.parent.name}/{folder.name}", block)
+    if folder.parent.name == COMMITTED:
+        for block in ["headline"] * (folder.name == FRONT) + [f"words:{folder.name}"]:
+            write_front(folder.parent.parent / "README.md", rows, f"{COMMITTED}/{folder.name}", block)
     console.print(f"report: {folder / 'README.md'}", highlight=False)
 
 

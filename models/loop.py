@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.images import Batches, BeforeAugment, ImageSet
+from models.progress import epoch_ended
 from models.recipe import Recipe
 
 with warnings.catch_warnings():
@@ -99,6 +100,13 @@ def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> t
     )
 
 
+class _Reported(pl.Callback):  # type: ignore[misc]
+    """Reports every epoch (:mod:`models.progress`). A callback, because loops have hooks of their own."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        epoch_ended(trainer.current_epoch + 1, trainer.max_epochs)
+
+
 def run(loop: Loop, batches: Epochs, recipe: Recipe, device: torch.device) -> None:
     """Trains ``loop`` on ``batches`` for the recipe's epochs, in place.
 
@@ -117,6 +125,7 @@ def run(loop: Loop, batches: Epochs, recipe: Recipe, device: torch.device) -> No
         plugins=[LightningEnvironment()],
         precision="bf16-mixed" if recipe.precision == "bf16" else "32-true",
         logger=False,
+        callbacks=[_Reported()],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -22,15 +22,15 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from benchmark.run import local as executors
-from benchmark.run.local import Stage, run_stages
+from benchmark.data.datasets import load
+from benchmark.run.local import run_stages
+from benchmark.run.plan import Plan, Stage
 from benchmark.run.progress import notes
 from benchmark.run.session import run_matrix
-from benchmark.run.victim import run_victim
 from benchmark.settings.load import find_matrix, load_matrix
 from benchmark.storage.store import Store
 from models.files import write_text
-from models.spec import BadInput
+from models.spec import BadInput, canonical
 
 __all__ = ["Measured", "draw", "main"]
 
@@ -59,7 +59,8 @@ class Measured:
 class _Deaf:
     """Hears nothing: what a progress display takes is no executor's."""
 
-    def started(self, worker: int, label: str) -> None: ...
+    def started(self, worker: int, label: str, kind: str) -> None: ...
+    def epoch(self, worker: int, done: int, total: int) -> None: ...
     def finished(self, worker: int, label: str, kind: str) -> None: ...
     def put_back(self, worker: int) -> None: ...
     def note(self, line: str) -> None: ...
@@ -84,11 +85,13 @@ def _whole(matrix: str, only: str | None, executor: Any, workers: int, folder: P
 def _standing(matrix: str, executor: str, workers: int, folder: Path) -> dict[str, float]:
     """In an interpreter of its own: a victim that stands, asked for again and again; the line through both lengths."""
     loaded, store, cache = load_matrix(find_matrix(matrix)), folder / "store", folder / "cache"
-    run_victim(executors.victims_of(loaded)[0], Store(store), cache)
+    plan = Plan(loaded, {canonical(spec): load(spec, cache).fingerprint for spec in {one.dataset for one in loaded.scenarios}})
+    cached = next(stage for stage in plan.stages.values() if stage.kind == "victim" and not stage.after)
+    cached.run(Store(store), cache)
 
     def timed(run: Callable[[list[Stage]], object], count: int) -> float:
         begun = time.perf_counter()
-        run([Stage("victim", 0, f"stage {number}") for number in range(count)])
+        run([cached] * count)
         return time.perf_counter() - begun
 
     if executor == "ray":
@@ -99,12 +102,12 @@ def _standing(matrix: str, executor: str, workers: int, folder: Path) -> dict[st
             start = time.perf_counter() - begun
             # Its workers stay, and have entered once they have had a stage each.
             first, few, many = (
-                timed(lambda stages: cluster.run(stages, loaded, store, cache, _Deaf(), {}), count) for count in (workers, *COUNTS)
+                timed(lambda stages: cluster.run(stages, plan, store, cache, _Deaf(), {}), count) for count in (workers, *COUNTS)
             )
     else:
         start = 0.0
         first, few, many = (
-            timed(lambda stages: run_stages(stages, loaded.path, store, cache, _Deaf(), workers), count)
+            timed(lambda stages: run_stages(stages, plan, store, cache, _Deaf(), workers), count)
             for count in (workers, *COUNTS)
         )
     per_stage = (many - few) / (COUNTS[1] - COUNTS[0])
@@ -118,7 +121,7 @@ def _apart(function: str, arguments: Sequence[Any]) -> dict[str, float]:
         BadInput: it failed; with its last line.
     """
     program = (
-        "import json, sys; from pathlib import Path; from benchmark import scaling\n"
+        "import json, sys; from pathlib import Path; from benchmark.proof import scaling\n"
         "function, (*given, folder) = sys.argv[1], json.loads(sys.argv[2])\n"
         "print(json.dumps(getattr(scaling, function)(*given, Path(folder))))"
     )

@@ -145,7 +145,7 @@ def verify(
     table = files.read(folder / "rows.csv", Row)
     with tempfile.TemporaryDirectory(prefix="levelfield-verify-") as temporary:
         matrix = _matrix(folder, Path(temporary), made, console)
-        by_cell = _keys(matrix, made, folder, set(table["cell"]))
+        _keys(matrix, made, folder, set(table["cell"]))
         console.print(
             f"{folder}: settings, plug-ins and the keys of all {len(table)} rows agree with the manifest", highlight=False
         )
@@ -158,7 +158,7 @@ def verify(
             f"{len(picked)} rows drawn (--draw {draw}) from {len(cells)} cells{_took(folder, cells)}", highlight=False
         )
         again = recompute(
-            matrix, [by_cell[cell] for cell in cells], store=Path(temporary) / "store", cache=cache, console=console,
+            matrix, cells, store=Path(temporary) / "store", cache=cache, console=console,
             processes=processes, expected={name: one["fingerprint"] for name, one in made["datasets"].items()},
         )  # fmt: skip
     found = {(row.cell, row.selection): {f.name: getattr(row, f.name) for f in fields(Row)} for row in again}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from benchmark.analysis.stats import Interval
+from benchmark.analysis.intervals import Interval
 
 __all__ = [
     "DASHED", "DOTTED", "STROKES", "DotPanel", "Dots", "Figure", "Gallery", "Heat", "HeatPanel", "Key", "Lines", "Mark", "Panel",

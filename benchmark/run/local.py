@@ -1,10 +1,9 @@
-"""Running stages: several processes on this machine, one thread each; where there is a GPU, they share it.
+"""Runs the stages of a plan in processes of this machine, one thread each; where there is a GPU, they share it.
 
-A stage is a victim, an extractor or a cell, named by its place in the matrix; the store is the hand-over between them, so who ran
-what, in which order and how often it was interrupted cannot change a row. Every process finds the GPU by itself (it is not told
-which device to use), and what it stores is on the CPU. A stage that another run of the same store is computing is put back and
-asked for again after the others. What a stage does and which may start next stands here once; :mod:`benchmark.run.on_ray` asks
-the same two for the machines of a Ray cluster.
+Stages hand results to one another through the store alone, so which process ran what, in which order and how often it was
+interrupted cannot change a row. Every process finds the GPU by itself, and what it stores is on the CPU. A stage that another run
+of the same store is computing is put back and tried again after the others. :class:`Schedule` (which stage may start next) and
+:func:`work` (what a worker does) also serve :mod:`benchmark.run.on_ray`.
 """
 
 from __future__ import annotations
@@ -16,40 +15,38 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import torch
+
+from benchmark.run.plan import Plan, Stage
+from benchmark.settings.load import load_matrix
+from benchmark.storage.store import Busy, Store
+from models.progress import hearing
 from models.spec import BadInput
+from models.training import default_device
 
 __all__ = [
-    "Failure", "News", "Schedule", "Stage", "StageError", "Watcher", "cores", "enter", "places", "run_stages", "single_thread",
-    "state", "work",
+    "Failure", "News", "Schedule", "StageError", "Watcher", "cores", "enter", "places", "run_stages", "single_thread", "state",
+    "work",
 ]  # fmt: skip
 
 ATTEMPTS = 3
 """How often a stage is tried when the process that runs it dies (out of memory, say)."""
 SHARING = 3
-"""Processes that share a GPU unless somebody says otherwise: at the literature's batch of 128 a single one spends about as long on
-issuing kernels as the GPU on running them (an estimate; ``benchmark.proof.throughput`` measures what sharing gives)."""
+"""Processes that share a GPU by default: at the literature's batch of 128 a single one spends about as long on issuing kernels as
+the GPU on running them (an estimate; ``benchmark.proof.throughput`` measures what sharing gives)."""
 AGAIN = 1.0
-"""Seconds until a stage that another process is computing is asked for again."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One piece of work: which list of the matrix it stands in, where, what it is called, and what must stand before it."""
-
-    kind: Literal["victim", "extractor", "cell"]
-    number: int
-    label: str
-    after: tuple[int, ...] = ()
-    """Positions, in the list of stages, of the stages that must have finished."""
+"""Seconds until a stage that another process is computing is tried again."""
+EPOCHS = 1.0
+"""Seconds between two reports of a training's epochs, at least."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +62,10 @@ class StageError(RuntimeError):
 
 
 class Watcher(Protocol):
-    """Hears what happens; the progress display implements it."""
+    """What a run reports its progress to; the progress display implements it."""
 
-    def started(self, worker: int, label: str) -> None: ...
+    def started(self, worker: int, label: str, kind: str) -> None: ...
+    def epoch(self, worker: int, done: int, total: int) -> None: ...
     def finished(self, worker: int, label: str, kind: str) -> None: ...
     def put_back(self, worker: int) -> None: ...
     def note(self, line: str) -> None: ...
@@ -79,27 +77,27 @@ def cores() -> int:
 
 
 def places() -> int:
-    """Stages at once where nobody says how many: one per core, or :data:`SHARING` on a GPU (never more than there are cores)."""
-    from models.training import default_device
-
+    """Stages at once by default: one per core, or :data:`SHARING` on a GPU (never more than there are cores)."""
     return cores() if default_device().type == "cpu" else min(SHARING, cores())
 
 
 def single_thread() -> None:
-    """One thread for all arithmetic: the number of threads changes the bits, and more threads than free cores collapse."""
-    import torch
-
+    """One thread for all arithmetic: the number of threads changes the bits, and more threads than free cores are slow."""
     torch.set_num_threads(1)
 
 
-# -- what may start next -------------------------------------------------------------------------------------------------------
-
-
 class Schedule:
-    """Which stage may start next, and what became of the others. It runs nothing: executors ask it and tell it."""
+    """Which stage may start next, and how the others ended. It runs nothing itself.
+
+    Args:
+        stages: what to run. A stage waits for those of its ``after`` that are among them; the others are cached.
+        watcher: is told of failures.
+    """
 
     def __init__(self, stages: Sequence[Stage], watcher: Watcher) -> None:
         self.stages, self.watcher = stages, watcher
+        self.positions = {stage.key: position for position, stage in enumerate(stages)}
+        """Position of a stage by its key."""
         self.failures: dict[int, Failure] = {}
         self._waiting = list(range(len(stages)))
         self._done: set[int] = set()
@@ -119,7 +117,7 @@ class Schedule:
         """
         now = time.monotonic()
         for position in tuple(self._waiting):
-            after = self.stages[position].after
+            after = [self.positions[key] for key in self.stages[position].after if key in self.positions]
             blocked = [self.failures[i] for i in after if i in self.failures]
             if blocked:
                 self._waiting.remove(position)
@@ -133,20 +131,20 @@ class Schedule:
         self._done.add(position)
 
     def failed(self, position: int, reason: str) -> None:
-        """It raised: its row says why."""
+        """It raised an error; its row gives the reason."""
         self.failures[position] = Failure(position, reason)
         self.watcher.note(f"{self.stages[position].label}: failed: {reason}")
 
     def put_back(self, position: int) -> None:
-        """Another process is computing it, or what it stands on: it comes after the others, a little later."""
+        """It, or what it needs, is locked by another process: it is tried again after the others, a little later."""
         if not self._shared:
             self._shared = True
-            self.watcher.note("another process is computing stages of this run in the same store: they are read once they stand")
+            self.watcher.note("another process is computing stages of this run in the same store: they are read once finished")
         self._again[position] = time.monotonic() + AGAIN
         self._waiting.append(position)
 
     def back(self, position: int, *, later: bool = False) -> None:
-        """It did not come to an end, through no fault of its own: it comes first, at once or a little ``later``."""
+        """It was stopped by something else: it is tried again first, at once or a little ``later``."""
         self._again[position] = time.monotonic() + AGAIN if later else 0.0
         self._waiting.insert(0, position)
 
@@ -162,52 +160,76 @@ class Schedule:
 # -- inside a worker -----------------------------------------------------------------------------------------------------------
 
 state: dict[str, Any] = {}
-"""What this worker process works on; :func:`enter` fills it."""
+"""What this worker process works on; :func:`_begin` fills it."""
 
 
 class News(NamedTuple):
-    """What a worker tells its parent: its process id, what happened, about what."""
+    """A worker's message to its parent.
+
+    Attributes:
+        worker: its process id.
+        what: ``started``, ``epoch``, ``finished``, ``put back`` or ``note``.
+        text: the stage's label, or the note.
+        kind: of the stage.
+        key: of the stage.
+        done: epochs that have ended.
+        total: all epochs of the training.
+    """
 
     worker: int
     what: str
     text: str
     kind: str = ""
-    number: int = -1
+    key: str = ""
+    done: int = 0
+    total: int = 0
 
 
-def enter(path: str, store: str, cache: str, news: Any, parent: int) -> None:
-    """Makes this process a worker: it loads the matrix, opens the store, and ends with ``parent`` (0: it is its own)."""
+def enter(path: str, fingerprints: Mapping[str, str], store: str, cache: str, news: Any, parent: int) -> None:
+    """Makes this process a worker: it loads the matrix, makes the plan and opens the store.
+
+    Args:
+        path: the matrix file.
+        fingerprints: see :class:`benchmark.run.plan.Plan`.
+        store: folder of the store.
+        cache: folder of decoded images.
+        news: a queue that takes :class:`News`.
+        parent: id of the process whose end also ends this one.
+    """
+    _begin(Plan(load_matrix(Path(path)), fingerprints), Path(store), Path(cache), news, pooled=True)
+    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+
+
+def _begin(plan: Plan, store: Path, cache: Path, news: Any, *, pooled: bool) -> None:
     single_thread()
-    from benchmark.settings.load import load_matrix
-    from benchmark.storage.store import Store
 
     def report(line: str) -> None:
         news.put(News(os.getpid(), "note", line))
 
-    state.update(matrix=load_matrix(Path(path)), store=Store(Path(store), report, patient=False), cache=Path(cache), news=news)
-    state.update(pooled=parent > 0, lost=False)
-    if parent:
-        threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    state.update(plan=plan, store=Store(store, report, patient=False), cache=cache, news=news, pooled=pooled, lost=False)
 
 
 def _die_with(parent: int) -> None:
-    """A worker whose parent was killed must not go on working in secret."""
+    """A worker whose parent was killed must end too."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
 
 
-def work(kind: str, number: int, label: str) -> bool:
-    """Runs a stage; True when it was put back, because another process is computing it or what it stands on."""
-    from benchmark.storage.store import Busy
-
+def work(key: str) -> bool:
+    """Runs the stage with this key; True when it was put back, because it, or what it needs, is locked by another process."""
     if state.get("lost"):
         os._exit(1)  # the pool starts another process and tries this stage there
-    news = state["news"]
-    news.put(News(os.getpid(), "started", label, kind, number))
+    stage: Stage = state["plan"].stages[key]
+
+    def put(what: str, done: int = 0, total: int = 0) -> None:
+        state["news"].put(News(os.getpid(), what, stage.label, stage.kind, key, done, total))
+
+    put("started")
     ended = "finished"
     try:
-        _run(kind, number)
+        with hearing(_seldom(lambda done, total: put("epoch", done, total))):
+            stage.run(state["store"], state["cache"])
     except BadInput:
         raise
     except Busy:
@@ -215,38 +237,28 @@ def work(kind: str, number: int, label: str) -> bool:
         return True
     except Exception as error:
         state["lost"] = state["pooled"] and _device_lost()
-        # Told here, where the traceback is whole, so that the reason reads the same in this process and across processes.
+        # In words here, where the traceback is whole, so that the reason reads the same in this process and across processes.
         raise StageError(_why(error)) from error
     finally:
-        news.put(News(os.getpid(), ended, label, kind, number))
+        put(ended)
     return False
 
 
-def _run(kind: str, number: int) -> None:
-    from benchmark.run.defend import run_cell
-    from benchmark.run.victim import run_extractor, run_victim
-    from models.training import arithmetic
+def _seldom(report: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    """``report``, called once in :data:`EPOCHS` seconds at most."""
+    last = -EPOCHS
 
-    matrix, store, cache = state["matrix"], state["store"], state["cache"]
-    # What a stage computes outside its trainings (scores, estimates, searches) is as precise as the victim's recipe says.
-    if kind == "victim":
-        scenario = victims_of(matrix)[number]
-        with arithmetic(scenario.recipe.precision):
-            run_victim(scenario, store, cache)
-    elif kind == "extractor":
-        extractor, scenario = extractors_of(matrix)[number]
-        with arithmetic(scenario.recipe.precision):
-            run_extractor(extractor, scenario, store, cache)
-    else:
-        cell = matrix.cells[number]
-        with arithmetic(cell.scenario.recipe.precision):
-            run_cell(cell, store, cache)
+    def heard(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= EPOCHS:
+            last = time.monotonic()
+            report(done, total)
+
+    return heard
 
 
 def _device_lost() -> bool:
-    """Whether the GPU answers this process no more: an illegal access spoils everything the process does there afterwards."""
-    import torch
-
+    """Whether this process has lost the GPU: after an illegal access, everything that it does there fails."""
     if not torch.cuda.is_available():
         return False
     try:
@@ -256,35 +268,11 @@ def _device_lost() -> bool:
     return False
 
 
-def victims_of(matrix: Any) -> list[Any]:
-    """Every victim a matrix needs, benign twins first, each once, in matrix order."""
-    seen: dict[str, Any] = {}
-    from models.spec import canonical
-
-    for scenario in [s.twin() for s in matrix.scenarios] + list(matrix.scenarios):
-        seen.setdefault(canonical(scenario.spec()), scenario)
-    return list(seen.values())
-
-
-def extractors_of(matrix: Any) -> list[Any]:
-    """Every (extractor, scenario) that is trained for a matrix, each once; those on clean images first: victims stand on them."""
-    from benchmark.run.keys import extractor_key
-
-    wanted = [(s.frozen.extractor, s) for s in victims_of(matrix) if s.frozen]
-    for cell in matrix.cells:
-        wanted += [(one, cell.scenario) for one in cell.extractors]
-    seen: dict[str, Any] = {}
-    for extractor, scenario in wanted:
-        if extractor.reads != "nothing":
-            seen.setdefault(extractor_key(extractor, scenario, ""), (extractor, scenario))
-    return sorted(seen.values(), key=lambda pair: pair[0].reads != "clean")
-
-
 # -- in the parent -------------------------------------------------------------------------------------------------------------
 
 
 class _Inline:
-    """The queue's place when there is one process only: news go straight to the watcher."""
+    """In place of the queue when there is one process only: news go straight to the watcher."""
 
     def __init__(self, watcher: Watcher) -> None:
         self.watcher = watcher
@@ -295,7 +283,9 @@ class _Inline:
 
 def _tell(watcher: Watcher, item: News) -> None:
     if item.what == "started":
-        watcher.started(item.worker, item.text)
+        watcher.started(item.worker, item.text, item.kind)
+    elif item.what == "epoch":
+        watcher.epoch(item.worker, item.done, item.total)
     elif item.what == "finished":
         watcher.finished(item.worker, item.text, item.kind)
     elif item.what == "put back":
@@ -312,114 +302,128 @@ def _why(error: BaseException) -> str:
 
 
 def run_stages(
-    stages: Sequence[Stage], matrix_path: Path, store: Path, cache: Path, watcher: Watcher, processes: int
+    stages: Sequence[Stage], plan: Plan, store: Path, cache: Path, watcher: Watcher, processes: int
 ) -> list[Failure]:
     """Runs every stage once the stages it waits for have finished; a stage after a failed one is not run.
+
+    Args:
+        stages: some stages of ``plan``.
+        plan: what other processes make again from the matrix file.
+        store: folder of the store.
+        cache: folder of decoded images.
+        watcher: is told of the progress.
+        processes: stages at once; one is run in this process.
 
     Raises:
         BadInput: something a person must mend (a full disk, a missing data set); what is stored stays.
     """
-    arguments = (str(matrix_path), str(store), str(cache))
     schedule = Schedule(stages, watcher)
     if processes == 1:
-        _run_inline(schedule, arguments)
+        _begin(plan, store, cache, _Inline(watcher), pooled=False)
+        _run_inline(schedule)
     else:
-        _run_pool(schedule, arguments, processes)
+        arguments = (str(plan.matrix.path), dict(plan.fingerprints), str(store), str(cache))
+        while not _Pool(schedule, arguments, processes).run():
+            watcher.note("a worker process died; its stages are tried again")
     return list(schedule.failures.values())
 
 
-def _run_inline(schedule: Schedule, arguments: tuple[str, str, str]) -> None:
-    enter(*arguments, _Inline(schedule.watcher), 0)
+def _run_inline(schedule: Schedule) -> None:
     while schedule.waiting:
         position = schedule.next()
         if position is None:
             if schedule.waiting:
                 time.sleep(AGAIN)
             continue
-        stage = schedule.stages[position]
         try:
-            put_back = work(stage.kind, stage.number, stage.label)
+            put_back = work(schedule.stages[position].key)
         except StageError as error:
             schedule.failed(position, str(error))
         else:
             (schedule.put_back if put_back else schedule.done)(position)
 
 
-def _run_pool(schedule: Schedule, arguments: tuple[str, str, str], processes: int) -> None:
-    while not _run_one_pool(schedule, arguments, processes):
-        schedule.watcher.note("a worker process died; its stages are tried again")
+class _Pool:
+    """A pool of worker processes, which runs stages until all have ended or one of the processes dies."""
 
+    def __init__(self, schedule: Schedule, arguments: tuple[Any, ...], processes: int) -> None:
+        self.schedule, self.processes = schedule, processes
+        context = multiprocessing.get_context("spawn")
+        # A process may die while it holds the queue's lock, so every pool has a queue of its own.
+        self.news: Any = context.SimpleQueue()
+        self.pool = ProcessPoolExecutor(processes, context, initializer=enter, initargs=(*arguments, self.news, os.getpid()))
+        self.running: dict[Future[bool], int] = {}
+        """Positions of the stages that were given to the pool."""
+        self.at: dict[int, int] = {}
+        """Which of them each process is running."""
 
-def _run_one_pool(schedule: Schedule, arguments: tuple[str, str, str], processes: int) -> bool:
-    """Runs stages in a fresh pool until all have ended (True) or one of its processes dies, which ends the pool (False)."""
-    context = multiprocessing.get_context("spawn")
-    # A process may die while it holds the queue's lock, so the next pool has a queue of its own.
-    news: Any = context.SimpleQueue()
-    pool = ProcessPoolExecutor(processes, context, initializer=enter, initargs=(*arguments, news, os.getpid()))
-    places: dict[tuple[str, int], int] = {(stage.kind, stage.number): position for position, stage in enumerate(schedule.stages)}
-    running: dict[Future[bool], int] = {}
-    at: dict[int, int] = {}
+    def run(self) -> bool:
+        """Runs stages; True when all have ended, False when a process died, which ends the pool."""
+        try:
+            while self.schedule.waiting or self.running:
+                self._submit()
+                if not self.running:  # nothing to wait for but another run
+                    time.sleep(0.2)
+                finished, _ = wait(self.running, timeout=0.2, return_when=FIRST_COMPLETED)
+                self._drain()
+                for future in finished:
+                    self._ended(future)
+                if not finished and connection.wait([process.sentinel for process in _processes(self.pool)], timeout=0):
+                    # The pool misses the death of a process that it started just after it last looked which there are.
+                    raise BrokenProcessPool("a process ended")
+        except BrokenProcessPool:
+            self._died()
+            return False
+        finally:
+            self._drain()
+            workers = _processes(self.pool)  # a pool that is shut down has forgotten them
+            self.pool.shutdown(wait=False, cancel_futures=True)
+            for process in workers:
+                process.kill()  # on SIGTERM Lightning goes on to the end of its batch
+        return True
 
-    def drain() -> None:
-        while not news.empty():
-            item: News = news.get()
+    def _submit(self) -> None:
+        while len(self.running) < self.processes and (position := self.schedule.next()) is not None:
+            try:
+                self.running[self.pool.submit(work, self.schedule.stages[position].key)] = position
+            except BrokenProcessPool:
+                self.schedule.back(position)
+                raise
+
+    def _drain(self) -> None:
+        while not self.news.empty():
+            item: News = self.news.get()
             if item.what == "started":
-                at[item.worker] = places[item.kind, item.number]
-            elif item.what != "note":
-                at.pop(item.worker, None)
-            _tell(schedule.watcher, item)
+                self.at[item.worker] = self.schedule.positions[item.key]
+            elif item.what in ("finished", "put back"):
+                self.at.pop(item.worker, None)
+            _tell(self.schedule.watcher, item)
 
-    def ended(future: Future[bool]) -> None:
+    def _ended(self, future: Future[bool]) -> None:
         error = future.exception()
         if isinstance(error, BrokenProcessPool):
             raise error
-        position = running.pop(future)
+        position = self.running.pop(future)
         if isinstance(error, StageError):
-            schedule.failed(position, str(error))
+            self.schedule.failed(position, str(error))
         elif error is not None:
             raise error
         else:
-            (schedule.put_back if future.result() else schedule.done)(position)
+            (self.schedule.put_back if future.result() else self.schedule.done)(position)
 
-    try:
-        while schedule.waiting or running:
-            while len(running) < processes and (position := schedule.next()) is not None:
-                stage = schedule.stages[position]
-                try:
-                    running[pool.submit(work, stage.kind, stage.number, stage.label)] = position
-                except BrokenProcessPool:
-                    schedule.back(position)
-                    raise
-            if not running:  # nothing to wait for but another run
-                time.sleep(0.2)
-            finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-            drain()
-            for future in finished:
-                ended(future)
-            if not finished and connection.wait([process.sentinel for process in _processes(pool)], timeout=0):
-                # The pool hears of no death of a process that it started just after its last look at which there are.
-                raise BrokenProcessPool("a process ended")
-    except BrokenProcessPool:
-        dead = _dead(pool)
-        drain()
-        for future in tuple(running):
+    def _died(self) -> None:
+        """Gives back what was running. A death counts for the stage of the process that died; if that is unknown, for all."""
+        dead = _dead(self.pool)
+        self._drain()
+        for future in tuple(self.running):
             with suppress(BrokenProcessPool):
-                ended(future)
-        left = set(running.values())
-        # What ran beside the one that died has not died. Where nobody can tell which one it was, it counts for all.
-        own = {at[worker] for worker in dead if worker in at} & left or left
-        for position in sorted(left, reverse=True):  # who comes back last comes first
-            (schedule.died if position in own else schedule.back)(position)
-        for worker in at:
-            schedule.watcher.put_back(worker)
-        return False
-    finally:
-        drain()
-        workers = _processes(pool)  # a pool that is shut down has forgotten them
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in workers:
-            process.kill()  # Lightning takes SIGTERM for a wish, and goes on to the end of its batch
-    return True
+                self._ended(future)
+        left = set(self.running.values())
+        own = {self.at[worker] for worker in dead if worker in self.at} & left or left
+        for position in sorted(left, reverse=True):  # the last one given back comes first
+            (self.schedule.died if position in own else self.schedule.back)(position)
+        for worker in self.at:
+            self.schedule.watcher.put_back(worker)
 
 
 def _processes(pool: ProcessPoolExecutor) -> list[Any]:
@@ -429,7 +433,7 @@ def _processes(pool: ProcessPoolExecutor) -> list[Any]:
 def _dead(pool: ProcessPoolExecutor) -> set[int | None]:
     """Ends what is left of a broken pool; the ids of those of its processes that had died by themselves.
 
-    The pool asks the others to end (SIGTERM). One that is in a training does not follow, and the pool would wait for it for ever.
+    The pool sends the others SIGTERM. One that is in a training ignores it, and the pool would wait for it for ever.
     """
     processes = _processes(pool)
     alive = {process.sentinel: process for process in processes}

@@ -1,8 +1,8 @@
-"""Running stages on a Ray cluster, one task per stage; the only home of ``ray``, which is imported when somebody asks for it.
+"""Runs the stages of a plan on a Ray cluster, one task per stage. ``ray`` is imported here alone, and only when it is used.
 
-The matrix file, its plug-ins, the code and the store lie in folders that every node sees under the same path: nothing but a stage's
-name and how it ended goes through Ray. A node that does not see the store of this run, or whose code or libraries differ, ends the
-run with its name before it computes anything. Ray's own retries are off, so that deaths are counted once, here.
+The matrix file, its plug-ins, the code and the store lie in folders that every node sees under the same path: only a stage's key
+and how it ended go through Ray. A node that does not see the store of this run, or whose code or libraries differ, ends the run
+before it computes anything; the message names it. Ray's own retries are off: deaths are counted here alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.run import local as executors
-from benchmark.run.local import SHARING, Failure, Schedule, Stage, StageError, Watcher
+from benchmark.run.local import SHARING, Failure, Schedule, StageError, Watcher
+from benchmark.run.plan import Plan, Stage
 from benchmark.settings.cells import Matrix
 from benchmark.storage.files import abandoned, held
 from benchmark.storage.machine import arithmetic, sources, versions
@@ -52,7 +53,7 @@ QUIET = {
 
 
 def _carrier() -> Callable[..., Iterator[tuple[Any, ...]]]:
-    def stage(job: Mapping[str, Any], kind: str, number: int, label: str) -> Iterator[tuple[Any, ...]]:
+    def stage(job: Mapping[str, Any], key: str) -> Iterator[tuple[Any, ...]]:
         # A function inside a function travels by value: a node that cannot import the project must still be able to say so.
         import os
         import socket
@@ -63,13 +64,21 @@ def _carrier() -> Callable[..., Iterator[tuple[Any, ...]]]:
         except Exception as error:  # noqa: BLE001 - whatever it is, it ends the run with the node's name
             yield "unfit", f"the project cannot be imported there: {type(error).__name__}: {error}"
             return
-        yield from attend(job, kind, number, label)
+        yield from attend(job, key)
 
     return stage
 
 
-def attend(job: Mapping[str, Any], kind: str, number: int, label: str) -> Iterator[tuple[Any, ...]]:
-    """Runs one stage of ``job`` in this worker process; yields how it ended: one word, why, notes, and the process's arithmetic."""
+def attend(job: Mapping[str, Any], key: str) -> Iterator[tuple[Any, ...]]:
+    """Runs one stage of ``job`` in this worker process.
+
+    Args:
+        job: see ``Cluster._job``.
+        key: of the stage.
+
+    Yields:
+        How it ended: one word, the reason, notes, and what the process computes with.
+    """
     why = _enter(job)
     if why:
         yield "unfit", why
@@ -84,7 +93,7 @@ def attend(job: Mapping[str, Any], kind: str, number: int, label: str) -> Iterat
     state["news"].told = told
     ended, why = "done", ""
     try:
-        if executors.work(kind, number, label):
+        if executors.work(key):
             ended = "put back"
     except StageError as error:
         ended, why = "failed", str(error)
@@ -96,12 +105,12 @@ def attend(job: Mapping[str, Any], kind: str, number: int, label: str) -> Iterat
 
 
 def _leave() -> None:
-    """Ends this process once what it says has been heard; Ray starts another one."""
+    """Ends this process once its last message has been sent; Ray starts another one."""
     threading.Timer(1.0, os._exit, (1,)).start()
 
 
 class _Told:
-    """The queue's place in a worker: notes go out with the end of the stage."""
+    """In place of the queue in a worker: notes are sent when the stage ends."""
 
     def __init__(self) -> None:
         self.told: list[executors.News] = []
@@ -114,14 +123,13 @@ _entered: dict[str, Any] = {}
 
 
 def _enter(job: Mapping[str, Any]) -> str:
-    """Loads the matrix and opens the store, once per job; says why this node cannot take part, or nothing."""
+    """Loads the matrix and opens the store, once per job; returns why this node cannot take part, or an empty string."""
     if not Path(job["mark"]).is_file():
         return f"it does not see the run's store, {job['store']}: that folder must be shared, under the same path"
     if _entered.get("job") == job["mark"]:
         return ""
-    for name, here in versions().items():
-        if here != job["versions"][name]:
-            return f"{name} is {here} there and {job['versions'][name]} where the run was started"
+    if why := _differs(versions(), job["versions"]):
+        return why
     with suppress(OSError):
         os.chdir(job["cwd"])  # a data set's folder may be named relative to it
     for name, value in job["environment"].items():
@@ -130,18 +138,22 @@ def _enter(job: Mapping[str, Any]) -> str:
         os.environ[GPU] = ""
     _entered.setdefault("gpu", os.environ.get(GPU))
     try:
-        import benchmark.run.defend  # noqa: F401 - so that all that a stage runs is loaded
-
-        executors.enter(job["matrix"], job["store"], job["cache"], _Told(), os.getppid())
+        executors.enter(job["matrix"], job["fingerprints"], job["store"], job["cache"], _Told(), os.getppid())
     except BadInput as error:
         return str(error)
     for name, here in sources(loaded=True).items():
         if here != job["sources"].get(name):
             return f"{name} is not the file that it is where the run was started"
-    if _settings(executors.state["matrix"]) != job["settings"]:
-        return f"{job['matrix']} says something else there, or has been changed since the run began"
+    if _settings(executors.state["plan"].matrix) != job["settings"]:
+        return f"{job['matrix']} has other settings there, or has been changed since the run began"
     _entered["job"] = job["mark"]
     return ""
+
+
+def _differs(here: Mapping[str, str], there: Mapping[str, str]) -> str:
+    """The first version that is not that of the process that started the run, in words."""
+    differs = (name for name in here if here[name] != there[name])
+    return next((f"{name} is {here[name]} there and {there[name]} where the run was started" for name in differs), "")
 
 
 def _settings(matrix: Matrix) -> str:
@@ -155,7 +167,7 @@ class Cluster:
     """A Ray cluster that this process is connected to."""
 
     def __init__(self, ray: Any, processes: int | None, gpus: float | None) -> None:
-        self._ray, self._processes = ray, processes
+        self.ray, self._processes = ray, processes
         self._total: dict[str, float] = ray.cluster_resources()
         self._looked = time.monotonic()
         self.gpus = gpus if gpus is not None else (1 / SHARING if self._total.get("GPU", 0) else 0.0)
@@ -163,7 +175,7 @@ class Cluster:
     @property
     def words(self) -> str:
         """What there is, and how stages share it."""
-        nodes = sum(node["Alive"] for node in self._ray.nodes())
+        nodes = sum(node["Alive"] for node in self.ray.nodes())
         cpus, gpus = int(self._total.get("CPU", 0)), int(self._total.get("GPU", 0))
         share = f", {self.gpus:.2g} of a GPU each" if self.gpus else ""
         count = f"{self._processes or self._slots()} stages at once"
@@ -174,21 +186,26 @@ class Cluster:
         slots = self._total.get("CPU", 0)
         return int(min(slots, self._total.get("GPU", 0) / self.gpus + 1e-3) if self.gpus else slots)
 
-    def _room(self) -> int:
-        """Stages that may be in flight: what somebody asked for, or twice the slots, so that a growing cluster sees more to do."""
+    def room(self) -> int:
+        """Stages that may be in flight: as many as were asked for, or twice the slots, so that a growing cluster gets more."""
         if self._processes:
             return self._processes
         if time.monotonic() - self._looked > LOOK:
-            self._total, self._looked = self._ray.cluster_resources(), time.monotonic()
+            self._total, self._looked = self.ray.cluster_resources(), time.monotonic()
         return max(2 * self._slots(), 2)
 
     def run(
-        self, stages: Sequence[Stage], matrix: Matrix, store: Path, cache: Path, watcher: Watcher, used: dict[str, str]
+        self, stages: Sequence[Stage], plan: Plan, store: Path, cache: Path, watcher: Watcher, used: dict[str, str]
     ) -> list[Failure]:
         """Runs every stage as :func:`benchmark.run.local.run_stages` does, on the cluster.
 
         Args:
-            used: what the workers compute with (see :func:`benchmark.storage.machine.arithmetic`) is written into it, values joined by
+            stages: some stages of ``plan``.
+            plan: what every worker makes again from the matrix file.
+            store: folder of the store.
+            cache: folder of decoded images.
+            watcher: is told of the progress.
+            used: receives what the workers compute with (see :func:`benchmark.storage.machine.arithmetic`), values joined by
                 semicolons where they differ.
 
         Raises:
@@ -196,22 +213,24 @@ class Cluster:
         """
         if not self._slots():
             needed = "CPU and GPU" if self.gpus else "CPU"
-            watcher.note(f"no node of the cluster has a free {needed} to offer yet: stages wait until one joins")
+            watcher.note(f"no node of the cluster has a free {needed} yet: stages wait until one joins")
         schedule = Schedule(stages, watcher)
-        # Workers tell this run's store from another folder of the same name by a lock that stands while the run does.
+        # By this lock, which lasts as long as the run, workers know its store from another folder of the same name.
         mark = store.absolute() / "locks" / f"run-{secrets.token_hex(8)}"
         with held(mark):
             mark.touch()  # where the file system knows no locks
             try:
-                self._run(schedule, self._job(matrix, store, cache, mark), used)
+                _Tasks(self, schedule, used).run(self._job(plan, store, cache, mark))
             finally:
                 mark.unlink(missing_ok=True)
         return list(schedule.failures.values())
 
-    def _job(self, matrix: Matrix, store: Path, cache: Path, mark: Path) -> dict[str, Any]:
+    def _job(self, plan: Plan, store: Path, cache: Path, mark: Path) -> dict[str, Any]:
+        """What a worker must know to take part."""
         return {
-            "matrix": str(matrix.path.absolute()),
-            "settings": _settings(matrix),
+            "matrix": str(plan.matrix.path.absolute()),
+            "settings": _settings(plan.matrix),
+            "fingerprints": dict(plan.fingerprints),
             "store": str(store.absolute()),
             "cache": str(cache.absolute()),
             "mark": str(mark),
@@ -222,61 +241,78 @@ class Cluster:
             "gpus": self.gpus,
         }
 
-    def _run(self, schedule: Schedule, job: dict[str, Any], used: dict[str, str]) -> None:
-        ray = self._ray
-        # max_calls: Ray would start a process for every stage that has a GPU, to give its memory back.
-        options = {"num_returns": "streaming", "max_retries": 0, "max_calls": 0, "num_cpus": 1, "num_gpus": self.gpus}
-        task = ray.remote(**options)(_carrier())
-        running: dict[Any, int] = {}
-        on: dict[Any, tuple[str, int]] = {}
-        numbers: dict[tuple[str, int], int] = {}
-        unheard: Counter[int] = Counter()
+
+class _Tasks:
+    """The stages of one run as Ray tasks."""
+
+    def __init__(self, cluster: Cluster, schedule: Schedule, used: dict[str, str]) -> None:
+        self.cluster, self.schedule, self.used, self.ray = cluster, schedule, used, cluster.ray
+        self.running: dict[Any, int] = {}
+        """Position of the stage of every task in flight."""
+        self.on: dict[Any, tuple[str, int]] = {}
+        """Host and number of the worker, of those that have begun."""
+        self.numbers: dict[tuple[str, int], int] = {}
+        self.unheard: Counter[int] = Counter()
+
+    def run(self, job: dict[str, Any]) -> None:
+        """Runs every stage of the schedule; whatever ends it cancels the tasks in flight."""
+        # max_calls: Ray would start a process for every stage that has a GPU, to free the GPU's memory.
+        options = {"num_returns": "streaming", "max_retries": 0, "max_calls": 0, "num_cpus": 1, "num_gpus": self.cluster.gpus}
+        task = self.ray.remote(**options)(_carrier())
         try:
-            while schedule.waiting or running:
-                while len(running) < self._room() and (position := schedule.next()) is not None:
-                    stage = schedule.stages[position]
-                    running[task.remote(job, stage.kind, stage.number, stage.label)] = position
-                if not running:  # nothing to wait for but another run
+            while self.schedule.waiting or self.running:
+                while len(self.running) < self.cluster.room() and (position := self.schedule.next()) is not None:
+                    self.running[task.remote(job, self.schedule.stages[position].key)] = position
+                if not self.running:  # nothing to wait for but another run
                     time.sleep(0.2)
                     continue
-                ready, _ = ray.wait(list(running), num_returns=1, timeout=0.2, fetch_local=False)
+                ready, _ = self.ray.wait(list(self.running), num_returns=1, timeout=0.2, fetch_local=False)
                 for generator in ready:
-                    stage = schedule.stages[running[generator]]
-                    try:
-                        message = ray.get(next(generator))
-                    except ray.exceptions.TaskCancelledError:
-                        raise KeyboardInterrupt from None  # a Ctrl-C at a terminal reaches local workers too
-                    except (ray.exceptions.RayError, StopIteration) as error:
-                        if isinstance(error, ray.exceptions.RayTaskError):
-                            raise
-                        position = running.pop(generator)
-                        if generator not in on and unheard[position] < UNHEARD:
-                            unheard[position] += 1  # given to a process that another stage had just ended: no death of this one's
-                            schedule.back(position)
-                            continue
-                        host, worker = on.pop(generator, ("some node", 0))
-                        schedule.watcher.note(f"a worker process on {host} died; its stage is tried again")
-                        schedule.watcher.put_back(worker)
-                        schedule.died(position)
-                        continue
-                    if message[0] == "started":
-                        _, host, pid = message
-                        worker = numbers.setdefault((host, pid), len(numbers) + 1)
-                        on[generator] = host, worker
-                        schedule.watcher.started(worker, f"{stage.label} on {host}")
-                    else:
-                        host, worker = on.pop(generator)
-                        _ended(schedule, running.pop(generator), host, worker, message)
-                        if len(message) > 3:
-                            _computed(schedule.watcher, host, message[3], used)
+                    self._heard(generator)
         finally:
-            for generator in running:
+            for generator in self.running:
                 with suppress(Exception):
-                    ray.cancel(generator, force=True)
+                    self.ray.cancel(generator, force=True)
+
+    def _heard(self, generator: Any) -> None:
+        """Takes the next message of a task."""
+        errors = self.ray.exceptions
+        try:
+            message = self.ray.get(next(generator))
+        except errors.TaskCancelledError:
+            raise KeyboardInterrupt from None  # a Ctrl-C at a terminal reaches local workers too
+        except (errors.RayError, StopIteration) as error:
+            if isinstance(error, errors.RayTaskError):
+                raise
+            self._died(generator)
+            return
+        if message[0] == "started":
+            _, host, pid = message
+            worker = self.numbers.setdefault((host, pid), len(self.numbers) + 1)
+            self.on[generator] = host, worker
+            stage = self.schedule.stages[self.running[generator]]
+            self.schedule.watcher.started(worker, f"{stage.label} on {host}", stage.kind)
+        else:
+            host, worker = self.on.pop(generator)
+            _ended(self.schedule, self.running.pop(generator), host, worker, message)
+            if len(message) > 3:
+                _computed(self.schedule.watcher, host, message[3], self.used)
+
+    def _died(self, generator: Any) -> None:
+        """The process of a task died."""
+        position = self.running.pop(generator)
+        if generator not in self.on and self.unheard[position] < UNHEARD:
+            self.unheard[position] += 1  # given to a process that another stage had just ended: this one did not cause it
+            self.schedule.back(position)
+            return
+        host, worker = self.on.pop(generator, ("some node", 0))
+        self.schedule.watcher.note(f"a worker process on {host} died; its stage is tried again")
+        self.schedule.watcher.put_back(worker)
+        self.schedule.died(position)
 
 
 def _ended(schedule: Schedule, position: int, host: str, worker: int, message: tuple[Any, ...]) -> None:
-    """Tells the schedule and the watcher what a stage's last message says."""
+    """Passes a stage's last message on to the schedule and the watcher."""
     stage, (ended, why) = schedule.stages[position], message[:2]
     if ended == "unfit":
         raise BadInput(f"node {host} cannot take part: {why}")
@@ -297,7 +333,7 @@ def _ended(schedule: Schedule, position: int, host: str, worker: int, message: t
 
 
 def _computed(watcher: Watcher, host: str, there: Mapping[str, str], used: dict[str, str]) -> None:
-    """Keeps what rows were computed with, and says so where nodes differ."""
+    """Keeps what rows were computed with; a note names a node that differs."""
     for name, value in there.items():
         known = used.setdefault(name, value).split("; ")
         if value not in known:

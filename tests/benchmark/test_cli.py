@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import benchmark.__main__ as cli
+from benchmark.present import draw_report
 from models import BACKBONES
 from models.spec import BadInput, lookup
 from models.weights import save_weights
@@ -111,7 +115,54 @@ def test_run_then_tables_plots_report_and_show(matrix: Path, tmp_path: Path) -> 
 
 
 def test_tables_without_results(tmp_path: Path) -> None:
-    assert "no such folder" in said("tables", "--results", str(tmp_path / "none"))
+    assert "no results there; run a matrix first" in said("tables", "--results", str(tmp_path / "none"))
+
+
+def test_results_are_read_from_the_own_run_or_else_as_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LEVELFIELD_RESULTS", raising=False)
+    read: list[str] = []
+    monkeypatch.setattr("benchmark.present.draw_tables", lambda folder, console: read.append(str(folder)))
+    assert "runs, results: no results there" in said("tables")
+    for folder in ("results/a", "results/b", "runs/b", "runs/c"):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "rows.csv").touch()
+    Path("runs/a").mkdir()  # a run that has no rows yet
+    out = runner.invoke(cli.app, ["tables"]).output
+    assert read == ["results/a", "runs/b", "runs/c"]
+    assert out == "reading results/a (committed)\nreading runs/b (your run)\nreading runs/c (your run)\n"
+    assert runner.invoke(cli.app, ["tables", "-m", "b"]).output == "reading runs/b (your run)\n"
+    read.clear()
+    assert runner.invoke(cli.app, ["tables", "--results", "results"]).output == ""
+    assert read == ["results/a", "results/b"]
+
+
+def test_a_run_writes_runs_and_the_committed_folder_only_to_publish(
+    matrix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LEVELFIELD_RESULTS", raising=False)
+    monkeypatch.setattr("benchmark.present.present", lambda *_, **__: None)
+    command = ["run", "-m", str(matrix), "--processes", "1", "--only", "defense=none"]
+    first = runner.invoke(cli.app, command)
+    assert first.exit_code == 0, first.output
+    assert "compared" not in first.output, "nothing is committed yet"
+    assert Path("runs/two/rows.csv").is_file()
+    assert not Path("results").exists()
+    assert "compared" not in runner.invoke(cli.app, [*command, "--publish"]).output
+    assert Path("results/two/rows.csv").read_bytes() == Path("runs/two/rows.csv").read_bytes()
+    assert "compared with results/two: 5 of 5 rows are identical" in runner.invoke(cli.app, command).output
+    assert "leave --results" in said(*command, "--publish", "--results", "elsewhere")
+
+
+def test_the_front_page_reports_committed_rows_alone(tmp_path: Path) -> None:
+    page = "<!-- words:natural:begin -->\n<!-- words:natural:end -->\n"
+    (tmp_path / "README.md").write_text(page)
+    for root in ("runs", "results"):
+        assert (tmp_path / "README.md").read_text() == page
+        shutil.copytree(ROOT / "results" / "natural", tmp_path / root / "natural")
+        draw_report(tmp_path / root / "natural", Console(file=io.StringIO()))
+    assert "results/natural/README.md" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.slow

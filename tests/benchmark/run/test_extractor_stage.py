@@ -15,7 +15,6 @@ from rich.console import Console
 from attacks.base import Role
 from benchmark.run.defend import clean_seeds, defend
 from benchmark.run.keys import extractor_key
-from benchmark.run.local import extractors_of
 from benchmark.run.session import run_matrix
 from benchmark.run.victim import read_extractor, read_victim, run_extractor
 from benchmark.run.world import world
@@ -154,7 +153,7 @@ def test_every_cell_finished(run: Run) -> None:
 def test_each_is_trained_once_however_many_use_it(run: Run) -> None:
     """Own: three worlds, of which two share the poisoned set. Clean: one architecture and recipe, whatever the attack."""
     stored = list((run.store.root / "extractor").rglob("entry.json"))
-    assert len(extractors_of(run.matrix)) == len(stored) == 3
+    assert len(stored) == 3
     assert "3 extractors to train" in run.said.getvalue()
     keys = {
         extractor_key(cell.defense.extractor, cell.scenario, "x")

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from benchmark.data.datasets import load
 from benchmark.run import local as executors
-from benchmark.run.keys import victim_key
-from benchmark.run.local import Failure, Stage, run_stages
+from benchmark.run.local import Failure, run_stages
+from benchmark.run.plan import Plan, Stage
 from benchmark.settings.load import load_matrix
 from benchmark.storage.files import held
 from benchmark.storage.store import Store
-from models.spec import BadInput
+from models.progress import epoch_ended
+from models.spec import BadInput, canonical
 
 MATRIX = """
 title = "plug-ins that misbehave"
@@ -62,15 +65,39 @@ class DiesOnce(Defense):
 '''
 
 
+def planned(folder: Path, *wanted: str) -> tuple[list[Stage], Plan]:
+    """The stages of the matrix ``m.toml`` whose labels begin so, in this order, and the plan."""
+    matrix = load_matrix(folder / "m.toml")
+    spec = matrix.scenarios[0].dataset
+    plan = Plan(matrix, {canonical(spec): load(spec, folder / "cache").fingerprint})
+    return [next(stage for stage in plan.stages.values() if stage.label.startswith(start)) for start in wanted], plan
+
+
+VICTIM, TWIN = "train vgg11-bn-w2 / badnets", "train vgg11-bn-w2 / none"
+
+
+def stage(label: str, *after: str) -> Stage:
+    """A stage that is never run."""
+    scenario: Any = None
+    return Stage("victim", label, label, scenario, after=after)
+
+
+NO_PLAN: Any = None
+
+
 class Ear:
     """Remembers what it was told."""
 
     def __init__(self) -> None:
         self.finished_labels: list[str] = []
         self.notes: list[str] = []
+        self.epochs: list[tuple[int, int]] = []
 
-    def started(self, worker: int, label: str) -> None:
+    def started(self, worker: int, label: str, kind: str) -> None:
         pass
+
+    def epoch(self, worker: int, done: int, total: int) -> None:
+        self.epochs.append((done, total))
 
     def finished(self, worker: int, label: str, kind: str) -> None:
         self.finished_labels.append(label)
@@ -86,11 +113,11 @@ class Ear:
 def test_a_worker_that_dies_is_replaced_and_its_stage_tried_again(tmp_path: Path) -> None:
     (tmp_path / "odd.py").write_text(ODD)
     (tmp_path / "m.toml").write_text(MATRIX)
-    stages = [Stage("victim", 1, "victim"), Stage("cell", 1, "dies once", (0,)), Stage("cell", 0, "none", (0,))]
+    stages, plan = planned(tmp_path, VICTIM, "dies-once", "none")
     ear = Ear()
-    failures = run_stages(stages, tmp_path / "m.toml", tmp_path / "store", tmp_path / "cache", ear, 2)
+    failures = run_stages(stages, plan, tmp_path / "store", tmp_path / "cache", ear, 2)
     assert failures == []
-    assert {"victim", "dies once", "none"} <= set(ear.finished_labels)
+    assert {stage.label for stage in stages} <= set(ear.finished_labels)
     assert ear.notes == ["a worker process died; its stages are tried again"]
     assert len(list((tmp_path / "store" / "defended").rglob("entry.json"))) == 2
 
@@ -129,12 +156,12 @@ def test_a_death_counts_for_the_stage_whose_process_died_alone(
     (tmp_path / "other.py").write_text(named.replace(body, WAITS[1:]).replace("DiesOnce", "Waits").replace("dies-once", "waits"))
     settings = MATRIX.replace('"odd.py"', '"odd.py", "other.py"').replace("dies-once", "dies")
     (tmp_path / "m.toml").write_text(settings + '[[defense]]\nname = "waits"\ntracks = ["model"]\n')
-    stages = [Stage("victim", 1, "victim"), Stage("cell", 2, "waits", (0,)), Stage("cell", 1, "dies", (0,))]
+    stages, plan = planned(tmp_path, VICTIM, "waits", "dies")
     ear = Ear()
-    failures = run_stages(stages, tmp_path / "m.toml", tmp_path / "store", tmp_path / "cache", ear, 2)
+    failures = run_stages(stages, plan, tmp_path / "store", tmp_path / "cache", ear, 2)
     assert failures == [Failure(2, "its process died 3 times (out of memory?)")]
     assert (tmp_path / "deaths").read_text() == "xxx"
-    assert "waits" in ear.finished_labels
+    assert stages[1].label in ear.finished_labels
 
 
 SLEEPS = ODD.replace("DiesOnce", "Sleeps").replace("dies-once", "sleeps").replace("import os", "import os, time")
@@ -147,14 +174,14 @@ def test_an_interrupt_ends_the_workers_too(tmp_path: Path) -> None:
     seen: list[int] = []
 
     class Impatient(Ear):
-        def started(self, worker: int, label: str) -> None:
-            if label == "sleeps":
+        def started(self, worker: int, label: str, kind: str) -> None:
+            if label.startswith("sleeps"):
                 seen.append(worker)
                 raise KeyboardInterrupt
 
-    stages = [Stage("victim", 1, "victim"), Stage("cell", 1, "sleeps", (0,)), Stage("cell", 0, "none", (0,))]
+    stages, plan = planned(tmp_path, VICTIM, "sleeps", "none")
     with pytest.raises(KeyboardInterrupt):
-        run_stages(stages, tmp_path / "m.toml", tmp_path / "store", tmp_path / "cache", Impatient(), 2)
+        run_stages(stages, plan, tmp_path / "store", tmp_path / "cache", Impatient(), 2)
     deadline = time.monotonic() + 300
     while any(child.pid in seen for child in multiprocessing.active_children()) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -163,21 +190,21 @@ def test_an_interrupt_ends_the_workers_too(tmp_path: Path) -> None:
 
 
 def inline(monkeypatch: pytest.MonkeyPatch, work: object) -> None:
-    monkeypatch.setattr(executors, "enter", lambda *arguments: None)
+    monkeypatch.setattr(executors, "_begin", lambda *arguments, pooled: None)
     monkeypatch.setattr(executors, "work", work)
 
 
 def test_what_waits_for_a_failed_stage_is_not_run_and_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
 
-    def work(kind: str, number: int, label: str) -> None:
-        ran.append(label)
-        if label == "a":
+    def work(key: str) -> None:
+        ran.append(key)
+        if key == "a":
             raise executors.StageError("Diverged: no luck")
 
     inline(monkeypatch, work)
-    stages = [Stage("victim", 0, "a"), Stage("victim", 1, "b"), Stage("cell", 0, "on a", (0,)), Stage("cell", 1, "on b", (1,))]
-    failures = run_stages(stages, Path("m"), Path("s"), Path("c"), Ear(), 1)
+    stages = [stage("a"), stage("b"), stage("on a", "a"), stage("on b", "b", "cached")]
+    failures = run_stages(stages, NO_PLAN, Path("s"), Path("c"), Ear(), 1)
     assert ran == ["a", "b", "on b"]
     assert failures == [Failure(0, "Diverged: no luck"), Failure(2, "Diverged: no luck")]
 
@@ -186,17 +213,17 @@ def test_what_another_run_computes_is_asked_for_again_after_the_others(monkeypat
     asked: list[str] = []
     slept: list[float] = []
 
-    def work(kind: str, number: int, label: str) -> bool:
-        asked.append(label)
-        return label == "a" and len(slept) < 2
+    def work(key: str) -> bool:
+        asked.append(key)
+        return key == "a" and len(slept) < 2
 
     inline(monkeypatch, work)
     monkeypatch.setattr(executors.time, "sleep", slept.append)
     monkeypatch.setattr(executors.time, "monotonic", lambda: sum(slept))
-    stages = [Stage("victim", 0, "a"), Stage("victim", 1, "b"), Stage("cell", 0, "on a", (0,)), Stage("cell", 1, "on b", (1,))]
+    stages = [stage("a"), stage("b"), stage("on a", "a"), stage("on b", "b")]
     ear = Ear()
-    assert run_stages(stages, Path("m"), Path("s"), Path("c"), ear, 1) == []
-    # Not before its own stage stands, and the processor rests while there is nothing else to do.
+    assert run_stages(stages, NO_PLAN, Path("s"), Path("c"), ear, 1) == []
+    # Not before the stage it waits for has finished, and the processor rests while there is nothing else to do.
     assert asked == ["a", "b", "on b", "a", "a", "on a"]
     assert slept == [executors.AGAIN] * 2
     assert len(ear.notes) == 1
@@ -207,10 +234,9 @@ def test_what_another_run_computes_is_asked_for_again_after_the_others(monkeypat
 def test_a_pool_takes_other_stages_first_and_then_reads_what_another_run_computed(tmp_path: Path) -> None:
     (tmp_path / "odd.py").write_text(ODD.replace("os._exit(9)", "pass"))
     (tmp_path / "m.toml").write_text(MATRIX)
-    matrix, store = load_matrix(tmp_path / "m.toml"), Store(tmp_path / "store")
-    key = victim_key(executors.victims_of(matrix)[1], load(matrix.scenarios[0].dataset, tmp_path / "cache").fingerprint)
-    other_run = ExitStack()
-    other_run.enter_context(held(store.root / "locks" / f"victim-{key}"))
+    stages, plan = planned(tmp_path, VICTIM, TWIN, "none")
+    store, other_run = Store(tmp_path / "store"), ExitStack()
+    other_run.enter_context(held(store.root / "locks" / f"victim-{stages[0].key}"))
 
     class Watching(Ear):
         def note(self, line: str) -> None:
@@ -218,26 +244,26 @@ def test_a_pool_takes_other_stages_first_and_then_reads_what_another_run_compute
             other_run.close()  # it gave up: the stage is free
 
     ear = Watching()
-    stages = [Stage("victim", 1, "victim"), Stage("victim", 0, "twin"), Stage("cell", 0, "none", (0,))]
-    assert run_stages(stages, tmp_path / "m.toml", store.root, tmp_path / "cache", ear, 2) == []
-    assert sorted(ear.finished_labels) == ["none", "twin", "victim"]
-    assert ear.finished_labels.index("victim") < ear.finished_labels.index("none")
+    victim, twin, none = (stage.label for stage in stages)
+    assert run_stages(stages, plan, store.root, tmp_path / "cache", ear, 2) == []
+    assert sorted(ear.finished_labels) == sorted([none, twin, victim])
+    assert ear.finished_labels.index(victim) < ear.finished_labels.index(none)
     assert len(ear.notes) == 1
-    assert store.read("victim", key) is not None
+    assert store.read("victim", stages[0].key) is not None
 
 
 def test_a_persons_mistake_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    def work(kind: str, number: int, label: str) -> None:
+    def work(key: str) -> None:
         raise BadInput("the disk is full")
 
     inline(monkeypatch, work)
     with pytest.raises(BadInput, match="disk is full"):
-        run_stages([Stage("victim", 0, "a"), Stage("victim", 1, "b")], Path("m"), Path("s"), Path("c"), Ear(), 1)
+        run_stages([stage("a"), stage("b")], NO_PLAN, Path("s"), Path("c"), Ear(), 1)
 
 
 def test_a_gpu_is_shared_by_a_few_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert executors.places() == executors.cores()
-    monkeypatch.setattr("models.training.default_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(executors, "default_device", lambda: torch.device("cuda"))
     monkeypatch.setattr(executors, "cores", lambda: 16)
     assert executors.places() == executors.SHARING
     monkeypatch.setattr(executors, "cores", lambda: 2)
@@ -245,56 +271,53 @@ def test_a_gpu_is_shared_by_a_few_processes(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 class Left(BaseException):
-    """Stands for a process that ended."""
+    """In place of a process that ended."""
+
+
+def pretended(watcher: Ear, run: Callable[[Store, Path], None], *, pooled: bool = False) -> dict[str, Any]:
+    """The state of a worker whose plan has one stage, ``a``, that does ``run``."""
+    one = SimpleNamespace(kind="defended", label="a", run=run)
+    plan = SimpleNamespace(stages={"a": one})
+    return {"plan": plan, "store": None, "cache": None, "news": executors._Inline(watcher), "pooled": pooled}
 
 
 def test_a_process_that_lost_its_gpu_fails_one_stage_and_takes_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(kind: str, number: int) -> None:
+    def broken(store: Store, cache: Path) -> None:
         raise RuntimeError("an illegal memory access was encountered")
 
     def leave(status: int) -> None:
         raise Left
 
-    monkeypatch.setattr(executors, "_run", broken)
     monkeypatch.setattr(executors, "_device_lost", lambda: True)
     monkeypatch.setattr(executors.os, "_exit", leave)
-    monkeypatch.setattr(executors, "state", {"news": executors._Inline(Ear()), "pooled": True})
+    monkeypatch.setattr(executors, "state", pretended(Ear(), broken, pooled=True))
     with pytest.raises(executors.StageError, match="illegal memory access"):
-        executors.work("cell", 0, "a")
+        executors.work("a")
     with pytest.raises(Left):
-        executors.work("cell", 1, "b")
-    monkeypatch.setattr(executors, "state", {"news": executors._Inline(Ear()), "pooled": False})
-    for label in ("a", "b"):  # the only process there is goes on and reports
+        executors.work("a")
+    monkeypatch.setattr(executors, "state", pretended(Ear(), broken))
+    for _ in range(2):  # the only process there is goes on and reports
         with pytest.raises(executors.StageError):
-            executors.work("cell", 0, label)
+            executors.work("a")
+
+
+def test_a_watcher_hears_of_epochs_once_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(executors.time, "monotonic", lambda: clock[0])
+
+    def train(store: Store, cache: Path) -> None:
+        for number in range(1, 11):
+            clock[0] += executors.EPOCHS / 2
+            epoch_ended(number, 10)
+
+    ear = Ear()
+    monkeypatch.setattr(executors, "state", pretended(ear, train))
+    assert not executors.work("a")
+    assert ear.epochs == [(1, 10), (3, 10), (5, 10), (7, 10), (9, 10)]
+    epoch_ended(1, 10)  # nobody hears of trainings outside a stage
+    assert len(ear.epochs) == 5
 
 
 def test_a_machine_without_gpu_has_none_to_lose() -> None:
     if not torch.cuda.is_available():
         assert not executors._device_lost()
-
-
-def test_a_stage_computes_as_precisely_as_its_victims_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    text = MATRIX.replace('plugins = ["odd.py"]\n', "").replace('name = "dies-once"', 'name = "clp"')
-    (tmp_path / "m.toml").write_text(text.replace("epochs = 0", 'epochs = 0, precision = "tf32"'))
-    matrix, entered = load_matrix(tmp_path / "m.toml"), []
-
-    @contextmanager
-    def noted(precision: str) -> Iterator[None]:
-        entered.append(precision)
-        yield
-
-    monkeypatch.setattr("models.training.arithmetic", noted)
-    monkeypatch.setattr("benchmark.run.victim.run_victim", lambda *arguments: entered.append("victim"))
-    monkeypatch.setattr("benchmark.run.defend.run_cell", lambda *arguments: entered.append("cell"))
-    monkeypatch.setattr(executors, "state", {"matrix": matrix, "store": None, "cache": tmp_path})
-    executors._run("victim", 0)
-    executors._run("cell", 1)
-    assert entered == ["tf32", "victim", "tf32", "cell"]
-
-
-def test_victims_are_listed_once_benign_twins_first(tmp_path: Path) -> None:
-    text = MATRIX.replace('plugins = ["odd.py"]\n', "").replace('name = "dies-once"', 'name = "clp"')
-    (tmp_path / "m.toml").write_text(text.replace("seeds = [0]", "seeds = [0, 1]"))
-    victims = executors.victims_of(load_matrix(tmp_path / "m.toml"))
-    assert [(v.attack_label, v.seed) for v in victims] == [("none", 0), ("none", 1), ("badnets", 0), ("badnets", 1)]

@@ -18,17 +18,18 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from benchmark.data.datasets import load
 from benchmark.run import local as executors
 from benchmark.run import on_ray as ray_executor
-from benchmark.run.local import Failure, Schedule, Stage, run_stages
+from benchmark.run.local import Failure, Schedule, run_stages
+from benchmark.run.plan import Plan, Stage
 from benchmark.run.session import run_matrix
-from benchmark.run.victim import run_victim
 from benchmark.settings.cells import Matrix
 from benchmark.settings.load import load_matrix
 from benchmark.storage.files import held
 from benchmark.storage.machine import arithmetic, sources, versions
 from benchmark.storage.store import Store
-from models.spec import BadInput
+from models.spec import BadInput, canonical
 
 ray = pytest.importorskip("ray")
 AT_LENGTH = pytest.mark.skipif(
@@ -127,8 +128,11 @@ class Ear:
         self.ended: list[str] = []
         self.notes: list[str] = []
 
-    def started(self, worker: int, label: str) -> None:
+    def started(self, worker: int, label: str, kind: str) -> None:
         self.begun.append((worker, label))
+
+    def epoch(self, worker: int, done: int, total: int) -> None:
+        pass
 
     def finished(self, worker: int, label: str, kind: str) -> None:
         self.ended.append(label)
@@ -144,6 +148,17 @@ def matrix_in(folder: Path, settings: str = MATRIX) -> Matrix:
     (folder / "odd.py").write_text(ODD)
     (folder / "tiny.toml").write_text(settings)
     return load_matrix(folder / "tiny.toml")
+
+
+def plan_of(matrix: Matrix, cache: Path) -> Plan:
+    spec = matrix.scenarios[0].dataset
+    return Plan(matrix, {canonical(spec): load(spec, cache).fingerprint})
+
+
+def named(*labels: str) -> list[Stage]:
+    """Stages that are never run; their keys are their labels."""
+    scenario: Any = None
+    return [Stage("defended", label, label, scenario) for label in labels]
 
 
 def go(matrix: Matrix, folder: Path, **options: Any) -> str:
@@ -217,7 +232,7 @@ def test_rows_are_those_of_one_process(
     assert f"Ray: {NODES + 1} nodes, {NODES} CPUs, 0 GPUs; {processes} stages at once, one thread each" in said
     before = (tmp_path / "results" / "tiny" / "manifest.json").stat().st_mtime_ns
     again = go(matrix, tmp_path, executor="ray", processes=processes)
-    assert "Ray" not in again, "all stands: nothing to ask the cluster for"
+    assert "Ray" not in again, "all is cached: nothing to ask the cluster for"
     assert (tmp_path / "results" / "tiny" / "manifest.json").stat().st_mtime_ns == before
 
 
@@ -226,8 +241,8 @@ def test_as_many_stages_at_once_as_asked_for(matrix: Matrix, nodes: Nodes, tmp_p
     class Counting(Ear):
         now, most = 0, 0
 
-        def started(self, worker: int, label: str) -> None:
-            super().started(worker, label)
+        def started(self, worker: int, label: str, kind: str) -> None:
+            super().started(worker, label, kind)
             self.now += 1
             self.most = max(self.most, self.now)
 
@@ -235,10 +250,11 @@ def test_as_many_stages_at_once_as_asked_for(matrix: Matrix, nodes: Nodes, tmp_p
             super().finished(worker, label, kind)
             self.now -= 1
 
-    stages = [Stage("victim", number, f"victim {number}") for number in range(4)]
+    plan = plan_of(matrix, tmp_path / "cache")
+    stages = [stage for stage in plan.stages.values() if stage.kind == "victim"]
     with ray_executor.connected(2, None) as cluster:
         ear, used = Counting(), dict[str, str]()
-        assert cluster.run(stages, matrix, tmp_path / "store", tmp_path / "cache", ear, used) == []
+        assert cluster.run(stages, plan, tmp_path / "store", tmp_path / "cache", ear, used) == []
     assert used == arithmetic()
     assert sorted(ear.ended) == [stage.label for stage in stages]
     assert 1 <= ear.most <= 2
@@ -349,6 +365,7 @@ def job_of(matrix: Matrix, folder: Path) -> dict[str, Any]:
     return {
         "matrix": str(matrix.path),
         "settings": ray_executor._settings(matrix),
+        "fingerprints": {canonical(matrix.scenarios[0].dataset): "print"},
         "store": str(folder / "store"),
         "cache": str(folder / "cache"),
         "mark": str(folder / "mark"),
@@ -376,15 +393,15 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"versions": {**versions(), "torch": "0.4"}}, r"torch is \S+ there and 0\.4 where the run was started"),
         ({"sources": {**sources(), "benchmark/run/defend.py": ""}}, "benchmark/run/defend.py is not the file"),
         ({"sources": {**sources(), "benchmark/settings/presets.toml": ""}}, "benchmark/settings/presets.toml is not the file"),
-        ({"settings": "of another file"}, "tiny.toml says something else there, or has been changed"),
+        ({"settings": "of another file"}, "tiny.toml has other settings there, or has been changed"),
         ({"matrix": "/nowhere/tiny.toml"}, "cannot be read"),
     ],
 )
 def test_why_a_node_cannot_take_part(matrix: Matrix, tmp_path: Path, change: dict[str, Any], why: str) -> None:
-    said = list(ray_executor.attend(job_of(matrix, tmp_path) | change, "victim", 0, "a"))
+    said = list(ray_executor.attend(job_of(matrix, tmp_path) | change, "a"))
     assert [message[0] for message in said] == ["unfit"]
     with pytest.raises(BadInput, match=f"node far cannot take part: .*{why}"):
-        ray_executor._ended(Schedule([Stage("victim", 0, "a")], Ear()), 0, "far", 1, said[0])
+        ray_executor._ended(Schedule(named("a"), Ear()), 0, "far", 1, said[0])
     assert not (tmp_path / "store" / "victim").exists()
 
 
@@ -397,14 +414,17 @@ def test_a_worker_loads_a_run_once_and_says_how_each_stage_ended(
     monkeypatch.setattr(executors, "enter", lambda *arguments: (loads.append(arguments[0]), start(*arguments)))
     raised: list[Exception] = [RuntimeError("a\nb"), BadInput("the disk is full")]
 
-    def run(kind: str, number: int) -> None:
-        executors.state["store"].report(f"note {number}")
+    job = job_of(matrix, tmp_path)
+    keys = [stage.key for stage in Plan(matrix, job["fingerprints"]).cells[:3]]
+
+    def run(stage: Stage, store: Store, cache: Path) -> None:
+        number = keys.index(stage.key)
+        store.report(f"note {number}")
         if number:
             raise raised[number - 1]
 
-    monkeypatch.setattr(executors, "_run", run)
-    job = job_of(matrix, tmp_path)
-    ends = [list(ray_executor.attend(job, "cell", number, "a")) for number in range(3)]
+    monkeypatch.setattr(Stage, "run", run)
+    ends = [list(ray_executor.attend(job, key)) for key in keys]
     assert [message[0][0] for message in ends] == ["done", "failed", "bad input"]
     assert [message[0][2] for message in ends] == [["note 0"], ["note 1"], ["note 2"]]
     assert ends[1][0][1].startswith("RuntimeError: a (")
@@ -413,16 +433,16 @@ def test_a_worker_loads_a_run_once_and_says_how_each_stage_ended(
     left: list[int] = []
     monkeypatch.setattr(ray_executor, "_leave", lambda: left.append(1))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "a GPU that this process did not begin with")
-    assert list(ray_executor.attend(job, "cell", 0, "a")) == [("left", "")]
-    assert [message[0] for message in ray_executor.attend(job | {"gpus": 0.0}, "cell", 0, "a")] == ["done"]
+    assert list(ray_executor.attend(job, keys[0])) == [("left", "")]
+    assert [message[0] for message in ray_executor.attend(job | {"gpus": 0.0}, keys[0])] == ["done"]
     executors.state["lost"] = True
-    assert list(ray_executor.attend(job | {"gpus": 0.0}, "cell", 0, "a")) == [("left", "")]
+    assert list(ray_executor.attend(job | {"gpus": 0.0}, keys[0])) == [("left", "")]
     assert left == [1, 1]
 
 
 def test_what_a_last_message_does() -> None:
     ear = Ear()
-    schedule = Schedule([Stage("cell", number, f"stage {number}") for number in range(3)], ear)
+    schedule = Schedule(named("stage 0", "stage 1", "stage 2"), ear)
     for position in (0, 1, 2):
         assert schedule.next() == position
     ray_executor._ended(schedule, 0, "far", 1, ("left", ""))
@@ -476,9 +496,9 @@ class Scripted(Pretended):
         self.asked.append(options)
         return lambda function: SimpleNamespace(remote=self.start)
 
-    def start(self, job: Any, kind: str, number: int, label: str) -> Any:
-        attempt = iter(self.scripts[label].pop(0))
-        self.labels[attempt] = label
+    def start(self, job: Any, key: str) -> Any:
+        attempt = iter(self.scripts[key].pop(0))
+        self.labels[attempt] = key
         return attempt
 
     def wait(self, attempts: list[Any], **options: Any) -> tuple[list[Any], list[Any]]:
@@ -498,8 +518,8 @@ def scripted(matrix: Matrix, folder: Path, ear: Ear, **scripts: list[list[Any]])
     """A pretended Ray, and how to run its scripts as stages."""
     pretended = Scripted(scripts)
     cluster = ray_executor.Cluster(pretended, 2, None)
-    stages = [Stage("cell", number, label) for number, label in enumerate(scripts)]
-    return pretended, lambda: cluster.run(stages, matrix, folder / "store", folder / "cache", ear, {})
+    plan = Plan(matrix, {canonical(matrix.scenarios[0].dataset): "print"})
+    return pretended, lambda: cluster.run(named(*scripts), plan, folder / "store", folder / "cache", ear, {})
 
 
 BEGUN, DONE = ("started", "far", 7), ("done", "", [], {})
@@ -545,7 +565,7 @@ def test_what_ends_a_run_cancels_what_runs(matrix: Matrix, tmp_path: Path, last:
 
 def test_a_stage_takes_a_third_of_a_gpu_where_there_are_gpus() -> None:
     plain = ray_executor.Cluster(Pretended(CPU=8), None, None)
-    assert (plain.gpus, plain._slots(), plain._room()) == (0, 8, 16)
+    assert (plain.gpus, plain._slots(), plain.room()) == (0, 8, 16)
     assert plain.words == "Ray: 2 nodes, 8 CPUs, 0 GPUs; 8 stages at once, one thread each"
     shared = ray_executor.Cluster(Pretended(CPU=32, GPU=2), None, None)
     assert shared.gpus == 1 / executors.SHARING
@@ -553,7 +573,7 @@ def test_a_stage_takes_a_third_of_a_gpu_where_there_are_gpus() -> None:
     assert shared.words == "Ray: 2 nodes, 32 CPUs, 2 GPUs; 6 stages at once, one thread each, 0.33 of a GPU each"
     assert ray_executor.Cluster(Pretended(CPU=4, GPU=2), None, 0.25)._slots() == 4
     assert ray_executor.Cluster(Pretended(CPU=4, GPU=2), None, 0.0)._slots() == 4
-    assert ray_executor.Cluster(Pretended(CPU=4, GPU=2), 3, 1.0)._room() == 3
+    assert ray_executor.Cluster(Pretended(CPU=4, GPU=2), 3, 1.0).room() == 3
 
 
 def test_what_a_person_is_told_without_ray_or_a_cluster(matrix: Matrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -594,24 +614,26 @@ def test_folders_of_killed_runs_are_removed_once_nobody_can_own_them(tmp_path: P
 # -- what a stage costs beside its work ----------------------------------------------------------------------------------------
 
 
-def overhead(folder: Path, run: Callable[[Sequence[Stage]], object], counts: tuple[int, int] = (20, 220)) -> float:
-    """Milliseconds that a stage costs which stands already: what is left of two runs of different length, starting not counted."""
+def overhead(cached: Stage, run: Callable[[Sequence[Stage]], object], counts: tuple[int, int] = (20, 220)) -> float:
+    """Milliseconds that a cached stage costs: the difference of two runs of different length, so that starting is not counted."""
     seconds = []
     for count in counts:
         start = time.perf_counter()
-        run([Stage("victim", 0, f"stage {number}") for number in range(count)])
+        run([cached] * count)
         seconds.append(time.perf_counter() - start)
     return 1000 * (seconds[1] - seconds[0]) / (counts[1] - counts[0])
 
 
 @pytest.mark.slow
 @AT_LENGTH
-def test_a_stage_that_stands_costs_milliseconds(matrix: Matrix, nodes: Nodes, tmp_path: Path) -> None:
+def test_a_cached_stage_costs_milliseconds(matrix: Matrix, nodes: Nodes, tmp_path: Path) -> None:
     store, cache, used = tmp_path / "store", tmp_path / "cache", dict[str, str]()
-    run_victim(executors.victims_of(matrix)[0], Store(store), cache)
+    plan = plan_of(matrix, cache)
+    cached = next(stage for stage in plan.stages.values() if stage.kind == "victim")
+    cached.run(Store(store), cache)
     with ray_executor.connected(2, None) as cluster:
-        cluster.run([Stage("victim", 0, "warm")] * 2, matrix, store, cache, Ear(), used)
-        on_ray = overhead(tmp_path, lambda stages: cluster.run(stages, matrix, store, cache, Ear(), used))
-    here = overhead(tmp_path, lambda stages: run_stages(stages, matrix.path, store, cache, Ear(), 1))
+        cluster.run([cached] * 2, plan, store, cache, Ear(), used)
+        on_ray = overhead(cached, lambda stages: cluster.run(stages, plan, store, cache, Ear(), used))
+    here = overhead(cached, lambda stages: run_stages(stages, plan, store, cache, Ear(), 1))
     print(f"milliseconds per empty stage: {here:.1f} in this process, {on_ray:.1f} on Ray")  # noqa: T201 - pytest -rP shows it
     assert 0 < on_ray < 1000

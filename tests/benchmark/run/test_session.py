@@ -358,7 +358,7 @@ def test_slices_merge_into_one_file(matrix: Matrix, once: Path, tmp_path: Path) 
     assert content(tmp_path) == content(once)
 
 
-def test_an_interrupt_leaves_rows_of_what_stands_and_the_same_command_goes_on(
+def test_an_interrupt_leaves_rows_of_what_is_cached_and_the_same_command_goes_on(
     matrix: Matrix, once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stopped(stages: Sequence[Stage], *arguments: Any) -> list[Failure]:
