@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from benchmark.analysis import stats
+from benchmark.analysis import intervals, stats
 from benchmark.storage.rows import Row, read
 
 __all__ = ["Comparison", "compare_rows", "comparison", "points_apart"]
@@ -103,7 +103,7 @@ def _inside(fresh: pd.DataFrame, committed: pd.DataFrame) -> tuple[int, int]:
         for entry, groups in there.items():
             if entry in inside:
                 continue
-            interval = stats.interval(groups)
+            interval = intervals.interval(groups)
             if not np.isnan(interval.low):
                 mean = np.mean([np.mean(group) for group in here[entry]]) if entry in here else np.nan
                 inside[entry] = bool(interval.low - ROUNDED <= mean <= interval.high + ROUNDED)
