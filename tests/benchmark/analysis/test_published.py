@@ -10,11 +10,9 @@ import pandas as pd
 import pytest
 
 import benchmark
-from benchmark.report.report import charts as plots
-from benchmark.analysis import published
-from benchmark.analysis import stats
-from benchmark.report.report import style
-from benchmark.report.report import tables
+from benchmark.analysis import published, stats
+from benchmark.report import charts as plots
+from benchmark.report import style, tables
 from benchmark.storage.rows import Curve, Row, Timing, frame
 
 DASH = "\N{EN DASH}"

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 import scipy.stats
 
-from benchmark.run.session import cell
 from benchmark.analysis import intervals, rank_tests, stats
+from benchmark.run import cell
 from benchmark.storage.rows import Row, Timing, frame
 
 RA = {  # (attack, seed) -> defense -> RA; acc is 0.9 and asr is 0.95 - ra throughout

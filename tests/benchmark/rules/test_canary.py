@@ -14,12 +14,12 @@ from torch import Tensor
 from attacks import ATTACKS
 from attacks.adaptive import Adaptive
 from attacks.base import PoisonedSet, PoisonedTest
-from benchmark.run.session import cell as pipeline
 from benchmark.rules.canary import CANARIES, Canary, Planted, Planting, canaries_for, plant
+from benchmark.rules.selection import Selection, choose
 from benchmark.run.cell import Victim, World, defend, measured_from, read_canary, read_victim, world
+from benchmark.run.session import cell as pipeline
 from benchmark.settings.cells import Cell, Matrix
 from benchmark.settings.load import load_matrix
-from benchmark.rules.selection import Selection, choose
 from benchmark.storage.store import Store
 from defenses.base import Candidate, DefenderView, Defense, Knowledge
 from models.images import to_float

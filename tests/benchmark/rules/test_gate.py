@@ -11,9 +11,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from benchmark.report.report import report
 from benchmark.analysis import stats
-from benchmark.report.report import tables
+from benchmark.report import report, tables
 from benchmark.rules.metrics import gate
 from benchmark.storage.rows import Curve, Row, Timing, frame
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmark.rules.tracks import TRACKS
 from benchmark.settings.cells import Cell, settings_hash
 from benchmark.settings.load import find_matrix, load_matrix, matrix_names
 from benchmark.settings.presets import presets, recipes
-from benchmark.rules.tracks import TRACKS
 from defenses import DEFENSES
 from defenses.base import Knowledge, Scope
 from defenses.fine_tuning import FineTuning

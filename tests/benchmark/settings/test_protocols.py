@@ -11,12 +11,12 @@ import torch
 from rich.console import Console
 
 from attacks.base import poison_test
+from benchmark.rules.metrics import score
 from benchmark.run.cell import defend, read_victim, world
+from benchmark.run.session import run_matrix
 from benchmark.settings.cells import Cell, Matrix
 from benchmark.settings.load import load_matrix
-from benchmark.rules.metrics import score
 from benchmark.storage.rows import Row, read
-from benchmark.run.session import run_matrix
 from benchmark.storage.store import Store
 from models.backbone import Network
 from models.spec import derive_seed
