@@ -34,7 +34,7 @@ IMPLANTED_EFFECT = 0.5
 ADVERSARIAL_ASR = 0.2
 """Above this ASR of the twin the trigger is an adversarial perturbation and no backdoor."""
 COSTS_POINTS, COSTS_SHARE = 0.02, 0.05
-"""An attack costs accuracy when the lower bound of its loss is above 2 points and above 5 % of the twin's ACC; it is only marked."""
+"""An attack costs accuracy when the lower bound of its loss is above 2 points and 5 % of the twin's ACC; it is only marked."""
 _EXACT = 1e-9
 """Tolerance of comparisons: far below one image, so that 50.0 does not count as 49.9999999."""
 
