@@ -1,6 +1,6 @@
 """Images in folders and tar archives, decoded in memory.
 
-Layout: ``train/CLASS/*`` and ``test/CLASS/*``, or ``CLASS/*`` alone. Classes and files count in the order of their names. Files
+Layout: ``train/CLASS/*`` and ``test/CLASS/*``, or ``CLASS/*`` alone. Classes and files are in the order of their names. Files
 below a class folder may lie deeper. Hidden files and ``.txt``, ``.csv``, ``.md`` are skipped; anything else that is not an image is
 an error. An archive may wrap everything in one folder. Archives are read in memory: nothing is ever extracted to disk.
 
@@ -68,16 +68,17 @@ class Found:
 
 
 def read(root: Path, source: str, size: int | None, progress: Callable[[str], None], *, tiny_imagenet: bool = False) -> Found:
-    """Reads and decodes all images of a folder or tar archive, laid out as the module says.
+    """Reads and decodes all images of a folder or tar archive in the layout above.
 
     Args:
-        root: folder or archive. source: what messages call the set.
+        root: folder or archive.
+        source: the name of the set in messages.
         size: resize to ``size`` x ``size`` pixels; None = as they are.
         progress: called with a line of text now and then.
         tiny_imagenet: the folder has the official layout of Tiny-ImageNet.
 
     Raises:
-        BadInput: the first file, member or class that is not as it should be, by name, and what to do.
+        BadInput: a file, member or class is wrong; names it and what to do.
     """
     wrapped = not root.is_dir()
     entries = _archive(root) if wrapped else _tiny_imagenet(root) if tiny_imagenet else _folder(root)
@@ -154,7 +155,7 @@ def _folder(root: Path) -> Iterator[_Entry]:
 
 
 def _tiny_imagenet(root: Path) -> Iterator[_Entry]:
-    """The official layout: the labels of ``val`` stand in a file, and ``test``, which has none, is left out.
+    """The official layout: the labels of ``val`` are in a file, and ``test``, which has none, is left out.
 
     Raises:
         BadInput: a line of val_annotations.txt is not ``file<TAB>class<TAB>...``.
@@ -186,7 +187,7 @@ def _archive(path: Path) -> Iterator[_Entry]:
             if not (member.isdir() or member.isfile()):
                 raise BadInput(f"{path}: member {member.name!r} is a link or a device; pack plain files and folders")
             if member.size < 0:  # the reader would go backwards, and on for ever
-                raise BadInput(f"{path}: member {member.name!r} says it has {member.size} bytes; pack it again")
+                raise BadInput(f"{path}: member {member.name!r} claims {member.size} bytes; pack it again")
             if member.size > MAX_FILE_BYTES:
                 raise BadInput(f"{path}: member {member.name!r} is larger than {MAX_FILE_BYTES // 2**20} MiB; leave it out")
             if parts and not any(part.startswith(".") for part in parts):
@@ -348,24 +349,64 @@ class Gathered:
         return found
 
 
+_Paths = dict[str, tuple[str, ...]]
+"""The parts of an image's path below the root, by the image's name."""
+_Members = dict[tuple[str, ...], list[str]]
+"""Names of images by class folder: (class,) or (train or test, class)."""
+_PARTS = {"train", "test"}
+
+
 def _arrange(gathered: Gathered, folders: list[str], root: Path, wrapped: bool) -> Found:
     """Images by name -> train, test and the class names."""
     paths = {name: PurePosixPath(name).parts for name in sorted(gathered.arrays)}
     below = [PurePosixPath(name).parts for name in folders]
-    tops = {path[0] for path in paths.values()}
-    if wrapped and len(tops) == 1 and not tops & {"train", "test"} and all(len(path) >= 3 for path in paths.values()):
-        paths = {name: path[1:] for name, path in paths.items()}
-        below = [path[1:] for path in below if path[0] in tops]
-        tops = {path[0] for path in paths.values()}
+    if wrapped:
+        paths, below = _unwrapped(paths, below)
     if not paths:
         raise BadInput(f"{root}: holds no images; put them in train/CLASS/ and test/CLASS/")
-    divided = bool({path[0] for path in [*paths.values(), *below] if path} & {"train", "test"})
-    if divided and tops != {"train", "test"}:
-        missing, extra = sorted({"train", "test"} - tops), sorted(tops - {"train", "test"})
+    divided = _divided(paths, below, root)
+    members = _members(paths, below, 2 if divided else 1, root)
+    classes = _classes(members, divided, root)
+
+    def part(*prefix: str) -> ImageSet:
+        chosen = [(label, name) for label, c in enumerate(classes) for name in members.get((*prefix, c), [])]
+        labels = torch.tensor([label for label, _ in chosen], dtype=torch.int64)
+        return ImageSet(gathered.stack([name for _, name in chosen]), labels, len(classes))
+
+    return Found(part("train"), part("test"), classes) if divided else Found(part(), None, classes)
+
+
+def _unwrapped(paths: _Paths, below: list[tuple[str, ...]]) -> tuple[_Paths, list[tuple[str, ...]]]:
+    """The paths without the one folder that an archive may wrap everything in."""
+    tops = {path[0] for path in paths.values()}
+    if len(tops) != 1 or tops & _PARTS or any(len(path) < 3 for path in paths.values()):
+        return paths, below
+    return {name: path[1:] for name, path in paths.items()}, [path[1:] for path in below if path[0] in tops]
+
+
+def _divided(paths: _Paths, below: list[tuple[str, ...]], root: Path) -> bool:
+    """Whether the images are divided into train/ and test/.
+
+    Raises:
+        BadInput: there is one of the two, or something beside them.
+    """
+    tops = {path[0] for path in paths.values()}
+    if not {path[0] for path in [*paths.values(), *below] if path} & _PARTS:
+        return False
+    if tops != _PARTS:
+        missing, extra = sorted(_PARTS - tops), sorted(tops - _PARTS)
         advice = f"nothing in {missing[0]}/; both parts need images" if missing else "move or remove it"
-        raise BadInput(f"{root}: {f'{extra[0]!r} stands beside train/ and test/; ' if extra else ''}{advice}")
-    depth = 2 if divided else 1
-    members: dict[tuple[str, ...], list[str]] = {path[:depth]: [] for path in below if len(path) == depth}
+        raise BadInput(f"{root}: {f'{extra[0]!r} is beside train/ and test/; ' if extra else ''}{advice}")
+    return True
+
+
+def _members(paths: _Paths, below: list[tuple[str, ...]], depth: int, root: Path) -> _Members:
+    """The images of every class folder.
+
+    Raises:
+        BadInput: an image outside the class folders, or a class folder without images or with a name that cannot be printed.
+    """
+    members: _Members = {path[:depth]: [] for path in below if len(path) == depth}
     for name, path in paths.items():
         if len(path) <= depth:
             raise BadInput(f"{root}: {name!r} lies outside a class folder; move it into one")
@@ -375,18 +416,19 @@ def _arrange(gathered: Gathered, folders: list[str], root: Path, wrapped: bool) 
             raise BadInput(f"{root}: class name {owner[-1]!r} has characters that cannot be printed; rename the folder")
         if not names:
             raise BadInput(f"{root}: class folder {'/'.join(owner)!r} holds no images; fill or remove it")
+    return members
+
+
+def _classes(members: _Members, divided: bool, root: Path) -> tuple[str, ...]:
+    """The names of the classes, in label order.
+
+    Raises:
+        BadInput: test/ has a class that train/ has not, or there is one class only.
+    """
     classes = tuple(sorted({owner[-1] for owner in members if not divided or owner[0] == "train"}))
     for owner in members:
         if owner[-1] not in classes:
             raise BadInput(f"{root}: class {owner[-1]!r} of test/ is not in train/{nearest(owner[-1], classes)}")
     if len(classes) < 2:
         raise BadInput(f"{root}: only one class ({classes[0]!r}); a classifier needs at least two")
-
-    def part(prefix: tuple[str, ...]) -> ImageSet:
-        chosen = [(label, name) for label, c in enumerate(classes) for name in members.get((*prefix, c), [])]
-        labels = torch.tensor([label for label, _ in chosen], dtype=torch.int64)
-        return ImageSet(gathered.stack([name for _, name in chosen]), labels, len(classes))
-
-    if divided:
-        return Found(part(("train",)), part(("test",)), classes)
-    return Found(part(()), None, classes)
+    return classes

@@ -1,13 +1,12 @@
-"""Canaries: backdoors that the benchmark plants in the defender's place, to choose a defense's setting without seeing the attack.
+"""Canaries: backdoors planted in copies of a model, to choose a defense's setting without access to the attack.
 
-A defender who holds a model and clean images cannot measure ASR, because the trigger is unknown. But a backdoor of the defender's
-own can be planted in a copy of the model, and then it can be measured which setting of a defense removes that one. A canary's
-pattern is drawn from the seed, and its family is one that no attack of the matrix uses. It is learned on the clean budget alone: a
-few stamped images towards a drawn class, while the logits on clean images are held at the model's own (planting by plain
-fine-tuning would move the whole network and remove the attacker's backdoor on the way). The choice compares ranks of settings, not
-levels of ASR (:func:`benchmark.rules.selection.choose`).
+A defender who has a model and clean images cannot measure ASR, because the trigger is unknown. But the defender can plant another
+backdoor in a copy of the model and measure which setting of a defense removes that one. A canary's pattern is drawn from the seed,
+and its family is one that no attack of the matrix uses. It is trained on the clean budget alone: a few stamped images towards a
+drawn class, while the logits on clean images are held at those of the model (plain fine-tuning would change the whole network and
+remove the attacker's backdoor). The rule compares ranks of settings, not ASR (:func:`benchmark.rules.selection.choose`).
 
-Nothing here takes a scenario: the model, the clean budget, a recipe and a seed are all there is.
+Nothing here gets the scenario: planting takes the model, the clean budget, a recipe and a seed.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ class Canary(Spec, ABC):
 
     Attributes:
         like: names of the attacks whose triggers are of the same family.
-        local: whether it covers a few pixels; otherwise it covers all of them.
+        local: whether it changes a few pixels; otherwise it changes all of them.
     """
 
     like: ClassVar[frozenset[str]]
@@ -60,7 +59,7 @@ def _pasted(pattern: Tensor, mask: Tensor) -> Stamp:
 
 @dataclass(frozen=True)
 class Patch(Canary):
-    """A square of black and white pixels, drawn by lot, somewhere inside the image. side: a share of the image's."""
+    """A square of random black and white pixels at a random place. side: as a share of the image's."""
 
     name: ClassVar[str] = "patch"
     like: ClassVar[frozenset[str]] = frozenset({"badnets", "lc", "trojannn", "adap-patch", "input-aware", "imc", "natural"})
@@ -84,7 +83,7 @@ class Patch(Canary):
 
 @dataclass(frozen=True)
 class Frame(Canary):
-    """The image's outermost ring of pixels, black and white by lot."""
+    """The outermost ring of pixels, randomly black and white."""
 
     name: ClassVar[str] = "frame"
     like: ClassVar[frozenset[str]] = frozenset()
@@ -100,7 +99,7 @@ class Frame(Canary):
 
 @dataclass(frozen=True)
 class Blend(Canary):
-    """A smooth random field, blended in. alpha: blend ratio. waves: cosines of up to two cycles that the field is a sum of."""
+    """A smooth random field, blended in. alpha: blend ratio. waves: number of cosines, of up to two cycles, that are summed."""
 
     name: ClassVar[str] = "blend"
     like: ClassVar[frozenset[str]] = frozenset({"blended", "adap-blend", "lf", "dfst", "ssba", "narcissus", "advtrojan"})
@@ -128,7 +127,7 @@ class Blend(Canary):
 
 @dataclass(frozen=True)
 class Ripple(Canary):
-    """Faint slanted stripes, added. amplitude: in [0, 1]. Cycles and slant are drawn: three to six across and down."""
+    """Faint slanted stripes, added. amplitude: in (0, 1]. Three to six cycles across and down, drawn at random."""
 
     name: ClassVar[str] = "ripple"
     like: ClassVar[frozenset[str]] = frozenset({"sig"})
@@ -148,7 +147,7 @@ class Ripple(Canary):
 
 
 CANARIES: tuple[Canary, ...] = (Patch(), Frame(), Blend(), Ripple())
-"""Every family, local ones first, in the order in which they are taken."""
+"""Every family, local ones first, in the order in which they are used."""
 
 
 def canaries_for(attacks: Iterable[str]) -> tuple[Canary, ...]:
@@ -163,10 +162,10 @@ class Planting(Spec):
     """How a canary is planted; all numbers ours.
 
     Attributes:
-        rate: share of the images to fit on that are stamped. hold: weight of the distance to the model's own logits.
+        rate: share of the training images that are stamped. hold: weight of the distance to the model's own logits.
         lr, batch: of Adam at a constant rate, batch norm in evaluation mode (its statistics are part of what is held).
-        epochs: at most so many; it ends once the canary's ASR on images that were not stamped exceeds ``reached``, and the classes
-            of all but a share ``moved`` of the clean images to fit on are the model's own.
+        epochs: at most; planting ends once the canary's ASR on images that were not stamped exceeds ``reached``, and at most a
+            share ``moved`` of the clean training images has changed its predicted class.
     """
 
     name: ClassVar[str] = "planting"
@@ -191,7 +190,7 @@ class Planted:
     """A copy of the model with a canary in it.
 
     Attributes:
-        net: the copy, in evaluation mode. target: the class that stamped images are sent to.
+        net: the copy, in evaluation mode. target: class of the stamped images.
         probes: stamped images of other classes that planting did not stamp, uint8 (M, C, H, W): ASR is measured on them.
         forward, backward: samples that planting took.
     """
@@ -203,7 +202,7 @@ class Planted:
     backward: int
 
     def asr(self, net: Network) -> float:
-        """Share of the probes that ``net`` takes for the target; NaN without probes."""
+        """Share of the probes that ``net`` classifies as the target; NaN without probes."""
         return _hits(net, self.probes, self.target)
 
 
@@ -249,11 +248,15 @@ class _Planter(Classifier):
 def plant(
     canary: Canary, model: Network, clean: ImageSet, validation: ImageSet, recipe: Recipe, seed: int, how: Planting = Planting()
 ) -> Planted:
-    """A copy of ``model`` with a canary planted; whether it took is ``Planted.asr(Planted.net)``.
+    """A copy of ``model`` with a canary planted; ``Planted.asr(Planted.net)`` tells whether it worked.
 
     Args:
-        clean, validation: the two parts of the clean budget; planting stamps images of the first alone.
-        recipe: the victim's, for crop and flip. seed: of the pattern, the target and the stamped images.
+        canary: the family of the pattern.
+        model: the attacked model; not changed.
+        clean, validation: the two parts of the clean budget; images of the first alone are stamped.
+        recipe: the victim's, for crop and flip.
+        seed: of the pattern, the target and the stamped images.
+        how: settings of planting.
 
     Raises:
         models.training.Diverged: weights are not finite at the end.

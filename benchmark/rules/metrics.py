@@ -30,18 +30,18 @@ __all__ = [
 IMPLANTED_ASR = 0.5
 """An attack counts as implanted from this ASR on ..."""
 IMPLANTED_EFFECT = 0.5
-"""... if so much of it is missing in the benign twin, which met no poison."""
+"""... if the ASR of the benign twin, trained without poison, is lower by at least this much."""
 ADVERSARIAL_ASR = 0.2
 """Above this ASR of the twin the trigger is an adversarial perturbation and no backdoor."""
 COSTS_POINTS, COSTS_SHARE = 0.02, 0.05
-"""An attack costs accuracy when its loss is surely above 2 points and above 5 % of the twin's ACC; it stays ranked, marked."""
+"""An attack costs accuracy when the lower bound of its loss is above 2 points and 5 % of the twin's ACC; it is only marked."""
 _EXACT = 1e-9
-"""Shares are ratios of small integers: far below one image, so that 50.0 does not read as 49.9999999."""
+"""Tolerance of comparisons: far below one image, so that 50.0 does not count as 49.9999999."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """What one network scores on the test sets; ASR and RA are NaN where no attack is named."""
+    """Scores of one network on the test sets, in [0, 1]; ASR and RA are NaN where there is no attack."""
 
     acc: float
     asr: float = math.nan
@@ -57,15 +57,15 @@ def score(net: Network, test: ImageSet, triggered: PoisonedTest | None) -> Score
     acc = _share(predict(net, test.images) == test.labels)
     if triggered is None or not len(triggered.images):
         return Score(acc)
-    said = predict(net, triggered.images)
-    return Score(acc, _share(said == triggered.target_labels), _share(said == triggered.true_labels))
+    predicted = predict(net, triggered.images)
+    return Score(acc, _share(predicted == triggered.target_labels), _share(predicted == triggered.true_labels))
 
 
 class Scorer:
-    """Scores networks that a defense made of one victim, on the same sets each time.
+    """Scores the candidates of a defense of one victim, on the same sets each time.
 
     Many candidates differ from the victim in the head alone (scope HEAD, or nothing pruned before it). Their features are the
-    victim's, bit for bit; then its embeddings are computed once and only the head is run, on the same batches, to the same result.
+    victim's, bit for bit, so the victim's embeddings are computed once and only the head is run, on the same batches.
     """
 
     def __init__(self, victim: Network, test: ImageSet, triggered: PoisonedTest | None, validation: ImageSet) -> None:
@@ -75,21 +75,21 @@ class Scorer:
 
     def __call__(self, net: Network) -> Score:
         """ACC, ASR and RA of ``net``."""
-        acc = _share(self._said(net, "test", self.test.images) == self.test.labels)
+        acc = _share(self._classes(net, "test", self.test.images) == self.test.labels)
         if self.triggered is None or not len(self.triggered.images):
             return Score(acc)
-        said = self._said(net, "triggered", self.triggered.images)
-        return Score(acc, _share(said == self.triggered.target_labels), _share(said == self.triggered.true_labels))
+        predicted = self._classes(net, "triggered", self.triggered.images)
+        return Score(acc, _share(predicted == self.triggered.target_labels), _share(predicted == self.triggered.true_labels))
 
     def val_right(self, net: Network) -> Tensor:
         """Which images of the validation part of the clean budget ``net`` classifies correctly, bool (N,)."""
-        return self._said(net, "validation", self.validation.images) == self.validation.labels
+        return self._classes(net, "validation", self.validation.images) == self.validation.labels
 
     def val_acc(self, net: Network) -> float:
         """Accuracy on the validation part of the clean budget."""
         return _share(self.val_right(net))
 
-    def _said(self, net: Network, which: str, images: Tensor) -> Tensor:
+    def _classes(self, net: Network, which: str, images: Tensor) -> Tensor:
         state = net.state_dict()
         if not all(name in state and torch.equal(state[name].cpu(), value) for name, value in self._features.items()):
             return predict(net, images)
@@ -110,8 +110,9 @@ class Gate:
     """Whether an attack worked, so that a defense can be credited for removing it.
 
     Attributes:
-        implanted: the poison made the model answer the trigger. adversarial: the benign twin answers it too, so that the trigger is
-            an adversarial perturbation and no backdoor. words: the verdict, for people.
+        implanted: the ASR is high because of the poison.
+        adversarial: the benign twin's ASR is high too, so that the trigger is an adversarial perturbation and no backdoor.
+        words: the verdict as text.
     """
 
     implanted: bool
@@ -124,7 +125,7 @@ def gate(asr: float, asr_benign: float) -> Gate:
 
     Args:
         asr, asr_benign: of one attacked model and its twin, or their means over the seeds of a scenario, in [0, 1]. Where the twin
-            was not measured (NaN; rows of an earlier version) the ASR decides alone.
+            was not measured (NaN; rows of an earlier version) the ASR alone decides.
     """
     effect = asr - asr_benign
     if asr_benign > ADVERSARIAL_ASR + _EXACT:

@@ -1,13 +1,13 @@
-"""Which of a defense's candidates counts: six rules, each printed beside the figures it chose.
+"""Six rules that select one of a defense's candidates; tables show each rule's figures under its name.
 
 Without hindsight:
 
-* DEFAULT: what the method's published default gives.
+* DEFAULT: the candidate of the method's published default.
 * VALIDATION (the rule of the rankings): start at the published default. While the loss on the validation part of the clean budget
   exceeds ``tau``, step back along the dial, then go on at the next setting of the knob; at worst the untouched model is kept.
 * STRONGEST: the strongest intervention within ``tau`` on the validation part; at worst the untouched model is kept.
-* CANARY: the setting that best removes backdoors which the benchmark planted in copies of the model, with the defender's data
-  alone, within ``tau`` (:mod:`benchmark.rules.canary`).
+* CANARY: the setting that best removes backdoors planted in copies of the model with the defender's data alone, within ``tau``
+  (:mod:`benchmark.rules.canary`).
 
 With hindsight, for comparison only and never ranked:
 
@@ -38,10 +38,10 @@ TAU = 0.04
 LEAKY_TOLERANCE = 0.1
 """Tolerated relative loss of test ACC for the leaky rule (BackdoorBench, evaluate_by_threshold)."""
 _EXACT = 1e-9
-"""Shares are ratios of small integers: a loss of exactly ``tau`` is within it, whatever its last bit."""
+"""Tolerance of comparisons, so that a loss of exactly ``tau`` is within it whatever its last bit."""
 
 NOTHING_TO_VALIDATE_ON = "the track grants no clean images to validate on"
-"""Reason of a row of VALIDATION, STRONGEST or CANARY that cannot be: it is the track's doing, not the defense's."""
+"""Reason of a row without figures under VALIDATION, STRONGEST or CANARY: it is due to the track, not to the defense."""
 
 
 class Selection(enum.Enum):
@@ -62,7 +62,7 @@ class Measured:
 
     Attributes:
         knob: setting of the defense's second knob; candidates of one setting form one dial. NaN = no knob.
-        is_default: whether it is what the method's published default gives. starts: whether it is the default of its own dial.
+        is_default: whether it is the candidate of the published default. starts: whether it is the default of its own dial.
         strength: how hard the defense intervened, larger = harder.
         score, val_acc, val_loss, val_loss_se: on the test sets; on the validation images, with the paired loss against the model as
             it was. In [0, 1]; NaN where the track grants no clean images.
@@ -111,10 +111,16 @@ def paired_loss(before: Tensor, after: Tensor) -> tuple[float, float]:
 
 
 def choose(how: Selection, measured: Sequence[Measured], before: Score, tau: float = TAU) -> int | None:
-    """Position of the chosen candidate; None where a rule lacks what it reads: validation images, or canaries.
+    """Position of the selected candidate; None where there are no validation images, or no canaries, for a rule that needs them.
 
-    A lone candidate leaves nothing to choose. Where no candidate is within the tolerance and none is the untouched model (defenses
+    A single candidate is always selected. Where no candidate is within the tolerance and none is the untouched model (defenses
     that train anew), the most accurate one is taken.
+
+    Args:
+        how: the rule.
+        measured: the candidates in the order in which the defense offered them, at least one; one is the default.
+        before: scores of the undefended model.
+        tau: tolerated loss of validation accuracy, in [0, 1].
     """
     everything = range(len(measured))
     if how is Selection.DEFAULT or len(measured) == 1:
@@ -160,8 +166,8 @@ def _stepping_back(measured: Sequence[Measured], fitting: set[int]) -> int:
 def _by_canary(measured: Sequence[Measured], fitting: Sequence[int], tau: float) -> int | None:
     """Of the settings within the tolerance on the model and on every canary's copy: the lowest mean rank of the canaries' ASR.
 
-    Ranks and not levels, because a canary need not be as hard to remove as a backdoor that was trained in. Ties go to the gentler
-    setting. None where no canary was planted.
+    Ranks are compared and not ASR, because a canary may be easier to remove than a backdoor from training. Ties go to the weaker
+    intervention. None where no canary was planted.
     """
     if not any(one.canary_asr for one in measured):
         return None

@@ -1,4 +1,4 @@
-"""Tracks: what a defender is granted. Nothing is ranked across them."""
+"""Tracks: what a defender is granted. Ranks are within a track."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["CONTROL", "TRACKS", "Track", "track_named", "view_for"]
 
 @dataclass(frozen=True)
 class Track:
-    """A threat model: its name, what it grants, and both in words."""
+    """A threat model: its name, what it grants, and a title for tables."""
 
     name: str
     grants: Knowledge
@@ -60,7 +60,19 @@ def view_for(
     recipe: Recipe,
     built: Callable[[Extractor], Network] | None = None,
 ) -> DefenderView:
-    """The view of ``defense`` on a track that grants ``granted``: only that is ever put within reach of the object."""
+    """The view of ``defense`` under ``granted``: it holds no reference to anything else.
+
+    Args:
+        granted: what the track and the cell grant.
+        defense: the method; its declared needs are checked by the view.
+        scope: what it may edit.
+        sources: how to get each kind of knowledge; those that are not granted are dropped here.
+        fresh: a new network of the victim's architecture, by seed.
+        num_classes: of the data.
+        seed: of the defense's draws.
+        recipe: the victim's.
+        built: gives an extractor that was trained on the poisoned set before; None = the defense trains it.
+    """
     reachable = {what: source for what, source in sources.items() if what in granted}
     return DefenderView(
         granted=granted,

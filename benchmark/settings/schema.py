@@ -196,7 +196,7 @@ def make(where: str, cls: type[S], settings: Mapping[str, Any], beside: Iterable
     Args:
         where: the table, as the message names it, e.g. ``attack sig``.
         cls: the method.
-        settings: its fields, as they stand in the file.
+        settings: its fields, as in the file.
         beside: the table's other keys, which a misspelt one may have meant.
 
     Raises:

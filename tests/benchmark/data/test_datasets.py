@@ -442,7 +442,7 @@ FOLDERS: dict[str, tuple[dict[str, bytes], tuple[str, ...]]] = {
     "one image each": ({"ant/1.png": picture(1), "bee/2.png": picture(2)}, ("one image per class",)),
     "unknown test class": (divided() | {"test/bees/1.png": picture(1)}, ("'bees'", "not in train/", "did you mean 'bee'")),
     "no test": ({k: v for k, v in divided().items() if "test" not in k}, ("nothing in test/",)),
-    "third part": (divided() | {"val/ant/1.png": picture(1)}, ("'val' stands beside",)),
+    "third part": (divided() | {"val/ant/1.png": picture(1)}, ("'val' is beside",)),
     "loose image": (divided() | {"train/1.png": picture(1)}, ("'train/1.png'", "outside a class folder")),
     "loose image, flat": ({"ant/1.png": picture(1), "2.png": picture(1)}, ("'2.png'", "outside a class folder")),
     "control character": (divided() | {"train/a\x1b[2J/1.png": picture(1)}, ("'a\\x1b[2J'", "rename")),

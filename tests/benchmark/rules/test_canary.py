@@ -15,12 +15,19 @@ from attacks import ATTACKS
 from attacks.adaptive import Adaptive
 from attacks.base import PoisonedSet, PoisonedTest
 from benchmark.rules.canary import CANARIES, Canary, Planted, Planting, canaries_for, plant
-from benchmark.rules.selection import Selection, choose
+from benchmark.rules.selection import Selection
+from benchmark.rules.selection import choose
 from benchmark.run import defend as pipeline
-from benchmark.run.defend import defend, read_canary
-from benchmark.run.outcome import measured_from, score_of
-from benchmark.run.victim import Victim, read_victim
-from benchmark.run.world import World, defender_seed, world
+from benchmark.run.defend import defend
+from benchmark.run.defend import read_canary
+from benchmark.run.outcome import measured_from
+from benchmark.run.outcome import score_of
+from benchmark.run.session import cell as pipeline
+from benchmark.run.victim import Victim
+from benchmark.run.victim import read_victim
+from benchmark.run.world import World
+from benchmark.run.world import defender_seed
+from benchmark.run.world import world
 from benchmark.settings.cells import Cell, Matrix
 from benchmark.settings.load import load_matrix
 from benchmark.storage.store import Store
