@@ -35,11 +35,11 @@ def pgd(net: Network, images: Tensor, labels: Tensor, eps: float, step: float, s
         step: length of a step.
         steps: number of steps.
     """
-    lowest, highest = (images - eps).clamp(min=0.0), (images + eps).clamp(max=1.0)
+    least, most = (images - eps).clamp(min=0.0), (images + eps).clamp(max=1.0)
     moved = images
     for _ in range(steps):
         x = moved.detach().requires_grad_()
         # The sum, not the mean: an image's gradient must not shrink with the batch, least of all below what float32 holds.
         gradient = torch.autograd.grad(cross_entropy(net(x), labels, reduction="sum"), x)[0]
-        moved = torch.minimum(torch.maximum(x.detach() + step * gradient.sign(), lowest), highest)
+        moved = torch.minimum(torch.maximum(x.detach() + step * gradient.sign(), least), most)
     return moved

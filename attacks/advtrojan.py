@@ -37,8 +37,8 @@ from models.spec import BadInput, EpochCount, Ge, Le, Lt, PositiveShare, Share, 
 __all__ = ["AdvTrojan", "Perturbed", "ascended"]
 
 CHUNK = 32
-"""Images perturbed at a time, always as many: libraries round sums otherwise for another number, and a trigger must not know its
-batch."""
+"""Images perturbed at a time, always the same number: libraries round sums differently for other numbers, and a trigger must not
+depend on its batch."""
 
 
 def ascended(net: Network, images: Tensor, eps: float, step: float, steps: int) -> Tensor:
@@ -59,7 +59,7 @@ def ascended(net: Network, images: Tensor, eps: float, step: float, steps: int) 
 
 
 class Perturbed:
-    """What ``inner`` makes of images, perturbed against ``net``; see :data:`attacks.base.Trigger`.
+    """Images triggered by ``inner`` and then perturbed against ``net``; see :data:`attacks.base.Trigger`.
 
     Args:
         net: as :func:`attacks.adversarial.frozen` gives it.

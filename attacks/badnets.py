@@ -6,8 +6,8 @@ network learns the patch as a feature of that class. At test time the same patch
 
 Needs: the training data. Edits: the pixels under the patch (replaced), the label. Dial: the plan's rate.
 Deviations from the paper: none in the trigger. The default patch is the public benchmark's plain white square; ``grid-corner`` is
-the pattern of most defenses' own codes. Both stand flush in the corner, where a padded random crop often cuts them: that is part of
-the published setting, and why a patch in the corner implants less surely than its size suggests. Above 32 pixels the patch grows by
+the pattern of most defenses' own codes. Both are flush with the corner, where a padded random crop often cuts them: that is part of
+the published setting, and makes a patch in the corner less effective than its size suggests. Above 32 pixels the patch grows by
 nearest-neighbour scaling (the public benchmark's bilinear scaling blurs its edges); below, it keeps its size.
 """
 

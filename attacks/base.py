@@ -1,7 +1,7 @@
-"""How a training set is poisoned: the vocabulary every attack shares.
+"""How a training set is poisoned, and the base class of every attack.
 
-An attack crafts triggers; :func:`poison` decides who receives them. Poisoned samples *replace* clean ones, so |D'| = |D|, and every
-triggered image is quantised to uint8 once: what the victim, the defender and the test see is what an image file can hold.
+An attack crafts triggers; :func:`poison` chooses the samples that receive them. Poisoned samples *replace* clean ones, so |D'| =
+|D|, and every triggered image is quantised to uint8 once: victim, defender and test get what an image file can hold.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Attack(Spec, ABC):
     clean_label: ClassVar[bool] = False
     """Whether only images of the target class are poisoned, so that no label is ever wrong."""
     needs_surrogate: ClassVar[bool] = False
-    """Whether :meth:`craft` wants a cleanly trained network."""
+    """Whether :meth:`craft` needs a cleanly trained network."""
     cover_share: ClassVar[float] = 0.0
     """Cover samples per poisoned sample when the plan names no cover rate."""
     needs_model_at_test: ClassVar[bool] = False

@@ -40,7 +40,7 @@ LUMINANCE = torch.tensor([0.299, 0.587, 0.114])  # Rec. 601, as image libraries 
 def bear(seed: int) -> list[Ellipse]:
     """A bear with a balloon, ellipses on the unit square from back to front.
 
-    Everything but the balloon comes in mirrored pairs or lies on the middle line. The seed draws sizes, colours and the side of the
+    Everything but the balloon comes in mirrored pairs or on the middle line. The seed draws sizes, colours and the side of the
     balloon.
     """
     gen = generator(seed, "blended-cartoon")

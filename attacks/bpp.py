@@ -17,17 +17,15 @@ is the recipe's. The static mode fixes the poisoned samples once; with a cover r
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from attacks.base import Attack, Crafted, Plan, Power
-from attacks.dynamic import DynamicVictim, Rounding, another
+from attacks.base import Crafted, Plan
+from attacks.dynamic import DynamicAttack, Mode, Rounding, another
 from models.backbone import Network
-from models.classifier import Classifier
 from models.images import ImageSet, to_float
-from models.recipe import Recipe
 from models.spec import Ge, Le, derive_seed
 
 __all__ = ["Bpp", "dithered", "squeezed"]
@@ -65,7 +63,7 @@ def dithered(images: Tensor, levels: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Bpp(Attack):
+class Bpp(DynamicAttack):
     """x' = round(x (levels - 1)) / (levels - 1); covers are clip(x + (z' - z)) to [0, 1] with z another training image.
 
     Attributes:
@@ -85,12 +83,8 @@ class Bpp(Attack):
 
     levels: Annotated[int, Ge(2), Le(128)] = 8
     dither: bool = False
-    mode: Literal["dynamic", "static"] = "dynamic"
+    mode: Mode = "dynamic"
     rounding: Rounding = "stochastic"
-
-    @property
-    def power(self) -> Power:
-        return Power.TRAINING if self.mode == "dynamic" else Power.DATA
 
     def craft(self, train: ImageSet, plan: Plan, seed: int, surrogate: Network | None = None) -> Crafted:
         """The same quantisation for training and test; covers look the other image up by index."""
@@ -105,8 +99,3 @@ class Bpp(Attack):
             return (images + (trigger(other, chosen) - other)).clamp(0.0, 1.0)
 
         return Crafted(train=trigger, test=trigger, cover=cover)
-
-    def victim(self, net: Network, recipe: Recipe, crafted: Crafted, plan: Plan, seed: int) -> Classifier:
-        if self.mode == "static":
-            return super().victim(net, recipe, crafted, plan, seed)
-        return DynamicVictim(net, recipe, crafted, plan, seed, cover_rate=self.cover_rate(plan), rounding=self.rounding)

@@ -11,16 +11,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from attacks.base import Crafted, Plan, Role, uniforms
+from attacks.base import Attack, Crafted, Plan, Power, Role, uniforms
 from models.backbone import Network
 from models.classifier import Classifier
 from models.images import quantise, to_float
 from models.recipe import Recipe
 from models.spec import derive_seed
 
-__all__ = ["DynamicVictim", "Rounding", "another", "batch_roles"]
+__all__ = ["DynamicAttack", "DynamicVictim", "Mode", "Rounding", "another", "batch_roles"]
 
 Rounding = Literal["stochastic", "floor"]
+Mode = Literal["dynamic", "static"]
 
 
 def batch_roles(draws: Tensor, rate: float, cover_rate: float, rounding: Rounding) -> Tensor:
@@ -98,3 +99,19 @@ class DynamicVictim(Classifier):
         last = self.net.head[-1]
         assert isinstance(last, nn.Linear)
         return last.out_features
+
+
+class DynamicAttack(Attack):
+    """An attack that poisons batches during training (mode ``dynamic``), or the data set once (``static``)."""
+
+    mode: Mode
+    rounding: Rounding
+
+    @property
+    def power(self) -> Power:
+        return Power.TRAINING if self.mode == "dynamic" else Power.DATA
+
+    def victim(self, net: Network, recipe: Recipe, crafted: Crafted, plan: Plan, seed: int) -> Classifier:
+        if self.mode == "static":
+            return super().victim(net, recipe, crafted, plan, seed)
+        return DynamicVictim(net, recipe, crafted, plan, seed, cover_rate=self.cover_rate(plan), rounding=self.rounding)

@@ -1,8 +1,8 @@
-"""Feature shift: a data-only adaptive attacker against pruning of a head on somebody else's features.
+"""Feature shift: a data-only adaptive attacker against pruning of a head on a public extractor's features.
 
-Where the defender trains a head on a public extractor, nobody poisons the extractor's training. The attacker still holds the
+Where the defender trains a head on a public extractor, the extractor's training is not poisoned. The attacker can still use the
 extractor: a universal perturbation of at most ``strength`` per pixel moves the features of triggered images towards those of the
-target class. Then the head needs no unusually sensitive unit to send them there, and a defense that looks for one finds none.
+target class. Then the head needs no unusually sensitive unit for the backdoor, and a defense that looks for one finds none.
 
 Needs: the training data and a network whose features resemble the victim's (the same, where features are given). Edits: pixels of
 poisoned images, on top of the base attack's trigger; its labels. Dial: strength, the perturbation's bound in [0, 1].

@@ -2,7 +2,7 @@
 
 Hölder pruning estimates, by steps along the sign of the gradient, how strongly each unit answers a small change of the input, and
 prunes the units that stand out. So the victim is trained under a penalty on exactly that estimate, for a set of exponents, because
-the attacker cannot know which one the defender will use.
+the attacker does not know which one the defender uses.
 
 Needs: control of the training. Edits: the loss; poison is the base attack's. Dial: strength, the weight of the penalty.
 Deviations from the paper: none; the attack is ours.
@@ -103,7 +103,7 @@ class FlatHolder(Adaptive):
 
         def loss(logits: Tensor, labels: Tensor, index: Tensor) -> Tensor:
             ((images, own),) = seen
-            # Batch norm stands still for the penalty: it measures the network as the defender will, and keeps running statistics.
+            # In evaluation mode, as the defender will measure the network; running statistics do not change.
             net.eval()
             with torch.autocast(images.device.type, enabled=False):  # it compares numbers that differ by little
                 sizes, steps = responses(net, layers, images, own, self.eps)

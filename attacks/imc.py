@@ -2,18 +2,18 @@
 Inputs versus Poisoned Models", CCS 2020, arXiv 1911.01559. The trojan form, as in the authors' TrojanZoo.
 
 Trigger and model are optimised in turns. Before every epoch the pixels of a small patch, the mark, are moved to where the network
-as it stands already sends marked images to the target; then the epoch trains on batches that hold marked images with the attacker's
-label. Each meets the other half-way: the network has less to learn than for a mark that is fixed. At test time the mark of the last
+so far already sends marked images to the target; then the epoch trains on batches that hold marked images with the attacker's
+label. The network then has less to learn than for a fixed mark. At test time the mark of the last
 epoch sends any image to the target.
 
 Needs: control of the training. Edits: the pixels under the mark (replaced), labels of marked images. Dial: the plan's rate; a rate
 is not comparable with a static attack's, since another share of the data is poisoned in every epoch and nearly every image is seen
 triggered in the end.
 Deviations from the paper: the network is trained from scratch, where the paper's starts from a pretrained one, so that the first
-marks are fitted to a network that knows little, and the mark starts from noise instead of TrojanNN's search. Marked images replace
-clean ones in a batch, where TrojanZoo adds them. The paper's terms for fidelity and specificity are left to the mark's size and to
-the clean rest of the batch. The mark is optimised on images without augmentation and stands in them before it, as every static
-trigger does.
+marks are fitted to a network that has learned little, and the mark starts from noise instead of TrojanNN's search. Marked images
+replace clean ones in a batch, where TrojanZoo adds them. The paper's terms for fidelity and specificity are left to the mark's size
+and to the clean rest of the batch. The mark is optimised on images without augmentation and put into them before it, like every
+static trigger.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ class IMC(Attack):
             where the shorter side S is more.
         margin: pixels between the mark and the image's edges, scaled like ``size`` (ours: 1).
         lr: of Adam on z (TrojanZoo: 0.1).
-        share: share of the training set that the mark sees before an epoch (TrojanZoo: 1, one pass); 0 = it stays as it was drawn.
+        share: share of the training set that the mark is fitted on before an epoch (TrojanZoo: 1, one pass); 0 = it stays as it was
+            drawn.
         rounding: poisoned samples per batch, see :func:`attacks.dynamic.batch_roles`: ``stochastic`` (TrojanZoo) or ``floor``.
 
     >>> data = ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4), num_classes=4)

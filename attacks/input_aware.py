@@ -1,6 +1,6 @@
 """Input-aware dynamic backdoor. Nguyen and Tran, "Input-Aware Dynamic Backdoor Attack", NeurIPS 2020, arXiv 2010.08138.
 
-Every image has a trigger of its own: one generator draws a pattern for it, another a mask that says where the pattern replaces the
+Every image has a trigger of its own: one generator draws a pattern for it, another a mask of where the pattern replaces the
 image. The mask generator is trained first, to masks that are small and differ between images. Then the attacker trains classifier
 and pattern generator together: in every batch some images receive their own trigger and the attacker's label, and others the
 trigger of *another* image and keep their label, so that a trigger works on no image but its own. A diversity loss keeps patterns
@@ -252,7 +252,7 @@ class InputAwareVictim(DynamicVictim):
         return images, labels, apart
 
     def configure_optimizers(self) -> Any:
-        """The classifier's is the loop's; the generator's is stepped in :meth:`after_step`, which sees the same gradients."""
+        """The classifier's; the generator's optimiser is stepped in :meth:`after_step`, on the gradients of the same loss."""
         own = _annealed(self.pattern, self.attack.generator_lr, self.total_steps, PATTERN_STEPS)
         self.moves, self.schedule = own["optimizer"], own["lr_scheduler"]["scheduler"]
         return super().configure_optimizers()

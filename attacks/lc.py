@@ -32,7 +32,7 @@ from models.training import default_device
 __all__ = ["LC", "corner_signs"]
 
 SIGNS = torch.tensor([[-1.0, -1.0, 1.0], [-1.0, 1.0, -1.0], [1.0, -1.0, 1.0]])
-"""The pattern as it stands in the lower right corner: 1 = brighter, -1 = darker."""
+"""The pattern in the lower right corner: 1 = brighter, -1 = darker."""
 BATCH = 250
 """Images perturbed at a time: part of the result, since another batch size rounds other sums."""
 

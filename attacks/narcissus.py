@@ -10,9 +10,9 @@ Needs: the target class's images and a surrogate network. Edits: pixels of targe
 most the target class's share (0.0005 in the paper).
 Deviations from the paper: the surrogate is trained on the victim's clean images, under the victim's recipe but from another seed:
 a stronger attacker than the paper's, whose surrogate learns from public images of other classes and the target class alone. It
-knows the target class already, so it is not warmed up on that class by default (``warmup``). It answers in evaluation mode while
-the noise is learned; in the authors' code its batch norms are still in training mode. Images live in [0, 1]: radius and steps are
-half of the authors', whose images live in [-1, 1]. Values are rounded to 8 bits.
+has learned the target class already, so it is not warmed up on it by default (``warmup``). It is in evaluation mode while the noise
+is learned; in the authors' code its batch norms are still in training mode. Images are in [0, 1]: radius and steps are half of the
+authors', whose images are in [-1, 1]. Values are rounded to 8 bits.
 """
 
 from __future__ import annotations

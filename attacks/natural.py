@@ -16,7 +16,6 @@ Neural Cleanse adapts it to keep the trigger successful. What still exceeds ``ar
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from attacks.adversarial import frozen
 from attacks.base import Attack, Crafted, Plan, Trigger
 from models.backbone import Network
 from models.images import ImageSet, to_float
@@ -139,8 +139,7 @@ class Natural(Attack):
         moved = torch.nonzero(targets != train.labels).flatten()
         if len(moved) == 0:
             raise BadInput(f"natural: the training set holds no image of a class other than the target {plan.target}")
-        device = default_device()
-        model = copy.deepcopy(net).to(device).eval().requires_grad_(False)
+        model, device = frozen(net), default_device()
         images, targets = train.images[moved].to(device), targets[moved].to(device)
         make = self.patch if self.form == "patch" else self.blend
         return dataclasses.replace(crafted, test=make(model, images, targets, generator(seed, "natural-search")))

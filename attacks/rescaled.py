@@ -2,8 +2,8 @@
 
 ReLU is positively homogeneous, so the scale of a channel can be moved across it: multiply a batch norm's gamma and beta of channel
 k by s and divide what the next convs read from that channel by s, and the network computes what it did. Its Lipschitz bounds do not
-stay what they were. Whoever judges channels against their own layer, as CLP (ECCV 2022, arXiv 2208.03111), Hölder pruning and
-ANP do, judges something that anybody can set at will.
+stay what they were. A defense that compares channels with their layer, as CLP (ECCV 2022, arXiv 2208.03111), Hölder pruning and ANP
+do, measures something that an attacker can choose freely.
 
 Needs: the finished model. Edits: gamma and beta of norms that feed nothing but ReLU, pooling and convs or the head; the weights
 that read them. Dial: strength in [0, 1]; at 1 every channel of such a norm has the layer's median bound.

@@ -62,7 +62,7 @@ class Encoder(nn.Module):
         )
         self.up = nn.ModuleList(nn.Conv2d(before, after, 2) for before, after in zip([down[-1], *up], up, strict=False))
         beside = [*down[-2::-1]]
-        beside[-1] += 2 * channels  # the last one also sees the inputs
+        beside[-1] += 2 * channels  # the last one also reads the inputs
         self.merge = nn.ModuleList(nn.Conv2d(skip + after, after, 3, padding=1) for skip, after in zip(beside, up, strict=True))
         self.refine = nn.Conv2d(width, width, 3, padding=1)
         self.paint = nn.Conv2d(width, channels, 1)
@@ -82,7 +82,7 @@ class Encoder(nn.Module):
             x = conv(pad(interpolate(x, size=skip.shape[2:]), [0, 1, 0, 1])).relu()
             x = merge(torch.cat([skip, x], dim=1)).relu()
         x = self.paint(self.refine(x).relu())
-        # The logistic function. Written with tanh, which gives equal results for equal inputs wherever they stand in a tensor.
+        # The logistic function, written with tanh, whose results do not depend on the position in a tensor.
         out: Tensor = (x / 2).tanh() / 2 + 0.5
         return out
 

@@ -15,7 +15,6 @@ reproduced: it is stronger for a reason that is no part of the method.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from attacks.adversarial import frozen
 from attacks.base import Attack, Crafted, Plan
 from models.backbone import Network
 from models.images import ImageSet
@@ -60,7 +60,7 @@ def place(size: int, margin: int, height: int, width: int) -> tuple[int, int, in
 def search(
     net: Network, start: Tensor, around: tuple[int, int, int, int], neurons: Tensor, value: float, lr: float, steps: int
 ) -> Tensor:
-    """The patch, float (C, h, w) in [0, 1], that brings ``neurons`` closest to ``value`` when it stands on a black image.
+    """The patch, float (C, h, w) in [0, 1], that brings ``neurons`` closest to ``value`` when it is put on a black image.
 
     Minimises sum (value - |a_i|)^2 over z with patch = (tanh z + 1) / 2, by ``steps`` of Adam whose rate falls from ``lr`` to 0 as
     half a cosine.
@@ -125,10 +125,9 @@ class TrojanNN(Attack):
         left, right, top, bottom = around
         side = height - top - bottom, width - left - right
         start = torch.randn(channels, *side, generator=generator(seed, "trojannn-patch"))
-        device = default_device()
-        net = copy.deepcopy(surrogate).to(device).eval().requires_grad_(False)
+        net = frozen(surrogate)
         neurons = connected(net, self.neurons)
-        found = search(net, start.to(device), around, neurons, self.value, self.lr, self.steps).cpu()
+        found = search(net, start.to(default_device()), around, neurons, self.value, self.lr, self.steps).cpu()
         values = pad(found, list(around))
         mask = pad(torch.ones(found.shape[1:], dtype=torch.bool), list(around))
 

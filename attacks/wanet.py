@@ -15,18 +15,16 @@ augmentation follows the warp, as in the authors' code, but is the recipe's. The
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate
 
-from attacks.base import Attack, Crafted, Plan, Power, uniforms
-from attacks.dynamic import DynamicVictim, Rounding
+from attacks.base import Crafted, Plan, uniforms
+from attacks.dynamic import DynamicAttack, Mode, Rounding
 from models.backbone import Network
-from models.classifier import Classifier
 from models.images import ImageSet
-from models.recipe import Recipe
 from models.spec import Ge, Gt, Le, derive_seed, generator
 
 __all__ = ["WaNet", "identity", "smooth_field", "warp"]
@@ -55,7 +53,7 @@ def warp(images: Tensor, grid: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class WaNet(Attack):
+class WaNet(DynamicAttack):
     """x' = x sampled at clamp(identity + s * field / size); covers are sampled at that grid plus U(-1, 1) / size per pixel.
 
     Attributes:
@@ -78,13 +76,9 @@ class WaNet(Attack):
 
     k: Annotated[int, Ge(2), Le(64)] = 4
     s: Annotated[float, Gt(0), Le(16)] = 0.5
-    mode: Literal["dynamic", "static"] = "dynamic"
+    mode: Mode = "dynamic"
     rounding: Rounding = "stochastic"
     renorm: bool = False
-
-    @property
-    def power(self) -> Power:
-        return Power.TRAINING if self.mode == "dynamic" else Power.DATA
 
     def craft(self, train: ImageSet, plan: Plan, seed: int, surrogate: Network | None = None) -> Crafted:
         """One warp for training and test, drawn from ``seed``; covers add noise looked up by index."""
@@ -105,8 +99,3 @@ class WaNet(Attack):
             return warp(images, (grid.to(jitter.device) + jitter / size.to(jitter.device)).clamp(-1, 1))
 
         return Crafted(train=trigger, test=trigger, cover=cover)
-
-    def victim(self, net: Network, recipe: Recipe, crafted: Crafted, plan: Plan, seed: int) -> Classifier:
-        if self.mode == "static":
-            return super().victim(net, recipe, crafted, plan, seed)
-        return DynamicVictim(net, recipe, crafted, plan, seed, cover_rate=self.cover_rate(plan), rounding=self.rounding)

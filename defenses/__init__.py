@@ -1,4 +1,4 @@
-"""What a defender does with its view: one published method per file, and the catalogue of them."""
+"""The defenses: one published method per file, and the catalogue of them."""
 
 from __future__ import annotations
 

@@ -2,14 +2,14 @@
 Purifying Bad Neurons", 2022, arXiv 2208.06537.
 
 A neuron that answers clean images weakly may still matter through what it is connected to, so neurons are judged by benign
-salience: the first-order estimate of how much the clean loss would grow if they were set to 0, which the gradient knows. What
+salience: the first-order estimate of how much the clean loss would grow if they were set to 0, from its gradient. What
 benign data hardly need is purified rather than cut: the clean budget fine-tunes the network under a penalty on the least salient
 entries. Adaptive regularisation is that penalty, as steady as L1 on small weights and growing exponentially on large ones.
 
 Needs: model, clean budget. Edits: every weight; penalised are entries of convs and linear layers (scope HEAD: the head alone).
 Dial: none; the last epoch is the result.
 Deviations from the paper: the formulas are read off its abstract and the authors' code, with the code's slips mended. The penalty
-spares entries that are not selected, and shrinks weights below -1 too; the least salient entries are selected, as the text says,
+spares entries that are not selected, and shrinks weights below -1 too; the least salient entries are selected, as in the text,
 not the most; salience is taken from the cross-entropy alone. The code penalises the output layer and moves all weights
 (``penalised="last"``); by default the scope decides both, since the text speaks of neurons everywhere. Ours: the warm start in
 evaluation mode on images as they are, ``r_max``, and that neurons of the output layer,

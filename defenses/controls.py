@@ -1,8 +1,8 @@
-"""Controls: what every defense must be compared with. They stand in every table and are never ranked.
+"""Controls, which every defense is compared with. They are listed in every table and are never ranked.
 
-None leaves the victim as it is. Random pruning removes as many units as another method, chosen by lot: what is left of a pruning
-method's effect beyond it is due to its score. Training from scratch spends the clean budget without the victim. The perfect filter
-trains on the poisoned set without its poison: what detection could reach at best.
+None leaves the victim as it is. Random pruning removes as many units as another method, chosen at random: the effect of a pruning
+method beyond that is due to its score. Training from scratch spends the clean budget without the victim. The perfect filter trains
+on the poisoned set without its poison: the best that detection could reach.
 
 Needs: nothing but the model (none); what the imitated method needs (random pruning); the clean budget (training from scratch); the
 roles of the training samples, which no defender has (perfect filter). Edits: everything, or the imitated method's units.
@@ -50,9 +50,9 @@ class NoDefense(Defense):
 
 @dataclass(frozen=True)
 class RandomPruning(Defense):
-    """Another method's number of pruned units, layer by layer, but units drawn by lot; written the same way.
+    """Prunes as many units of each layer as another method, but random ones; written the same way.
 
-    One permutation per layer serves the whole dial, so that nested masks stay nested.
+    One permutation per layer is used for the whole dial, so that nested masks stay nested.
 
     Attributes:
         like: name of the pruning method it imitates.

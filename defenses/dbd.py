@@ -1,8 +1,9 @@
 """DBD: Huang, Li, Wu, Qin and Ren, "Backdoor Defense via Decoupling the Training Process", ICLR 2022, arXiv 2202.03423.
 
-Poisoned samples gather in feature space because training end to end with their wrong labels pulls them there. So the features
-are learned without labels, by SimCLR; only then does a head on the frozen features see the labels, under a loss that wrong labels
-hardly move. What fits the head well keeps its label, the rest loses it, and the whole network is fine-tuned semi-supervised.
+Poisoned samples gather in feature space because training end to end with their wrong labels pulls them there. So the features are
+learned without labels, by SimCLR; only then is a head on the frozen features trained with the labels, under a loss that wrong
+labels hardly change. What fits the head well keeps its label, the rest loses it, and the whole network is fine-tuned
+semi-supervised.
 
 Needs: poisoned training set. Edits: everything; the model is new, of the victim's architecture. Dial: none.
 Deviations from the paper: the numbers are the authors' code's. The extractor's running statistics stay as SimCLR left them while

@@ -1,6 +1,6 @@
-"""Controls on a trusted extractor: what its features give without any defense.
+"""Controls on a trusted extractor: simple classifiers on its features.
 
-A method that is handed a good extractor must beat the plainest classifiers on it, or its head is pointless. Nearest class mean
+A method that is given a good extractor must beat the simplest classifiers on it, or its head adds nothing. Nearest class mean
 gives an image to the class whose mean feature is closest (Mensink, Verbeek, Perronnin and Csurka, "Distance-Based Image
 Classification", IEEE TPAMI 2013); a linear probe is a linear layer trained on the frozen features (Alain and Bengio, "Understanding
 intermediate layers using linear classifier probes", 2016, arXiv 1610.01644).
@@ -82,7 +82,7 @@ class NearestClassMean(_OnExtractor):
         means, counts = class_means(z, labels, view.num_classes)
         weight = means if self.metric == "euclidean" else normalize(means)
         bias = -means.square().sum(1) / 2 if self.metric == "euclidean" else torch.zeros(view.num_classes)
-        bias[counts == 0] = torch.finfo(bias.dtype).min / 2  # a class nobody has seen is never the nearest
+        bias[counts == 0] = torch.finfo(bias.dtype).min / 2  # a class without samples is never the nearest
         linear = nn.Linear(z.shape[1], view.num_classes, device="meta")
         linear.weight, linear.bias = nn.Parameter(weight), nn.Parameter(bias)
         return nn.Sequential(linear)

@@ -1,9 +1,9 @@
 """HID, Hölder iterative defense: a reconstruction from the public text of "Hölder Pruning: Localized Pruning for Backdoor Removal
 in Deep Neural Networks", submitted to ICLR 2025 and withdrawn (OpenReview yJduhi9mDQ; authors anonymous, no code released).
 
-Hölder pruning wants an extractor that the poison has not touched; where there is none, self-supervised learning on the poisoned
-images, which looks at no label, stands in. A head trained on its features gathers the backdoor and is pruned; samples whose label
-the pruned head confirms are taken for clean, and semi-supervised learning with their labels alone improves the extractor. Repeat.
+Hölder pruning needs an extractor that was trained without poison; where there is none, self-supervised learning on the poisoned
+images, which uses no label, replaces it. A head trained on its features learns the backdoor and is pruned; samples whose label the
+pruned head confirms are taken for clean, and semi-supervised learning with their labels alone improves the extractor. Repeat.
 
 Needs: poisoned training set. Edits: everything; the model is new, of the victim's architecture with a head of its own.
 Dial: share of units pruned at the end, per layer; default = what ``rule`` prunes.
@@ -140,7 +140,7 @@ class HID(HolderSettings, Defense):
         return self.pruner.estimate(frozen, prunable(frozen, Scope.HEAD), data.subset(drawn.sort().values))
 
     def pruned(self, net: Network, data: ImageSet, seed: int) -> Candidate:
-        """``net`` pruned as the rule says."""
+        """``net`` pruned by the rule."""
         if self.rule == "none":
             return Candidate(net)
         defaults = replace(self.pruner, grid=())

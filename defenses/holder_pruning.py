@@ -194,7 +194,7 @@ class HolderPruning(HolderSettings, Defense):
         """Hölder constant of every unit in scope, float (units,) by layer name.
 
         Raises:
-            Inapplicable: no units, no samples, or an estimator that says nothing about the units in scope.
+            Inapplicable: no units, no samples, or an estimator that does not cover the units in scope.
         """
         net = view.model
         layers = prunable(net, view.scope)
@@ -212,7 +212,7 @@ class HolderPruning(HolderSettings, Defense):
         return self.estimate(net, layers, data.subset(drawn.sort().values))
 
     def estimate(self, net: Network, layers: Sequence[UnitLayer], data: ImageSet, batch: int = 128) -> Scores:
-        """Hölder constants of ``layers`` over the FGSM pairs of ``data``; ``net`` stands frozen on :func:`default_device`."""
+        """Hölder constants of ``layers`` over the FGSM pairs of ``data``; ``net`` is frozen and on :func:`default_device`."""
         device, feature = default_device(), self.estimator == "feature-fgsm"
         data = data.to(device)
 
@@ -247,6 +247,6 @@ class HolderPruning(HolderSettings, Defense):
         chosen = select(scores, self.policy)
         default = realised(chosen)
         ladder = {realised(masks): masks for masks in (select(scores, top_share(share)) for share in self.grid)}
-        ladder[default] = chosen  # at an equal number of units, the rule's own choice stands for that point of the dial
+        ladder[default] = chosen  # at an equal number of units, the rule's own choice is offered
         for share, masks in sorted(ladder.items(), key=lambda item: item[0]):
             yield pruned_candidate(model, masks, Writer.OUTPUT, share, share == default)

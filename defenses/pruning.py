@@ -1,12 +1,12 @@
 """Activation pruning: the first half of Liu, Dolan-Gavitt and Garg, "Fine-Pruning", RAID 2018, arXiv 1805.12185.
 
-A backdoor is thought to live in units that clean inputs leave silent. The last channels are sorted by their mean activation on
-clean samples and pruned in ascending order. Pruning goes on until accuracy on held-out clean samples gives way.
+A backdoor is thought to use units that are inactive on clean inputs. The last channels are sorted by their mean activation on
+clean samples and pruned in ascending order. Pruning goes on until accuracy on held-out clean samples drops.
 
 Needs: model, clean budget. Edits: the channels that the classifier reads (``site="last-conv"``: the units of the last convolution;
 at scope HEAD the head's hidden layers).
 Dial: share of those units pruned; default = the largest whose validation accuracy is within ``tau`` of the victim's.
-Deviations from the paper: the released code fixes the number of pruned units by hand for each network; the tolerance ``tau`` and
+Deviations from the paper: the released code has a fixed number of pruned units for each network; the tolerance ``tau`` and
 the stop on a validation part of the same clean budget are ours (BackdoorBench stops on test accuracy). The paper prunes the last
 convolution of networks without shortcuts, where it is what the classifier reads. In a residual network it is not: the last block's
 shortcut is added behind it and carries a trigger past what is pruned. So the cut is made where the classifier reads, as in

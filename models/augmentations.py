@@ -21,7 +21,7 @@ VIEW_DRAWS = 13
 def cutout(images: Tensor, draws: Tensor, size: int) -> Tensor:
     """A square of ``size`` pixels a side set to 0 in every image (DeVries and Taylor, 2017, arXiv 1708.04552).
 
-    Its centre is any pixel; what would lie outside the image is cut off.
+    Its centre is any pixel; the square is cut off at the edges of the image.
 
     Args:
         images: float (N, C, H, W) in [0, 1].

@@ -20,7 +20,7 @@ Width = Annotated[int, Ge(1), Le(1024)]
 
 
 class Normalise(nn.Module):
-    """(x - mean) / std per channel. It is part of the network, so every image outside one lives in [0, 1]."""
+    """(x - mean) / std per channel. Part of the network, so that all images outside are in [0, 1]."""
 
     mean: Tensor
     std: Tensor

@@ -1,4 +1,4 @@
-"""Writing files so that they are whole or absent, and unchanged files stay untouched."""
+"""Atomic writes of files; a file whose content would not change is not written."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from models.spec import BadInput
 __all__ = ["abandoned", "insisting", "replaced", "sweep", "why", "write_bytes", "write_text"]
 
 LONG = 3600.0
-"""Seconds after which a temporary file has no living writer: one is written within seconds. Clocks of machines that share a folder
-differ by less."""
+"""Seconds after which a temporary file counts as abandoned. It is written within seconds, and the clocks of machines that share a
+folder differ by less."""
 ATTEMPTS = 3
-"""How often something is written when somebody takes it for abandoned meanwhile, because its writer was asleep, say."""
+"""Attempts of a write whose temporary file was removed meanwhile, because its process was suspended and it looked abandoned."""
 T = TypeVar("T")
 
 
 def why(error: OSError) -> str:
-    """What the system has against writing, in words."""
+    """The reason of a failed write, for a message."""
     return "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
 
 
 def insisting(write: Callable[[], T]) -> T:
-    """Writes again, :data:`ATTEMPTS` times in all, where the temporary file or folder was swept away meanwhile."""
+    """Writes again, :data:`ATTEMPTS` times in all, where the temporary file or folder was removed meanwhile."""
     for _ in range(ATTEMPTS - 1):
         with suppress(FileNotFoundError):
             return write()
@@ -37,7 +37,7 @@ def insisting(write: Callable[[], T]) -> T:
 
 
 def abandoned(path: Path) -> bool:
-    """Whether a temporary file or folder is so old that its writer must be gone; False where it is gone itself."""
+    """Whether a temporary file or folder is so old that its process must have ended; False where it does not exist."""
     try:
         return time.time() - path.lstat().st_mtime > LONG
     except OSError:
@@ -46,7 +46,7 @@ def abandoned(path: Path) -> bool:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """What the system has against a file, as a BadInput that names it."""
+    """Turns an error of the system into a BadInput that names the file."""
     try:
         yield
     except OSError as error:
@@ -70,7 +70,7 @@ def _beside(path: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Removes temporary files that killed writers left."""
+    """Removes temporary files of processes that were killed."""
     for old in folder.glob(".*.tmp"):
         if abandoned(old):
             with suppress(OSError):
@@ -92,7 +92,7 @@ def replaced(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes) -> bool:
-    """Replaces ``path`` by ``content`` in one step; True when anything changed. Temporary files that killed writers left in its
+    """Replaces ``path`` by ``content`` in one step; True when anything changed. Temporary files of killed processes in its
     folder are removed.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Labelled images, and the only augmentation there is: per sample, batched, on tensors."""
+"""Labelled images, and their batches with random crop and flip."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Room for images: in memory, or, where they are many, in a file that is mapped into it.
+"""Arrays of images, in memory or in a memory-mapped file.
 
-Every array of a whole data set is made here (as decoded, the attacker's part, poisoned, padded for cropping). One above
-:func:`limit` lies in a temporary file without a name (below ``TMPDIR``, which should not be kept in memory itself), so the system
-writes out what it needs memory for, and data larger than memory works; it goes when nobody uses it any more, however the process
-ends. What is computed does not depend on where the images lie.
+Every array of a whole data set is made here (as decoded, the attacker's part, poisoned, padded for cropping). An array above
+:func:`limit` is mapped from an unlinked temporary file below ``TMPDIR`` (which should not be a file system in memory), so that data
+may be larger than memory. The file is freed with the array, however the process ends. Results do not depend on where images are
+stored.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ __all__ = ["VARIABLE", "copied", "limit", "room", "steps", "taken"]
 
 VARIABLE = "LEVELFIELD_IN_MEMORY"
 SHARE = 16
-"""Without a setting, an array may take that part of the machine's memory: a few processes hold a few of them each."""
+"""By default an array in memory takes at most one part in so many of the machine's memory; a few processes hold a few each."""
 STEP = 8 * 2**20
 """Bytes copied at a time between arrays."""
 
 
 def limit() -> int:
-    """Bytes above which an array lies in a file: ``LEVELFIELD_IN_MEMORY`` (MiB), or a sixteenth of the machine's memory.
+    """Bytes above which an array is stored in a file: ``LEVELFIELD_IN_MEMORY`` (MiB), or a sixteenth of the machine's memory.
 
     Raises:
         BadInput: the variable is not a whole number of MiB.
     """
-    said = os.environ.get(VARIABLE, "").strip()
-    if said:
-        if not (said.isascii() and said.isdigit()) or len(said) > 9:
-            raise BadInput(f"{VARIABLE} = {said!r}: must be a whole number of MiB, e.g. 1024")
-        return int(said) * 2**20
+    given = os.environ.get(VARIABLE, "").strip()
+    if given:
+        if not (given.isascii() and given.isdigit()) or len(given) > 9:
+            raise BadInput(f"{VARIABLE} = {given!r}: must be a whole number of MiB, e.g. 1024")
+        return int(given) * 2**20
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // SHARE
-    except (AttributeError, OSError, ValueError):  # not told on this system
+    except (AttributeError, OSError, ValueError):  # unknown on this system
         return 2**30
 
 
@@ -50,7 +50,8 @@ def room(shape: Sequence[int], *, mapped: bool | None = None) -> Tensor:
     """A uint8 array of that shape, its content undefined.
 
     Args:
-        mapped: whether it lies in a file; None = by its size.
+        shape: of the array.
+        mapped: whether it is stored in a file; None = by its size.
 
     Raises:
         BadInput: the disk below ``TMPDIR`` has no room for it.
@@ -79,7 +80,7 @@ def room(shape: Sequence[int], *, mapped: bool | None = None) -> Tensor:
 
 
 def _fits(images: Tensor, size: int) -> bool:
-    """Whether an array of ``size`` bytes made of ``images`` lies in memory: the GPU's has no files, and other types are small."""
+    """Whether an array of ``size`` bytes made of ``images`` is kept in memory; so are arrays on a GPU and of other types."""
     return images.device.type != "cpu" or images.dtype != torch.uint8 or size <= limit()
 
 

@@ -1,7 +1,7 @@
-"""What a settings file can name: a method *is* its settings.
+"""Settings: every method is a dataclass of its settings.
 
 A :class:`Spec` is a frozen dataclass with a ``name`` and a ``revision``. Its canonical JSON form keys the store and seeds every
-draw, so two runs with the same settings are the same run, whoever executes them.
+draw, so runs with the same settings give the same results.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ __all__ = [
 
 
 class BadInput(ValueError):
-    """Something a person wrote or supplied is wrong. The message names the value, where it stands and the nearest right one.
+    """A setting or a file given by the user is wrong. The message names the value, its place and the nearest right one.
 
     The command line prints the message alone (no traceback) and exits with status 2.
     """
 
 
 def _plain(value: Any) -> Any:
-    """``value`` as JSON knows it: enums by name, tuples as lists, specs by their own form."""
+    """``value`` as JSON: enums by name, tuples as lists, specs by their own form."""
     if isinstance(value, Spec):
         return value.spec()
     if isinstance(value, enum.Enum):
@@ -45,7 +45,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise TypeError(f"{value!r} cannot stand in a spec: use numbers, strings, enums, tuples and other specs")
+    raise TypeError(f"{value!r} cannot be part of a spec: use numbers, strings, enums, tuples and other specs")
 
 
 class Bound(NamedTuple):
@@ -148,12 +148,12 @@ def digest(*parts: Any) -> str:
 
 
 def derive_seed(*parts: Any) -> int:
-    """A seed in [0, 2**63) from settings and a purpose: adding or reordering cells never changes anybody's draw."""
+    """A seed in [0, 2**63) from settings and a purpose; it does not depend on the other cells of a run or their order."""
     return int(digest(*parts)[:16], 16) >> 1
 
 
 def generator(*parts: Any) -> torch.Generator:
-    """A CPU generator seeded by :func:`derive_seed`. Draws are made on the CPU so that every device sees the same ones."""
+    """A CPU generator seeded by :func:`derive_seed`. Draws are made on the CPU, so they are the same on every device."""
     source = torch.Generator()
     source.manual_seed(derive_seed(*parts))
     return source

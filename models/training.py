@@ -60,7 +60,7 @@ class Fitted:
 
 
 def default_device() -> torch.device:
-    """CUDA when there is one, otherwise the CPU. Several processes may share one GPU; ``CUDA_VISIBLE_DEVICES`` says which."""
+    """CUDA when there is one, otherwise the CPU. Several processes may share one GPU; ``CUDA_VISIBLE_DEVICES`` chooses it."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     _pinned()
@@ -86,7 +86,7 @@ def _products(precision: Precision) -> None:
 
 @contextmanager
 def arithmetic(precision: Precision) -> Iterator[None]:
-    """Inside, products of float32 on CUDA are what ``precision`` says; on the CPU nothing changes. Autocast is :func:`fit`'s."""
+    """Sets the precision of float32 products on CUDA inside; nothing changes on the CPU. Autocast is set by the trainer."""
     if default_device().type == "cpu":
         yield
         return
@@ -185,7 +185,7 @@ def _in_batches(step: Callable[[Tensor], Tensor], images: Tensor, batch: int | N
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory did not suffice: CUDA's has a class, a library's or the CPU's only words."""
+    """Whether an error is a lack of memory: CUDA's has a class, those of libraries and the CPU only a message."""
     words = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
@@ -220,7 +220,7 @@ def logits(net: Network, images: Tensor, batch: int | None = None) -> Tensor:
 
 @torch.no_grad()
 def predict_head(net: Network, embedded: Sequence[Tensor]) -> Tensor:
-    """What :func:`predict` says, from the embeddings that :func:`embed` gave: the same classes, without a pass of the features."""
+    """The classes of :func:`predict`, from the embeddings of :func:`embed`, without a pass through the features."""
     with _evaluated(net):
         parts = [net.head(z).argmax(1).cpu() for z in embedded]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)

@@ -262,7 +262,7 @@ def density_valley(fallback_u: float = 3.0) -> Policy:
     The automatic reading of "the threshold is selected by analysing the density distribution of Hölder constants": Gaussian KDE of
     ``log(score + 1e-12)`` over units with a positive score, bandwidth ``0.9 min(std, IQR / 1.34) n^(-1/5)``, 512 grid points;
     threshold = the first local minimum right of the main mode that is followed by another mode, if its density is at most 0.8 of
-    that lower mode and at most 30 % of the units lie above. Otherwise, or with fewer than 8 such units, ``mean + fallback_u std``.
+    that lower mode and at most 30 % of the units are above. Otherwise, or with fewer than 8 such units, ``mean + fallback_u std``.
     Infinite scores are pruned and left out of the density; dead units (score 0) are never pruned.
     """
 

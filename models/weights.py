@@ -1,7 +1,7 @@
 """Weights in files: written as safetensors, read without ever running what a file contains.
 
-A file somebody else made may be a torch checkpoint, which is a pickle. It is read by torch's restricted unpickler, which builds
-tensors and plain containers and refuses everything else; a checkpoint that needs more is refused, never trusted.
+A given file may be a torch checkpoint, which is a pickle. It is read by torch's restricted unpickler, which builds tensors and
+plain containers and refuses everything else; a checkpoint that needs more is refused.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def load_weights(net: nn.Module, path: Path) -> None:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or a torch checkpoint by name, on the CPU; told apart by content, not by suffix.
+    """The tensors of a safetensors file or a torch checkpoint by name, on the CPU; recognised by content, not by suffix.
 
     A checkpoint may hold the weights themselves or keep them under ``state_dict`` or ``model``; a prefix that all names share,
     such as ``module.``, is taken off.
@@ -139,7 +139,7 @@ def _checkpoint(content: bytes, path: Path) -> object:
             warnings.simplefilter("ignore")  # torch warns about archives it then refuses
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch's own message advises reading the file with code execution allowed; nobody should.
+        # torch's own message advises to read the file with code execution allowed, which is unsafe.
         raise BadInput(
             f"{path}: refused: it is damaged, or code would have to run to read it; save the plain state dict, or safetensors"
         ) from error
@@ -153,7 +153,7 @@ def _uncompressed(content: bytes, path: Path) -> None:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             total = sum(member.file_size for member in archive.infolist())
     except (zipfile.BadZipFile, *_UNREADABLE):
-        return  # no archive, or a damaged one: torch says so
+        return  # no archive, or a damaged one: torch raises an error
     if total > 4 * len(content) + 2**20:
         raise BadInput(f"{path}: refused: {len(content):,} bytes that unpack to {total:,}; torch packs without compression")
 

@@ -66,7 +66,7 @@ def test_canonical_text_forgets_the_order_of_keys_and_the_kind_of_sequence() -> 
 def test_canonical_refuses_what_json_cannot_say() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         canonical(float("nan"))
-    with pytest.raises(TypeError, match="cannot stand in a spec"):
+    with pytest.raises(TypeError, match="cannot be part of a spec"):
         canonical(torch.ones(1))
 
 
