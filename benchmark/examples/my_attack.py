@@ -1,5 +1,5 @@
 """Stripe. You, "Your paper", 2026: a white stripe along the left edge.
-Needs: the training data. Edits: pixels, labels. Dial: the poisoning rate. Deviations from the paper: none.
+Needs: training data. Edits: pixels, labels. Dial: rate. Deviations from the paper: none.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Stripe(Attack):
     width: int = 2
 
     def craft(self, train: ImageSet, plan: Plan, seed: int, surrogate: Network | None = None) -> Crafted:
-        def trigger(images: Tensor, index: Tensor) -> Tensor:  # float (N, C, H, W) in [0, 1] -> the same
+        def trigger(images: Tensor, index: Tensor) -> Tensor:  # in [0, 1]
             marked = images.clone()
             marked[..., : self.width] = 1.0
             return marked

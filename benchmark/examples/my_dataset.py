@@ -1,4 +1,4 @@
-"""Writes a data set as a folder of images for each class: 16 x 16 pixels, grey, and the bright quarter is the class."""
+"""Writes a folder of images for each class: 16 x 16 pixels; the bright quarter is the class."""
 
 from pathlib import Path
 

@@ -1,5 +1,5 @@
-"""Largest bound. You, "Your paper", 2026: in each layer, prune the units with the largest Lipschitz bound.
-Needs: model. Edits: units of the scope. Dial: share of units pruned, default 0.05. Deviations from the paper: none.
+"""Largest bound. You, "Your paper", 2026: prune the units with the largest Lipschitz bounds.
+Needs: model. Edits: units of the scope. Dial: share pruned. Deviations from the paper: none.
 """
 
 from collections.abc import Iterator
@@ -22,4 +22,5 @@ class LargestBound(Defense):
         model = view.model
         scores = weight_bounds(model, prunable(model, view.scope))
         for share in sorted({0.0, 0.01, 0.02, 0.1, 0.2, self.share}):
-            yield pruned_candidate(model, select(scores, top_share(share)), Writer.GAMMA_BETA, share, share == self.share)
+            masks = select(scores, top_share(share))
+            yield pruned_candidate(model, masks, Writer.GAMMA_BETA, share, share == self.share)

@@ -14,6 +14,8 @@ import torch
 from attacks.base import Plan, poison
 from benchmark.rules.tracks import view_for
 from benchmark.settings.load import load_matrix
+from benchmark.settings.provenance import matrix_of
+from benchmark.settings.provenance import stale
 from defenses.base import Knowledge
 from models.images import ImageSet
 
@@ -65,6 +67,14 @@ def test_the_attack_poisons() -> None:
     assert int(marked.sum()) == 10
     assert poisoned.visible.labels[marked].eq(1).all()
     assert not poisoned.visible.images[..., 2:].any()
+
+
+def test_pages_of_a_matrix_with_plugins_are_drawn_without_running_them(tmp_path: Path) -> None:
+    """They lie in plugins/ beside the rows; the report of every such run once ended in "no such file"."""
+    shutil.copy(EXAMPLES / "mine.toml", tmp_path / "matrix.toml")
+    (tmp_path / "manifest.json").write_text('{"settings": "0"}')
+    assert matrix_of(tmp_path).cells == ()
+    assert not stale(tmp_path)
 
 
 @pytest.mark.slow

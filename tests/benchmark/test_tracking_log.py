@@ -1,4 +1,4 @@
-"""What stands in an offline run file, read by a reader of our own: every row and every point of every curve comes back."""
+"""What is in an offline run file, read by a reader of our own: every row and every point of every curve comes back."""
 
 from __future__ import annotations
 

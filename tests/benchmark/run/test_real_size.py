@@ -1,4 +1,4 @@
-"""The commands of the README's real-size section, on narrow nets and a handful of digits."""
+"""The commands of benchmark/run/README.md for full-size networks, on narrow networks and a few digits."""
 
 from __future__ import annotations
 
