@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from attacks.base import PoisonedSet, PoisonedTest, Power, Role, poison, poison_test
-from benchmark.rules.metrics import Scorer, score, val_accuracy
+from benchmark.rules.metrics import Scorer, null_of, score, val_accuracy
 from benchmark.rules.selection import paired_loss
 from benchmark.run.keys import extractor_key, victim_key
-from benchmark.run.outcome import gpu_mib, none_of, numbers, peak_mib, reset_peak
+from benchmark.run.outcome import gpu_mib, peak_mib, reset_peak
 from benchmark.run.world import World, defender_seed, fresh, world
 from benchmark.settings.matrix import Scenario
 from benchmark.storage.store import Store
@@ -176,10 +176,10 @@ def _make_victim(scenario: Scenario, w: World, key: str, store: Store, cache: Pa
         measured = score(trained, w.data.test, triggered)
         outcome |= {
             "status": "ok",
-            **numbers(measured),
+            **measured.stored(),
             **_single_keys(scenario, w, trained),
             **_against_twin(w, twin, trained, triggered),
-            "val_acc": none_of(val_accuracy(trained, w.validation)),
+            "val_acc": null_of(val_accuracy(trained, w.validation)),
             "samples_forward": cost.forward,
             "samples_backward": cost.backward,
             "train_size": len(w.train),
@@ -202,7 +202,7 @@ def _against_twin(w: World, twin: Victim | None, net: Network, triggered: Poison
     right = [predict(one, w.data.test.images) == w.data.test.labels for one in (twin.net, net)]
     loss, error = paired_loss(right[0], right[1])
     found = {"asr_benign": answered.asr, "ra_benign": answered.ra, "acc_loss": loss, "acc_loss_se": error}
-    return {name: none_of(value) for name, value in found.items()}
+    return {name: null_of(value) for name, value in found.items()}
 
 
 def _single_keys(scenario: Scenario, w: World, net: Network) -> dict[str, Any]:
@@ -211,7 +211,7 @@ def _single_keys(scenario: Scenario, w: World, net: Network) -> dict[str, Any]:
         return {}
     keys = scenario.attack.single_keys(net, w.train, scenario.plan, derive_seed(scenario.seed, "attack"))
     alone = {name: score(net, w.data.test, poison_test(w.data.test, key, scenario.plan)) for name, key in keys.items()}
-    return {"single_keys": {name: {"asr": none_of(one.asr), "ra": none_of(one.ra)} for name, one in alone.items()}} if alone else {}
+    return {"single_keys": {name: {"asr": null_of(one.asr), "ra": null_of(one.ra)} for name, one in alone.items()}} if alone else {}
 
 
 def surrogate_of(scenario: Scenario, store: Store, cache: Path) -> Network | None:
