@@ -1,4 +1,8 @@
-"""Two stored stages: a defense run and the canaries it is chosen by."""
+"""Two stored stages: defense runs and canaries.
+
+A defense run holds the scores of all candidates of a cell. A canary is a copy of a victim with a backdoor planted by the benchmark;
+all defenses share it.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +42,11 @@ from models.units import Scope, unit_layers
 __all__ = ["clean_seeds", "defend", "read_canary", "run_cell"]
 
 SEEDS_PER_CLASS = 10
-"""How many training samples of every class are known to be clean where a track says so (ASD's protocol: Gao et al., CVPR 2023)."""
+"""Training samples of every class known to be clean, where a track grants them (protocol of ASD: Gao et al., CVPR 2023)."""
 
 
 def run_cell(cell: Cell, store: Store, cache: Path) -> None:
-    """Runs a defense on its view, scores every candidate it yields, and stores the scores; no-op when they stand."""
+    """Runs the defense of a cell and stores the scores of its candidates, unless they are cached."""
     w = world(cell.scenario, cache)
     key = cell_key(cell, w.data.fingerprint)
     store.once("defended", key, lambda: _make_cell(cell, w, key, store, cache))
@@ -59,9 +63,9 @@ def _make_cell(cell: Cell, w: World, key: str, store: Store, cache: Path) -> Non
 
         try:
             smaller = lesser(w, cell)
-            met = victim if cell.budget is None else _validated_on(smaller, victim)
+            given = victim if cell.budget is None else _validated_on(smaller, victim)
             outcome = defend(
-                cell, smaller, met, fetch=fetch, recraft=_recrafter(scenario, w, store, cache),
+                cell, smaller, given, fetch=fetch, recraft=_recrafter(scenario, w, store, cache),
                 planted=functools.partial(read_canary, cell, smaller, victim.net, store),
             )  # fmt: skip
         except Inapplicable as error:
@@ -73,14 +77,14 @@ def _make_cell(cell: Cell, w: World, key: str, store: Store, cache: Path) -> Non
 
 
 def _validated_on(w: World, victim: Victim) -> Victim:
-    """The victim, validated on ``w``'s images instead of those it was stored with."""
+    """The victim, validated on the images of ``w``."""
     scorer = Scorer(victim.net, w.data.test, victim.triggered, w.validation)
     outcome = {**victim.outcome, "val_acc": null_of(val_accuracy(victim.net, w.validation))}
     return dataclasses.replace(victim, scorer=scorer, outcome=outcome)
 
 
 def _recrafter(scenario: Scenario, w: World, store: Store, cache: Path) -> Callable[[Network], PoisonedTest] | None:
-    """For attacks whose trigger needs the attacked model: the triggered test set against any network."""
+    """For attacks whose trigger needs the attacked model: gives the triggered test set against a network."""
     attack = scenario.attack
     if attack is None or not attack.needs_model_at_test:
         return None
@@ -186,7 +190,7 @@ class _Trial:
         self.untouched = None if None in known.values() else Score.read(known)
 
     def run(self) -> str:
-        """Collects all candidates; what is wrong with their defaults, empty if nothing."""
+        """Collects and scores all candidates. Returns what is wrong with their defaults; empty if nothing."""
         for number, variant in enumerate(self.cell.defense.knobs):
             left = self.cell.candidates - len(self.scored) if number else None
             if left is not None and left <= 0:
@@ -244,7 +248,7 @@ class _Trial:
             self.scored[chosen] = dataclasses.replace(self.scored[chosen], asr_recraft=again.asr, ra_recraft=again.ra)
 
     def outcome(self) -> dict[str, Any]:
-        """What is stored of a finished run."""
+        """The outcome of a finished run as it is stored."""
         lent = Cost(sum(one.samples_forward for one in self.borrowed), sum(one.samples_backward for one in self.borrowed))
         first = self.scored[0]
         first = dataclasses.replace(first, forward=first.forward + lent.forward, backward=first.backward + lent.backward)
@@ -265,7 +269,7 @@ class _Trial:
 def _view(
     cell: Cell, defense: Defense, w: World, victim: Victim, net: Network, built: Callable[[Extractor], Network] | None
 ) -> DefenderView:
-    """What the cell's track grants to ``defense``, with ``net`` as the model."""
+    """The view that the cell's track grants to ``defense``, with ``net`` as the model."""
     scenario = cell.scenario
     kept = victim.poisoned.role == Role.CLEAN
     return view_for(
@@ -289,13 +293,13 @@ def _view(
 
 
 def _alike(net: Network, own: Mapping[str, Tensor]) -> bool:
-    """Whether every weight and running statistic of ``net`` is the attacked model's."""
+    """Whether all weights and running statistics of ``net`` are those of the attacked model."""
     state = net.state_dict()
     return state.keys() == own.keys() and all(torch.equal(value.cpu(), own[name]) for name, value in state.items())
 
 
 def _units(net: Network, scope: Scope, counts: dict[Any, int]) -> int:
-    """Prunable units of a network; counted once per architecture, since every count traces the network."""
+    """Prunable units of a network; counted once per architecture, since counting traces the network."""
     shape = tuple((name, tuple(value.shape)) for name, value in net.state_dict().items())
     if shape not in counts:
         counts[shape] = sum(layer.size for layer in unit_layers(net, scope))
@@ -312,10 +316,10 @@ def _validated(victim: Victim, net: Network, right: Tensor | None) -> dict[str, 
 
 
 def read_canary(cell: Cell, w: World, model: Network, store: Store, canary: Canary) -> Planted:
-    """A stored copy with a canary; planted first when it is absent or damaged.
+    """A stored copy with a canary; planted first where it is missing or damaged.
 
     Raises:
-        Diverged: planting did.
+        Diverged: planting diverged.
     """
     key = canary_key(cell, canary, w.data.fingerprint)
     seed = derive_seed(defender_seed(cell.scenario), "canary", canary.name)
@@ -339,8 +343,8 @@ def read_canary(cell: Cell, w: World, model: Network, store: Store, canary: Cana
         raise Diverged(entry.outcome["reason"])
     net = copy.deepcopy(model)
     net.load_state_dict({name.removeprefix("net."): value for name, value in entry.tensors.items() if name.startswith("net.")})
-    told = entry.outcome
-    return Planted(net.eval(), told["target"], entry.tensors["probes"], told["forward"], told["backward"])
+    stored = entry.outcome
+    return Planted(net.eval(), stored["target"], entry.tensors["probes"], stored["forward"], stored["backward"])
 
 
 def _canary_scores(
@@ -408,7 +412,7 @@ def _on_copy(
 
 
 def clean_seeds(poisoned: PoisonedSet, seed: int) -> Tensor:
-    """Ten samples of every class, or all it has, drawn from those that nobody touched: bool (N,)."""
+    """At most :data:`SEEDS_PER_CLASS` random clean samples of every class: bool (N,)."""
     order = torch.randperm(len(poisoned.role), generator=generator(seed))
     mask = torch.zeros(len(order), dtype=torch.bool)
     for label in range(poisoned.visible.num_classes):
@@ -422,12 +426,12 @@ def _isolation(isolated: Tensor | None, role: Tensor) -> dict[str, Any]:
     if isolated is None:
         return {}
     poisoned = role == Role.POISON
-    hits, taken, there = int((isolated & poisoned).sum()), int(isolated.sum()), int(poisoned.sum())
-    return {"isolated": taken, "precision": hits / taken if taken else math.nan, "recall": hits / there if there else math.nan}
+    hits, size, there = int((isolated & poisoned).sum()), int(isolated.sum()), int(poisoned.sum())
+    return {"isolated": size, "precision": hits / size if size else math.nan, "recall": hits / there if there else math.nan}
 
 
 def _metered_candidates(candidates: Iterator[Candidate]) -> Iterator[tuple[Candidate, Cost, float]]:
-    """Each candidate with the samples and seconds spent since the one before it; the benchmark's own scoring is not charged."""
+    """Every candidate with the cost and seconds since the one before it; scoring by the benchmark is not included."""
     while True:
         start = time.perf_counter()
         with metered() as cost:

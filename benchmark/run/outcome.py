@@ -1,4 +1,4 @@
-"""What a stage records of itself, and the rows of a cell, which are made from stored outcomes alone."""
+"""The rows of a cell, from stored outcomes alone, and the peak memory of a stage."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def _notes(cell: Cell, vic: dict[str, Any]) -> list[str]:
 
 
 def _given(cell: Cell, out: dict[str, Any], vic: dict[str, Any]) -> dict[str, Any]:
-    """What the defender was given and took, for its rows; nothing for a cell that did not finish."""
+    """Columns about what the defense used; empty for a cell that did not finish."""
     if out["status"] != "ok":
         return {}
     used = out["used"].split(" + ")
@@ -195,7 +195,7 @@ def _mark(one: CandidateScore, cell: Cell, base_rate: float) -> str:
 
 
 def reset_peak() -> None:
-    """Starts a new high-water mark of this process's memory, where the system can (Linux), and of its GPU memory."""
+    """Resets the peak memory of this process, where the system can (Linux), and of its GPU memory."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     marker = Path("/proc/self/clear_refs")
@@ -207,12 +207,12 @@ def reset_peak() -> None:
 
 
 def gpu_mib() -> float | None:
-    """The high-water mark of GPU memory allocated since :func:`reset_peak`, in MiB; None without a GPU."""
+    """Peak GPU memory allocated since :func:`reset_peak`, in MiB; None without a GPU."""
     return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
 
 
 def peak_mib() -> float:
-    """The high-water mark of resident memory in MiB, since :func:`reset_peak` where the system can tell."""
+    """Peak resident memory in MiB; since :func:`reset_peak` on Linux."""
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():
