@@ -162,3 +162,16 @@ def test_paired_loss_of_the_same_answers_is_zero_and_of_none_unknown() -> None:
     right = torch.tensor([True, False, True])
     assert paired_loss(right, right) == (0.0, 0.0)
     assert all(math.isnan(value) for value in paired_loss(right[:0], right[:0]))
+
+
+def test_a_score_reads_what_it_stores() -> None:
+    plain = candidate(0.9, math.nan, math.nan, 0.1, 2)
+    measured = replace(plain, isolated=0, precision=math.nan, recall=0.0, canary_asr=(0.5, 0.25), canary_loss=(0.0, 0.125))
+    stored = measured.stored()
+    assert stored["asr"] is stored["precision"] is stored["knob"] is None  # no value
+    assert stored["canary_asr"] == [0.5, 0.25]
+    assert "asr_recraft" not in stored  # not measured
+    assert not {"isolated", "precision", "recall", "canary_asr", "canary_loss"} & set(plain.stored())
+    for one in (plain, measured):
+        again = CandidateScore.read(one.stored() | {"unknown": 1})
+        assert repr(again) == repr(one)  # NaN differs from itself
