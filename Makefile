@@ -71,7 +71,7 @@ torture: $(STAMP) ## kill, starve and damage a small run, over and over; counts 
 
 SECONDS ?= 0
 hostile: $(STAMP) ## what strangers' files may try, as a table; SECONDS=900 feeds each reader nonsense for so long
-	@LEVELFIELD_HOSTILE=results LEVELFIELD_FUZZ=$(SECONDS) $(RUN) -m pytest -q tests/test_hostile.py tests/test_fuzz.py $(ARGS)
+	@LEVELFIELD_HOSTILE=results/proof LEVELFIELD_FUZZ=$(SECONDS) $(RUN) -m pytest -q tests/test_hostile.py tests/test_fuzz.py $(ARGS)
 
 check: lint test ## lint, types, import contracts, then the tests
 

@@ -214,10 +214,10 @@ def verify(
     cache: CacheOption = CACHE,
 ) -> None:
     """Compute randomly drawn rows again from the settings beside them, and compare; exit status 1 if they differ."""
-    from benchmark.proof.verify import stands, verify
+    from benchmark.proof.verify import confirmed, verify
 
     checked = verify(folder, sample=sample, draw=draw, cache=cache, console=console, processes=processes or None)
-    raise typer.Exit(0 if stands(checked) else 1)
+    raise typer.Exit(0 if confirmed(checked) else 1)
 
 
 @app.command("list")

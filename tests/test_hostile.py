@@ -469,7 +469,7 @@ def test_attempts(attempt: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_every_attempt_stands_in_the_committed_table() -> None:
-    page = (Path(__file__).resolve().parents[1] / "results" / "HOSTILE.md").read_text()
+    page = (Path(__file__).resolve().parents[1] / "results" / "proof" / "HOSTILE.md").read_text()
     missing = [a.what for a in ATTEMPTS if f"| {a.whom} | {texts.markdown(a.what)} | " not in page]
     assert not missing, "make hostile"
     assert f"{len(ATTEMPTS)} attempts" in page

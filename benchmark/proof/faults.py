@@ -1,4 +1,4 @@
-"""What faults cost: run-throughs of :mod:`benchmark.proof.torture` as lines of a file, and the page that is drawn from them."""
+"""Run-throughs of :mod:`benchmark.proof.torture` as lines of a file, and the page drawn from them."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "scenarios.csv": ("scenario",), "cells.csv": ("cell",), "rows.csv": ("cell", "selection"), "curves.csv": ("cell",),
     "timings.csv": ("cell",),
 }  # fmt: skip
-"""What a line of each file is about. Seconds differ between any two runs, so of timings.csv the keys alone are compared."""
+"""The key columns of each file. Seconds differ between any two runs, so of timings.csv only the keys are compared."""
 REPEATED = FILES[:-1]
-"""The files whose every byte has to repeat."""
+"""The files that must be identical byte by byte."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Lines of the three files against the reference's."""
+    """Lines of the three files, compared with the reference."""
 
     lost: int = 0
     doubled: int = 0
-    """Lines that the reference has not, or has less often."""
+    """Lines that the reference lacks, or has fewer times."""
     changed: int = 0
 
     def __add__(self, other: Difference) -> Difference:
@@ -41,7 +41,7 @@ class Difference:
 
 
 def lines_of(path: Path, key: tuple[str, ...]) -> dict[tuple[Any, ...], tuple[str, ...]]:
-    """Every line by what it is about and, where several are about the same, its number among them."""
+    """Every line by its key and, where several lines have the same key, its number among them."""
     if not path.is_file():
         return {}
     found: dict[tuple[Any, ...], tuple[str, ...]] = {}
@@ -74,26 +74,26 @@ def compare(reference: Path, found: Path, *, part: bool = False) -> Difference:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run-through: how often it was disturbed, how its files differ in the end, and what the command said meanwhile."""
+    """One run-through: number of disturbances, differences of its files at the end, messages of the command."""
 
     executor: str
     fault: str
     round: int
     kills: int
-    """How often it was disturbed; for damage, how many files were."""
+    """Number of disturbances; for damage, of damaged files."""
     lost: int
     doubled: int
     changed: int
     note: str
     command: str
-    """The command line of the harness, less what names places."""
+    """The command line of the harness, without folders."""
 
 
 def read_outcomes(path: Path) -> list[Outcome]:
-    """What earlier invocations wrote; nothing where there is no such file.
+    """The outcomes of earlier invocations; none where the file is missing.
 
     Raises:
-        BadInput: it is not theirs (names the line).
+        BadInput: a line is not an outcome.
     """
     if not path.is_file():
         return []
@@ -110,7 +110,7 @@ def read_outcomes(path: Path) -> list[Outcome]:
 
 
 def merged(old: Iterable[Outcome], new: Iterable[Outcome], faults: Sequence[str]) -> list[Outcome]:
-    """Outcomes of several invocations in the order of ``faults``; one that was repeated replaces what it gave before."""
+    """Outcomes of several invocations in the order of ``faults``; a repeated run-through replaces the earlier one."""
     by_place = {(one.command, one.executor, one.fault, one.round): one for one in (*old, *new)}
     order = {name: place for place, name in enumerate(faults)}
 
@@ -128,33 +128,34 @@ def csv_text(outcomes: Iterable[Outcome]) -> str:
     return out.getvalue()
 
 
-HEADER = ("fault", "executor", "run-throughs", "times", "lost", "doubled", "changed", "what the command said")
+HEADER = ("fault", "executor", "run-throughs", "times", "lost", "doubled", "changed", "messages of the command")
 
 
 def table(outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
-    """One line per fault and executor; of what was said, the three most frequent."""
+    """One line per fault and executor, with the three most frequent messages."""
     groups: dict[tuple[str, str], list[Outcome]] = {}
     for one in outcomes:
         groups.setdefault((one.fault, one.executor), []).append(one)
     lines = []
     for (fault, executor), group in groups.items():
-        said = Counter(note for one in group for note in one.note.split("; ") if note)
+        messages = Counter(note for one in group for note in one.note.split("; ") if note)
         sums = (sum(getattr(one, name) for one in group) for name in ("kills", "lost", "doubled", "changed"))
-        words = "; ".join(note for note, _ in sorted(said.items(), key=lambda item: (-item[1], item[0]))[:3])
+        words = "; ".join(note for note, _ in sorted(messages.items(), key=lambda item: (-item[1], item[0]))[:3])
         lines.append((fault, executor, str(len(group)), *(str(number) for number in sums), words))
     return lines
 
 
 def draw(outcomes: Sequence[Outcome]) -> str:
-    """The page, from outcomes alone."""
+    """The page FAULTS.md."""
     total = sum((Difference(one.lost, one.doubled, one.changed) for one in outcomes), Difference())
     times = sum(one.kills for one in outcomes)
     kills = sum(one.kills for one in outcomes if one.fault.startswith("kill"))
     found = f"{total.lost} rows lost, {total.doubled} doubled, {total.changed} changed"
     lines = [
         "# Faults\n\n",
-        "A small run of every kind of stage (`benchmark/settings/matrices/torture.toml`), disturbed and issued again until it finishes;\n",
-        "its `rows.csv` and `curves.csv` are then compared with those of an undisturbed run, line by line and byte by byte.\n\n",
+        "A small run with every kind of stage (`benchmark/settings/matrices/torture.toml`) is disturbed and issued again until\n",
+        "it finishes. Its `rows.csv` and `curves.csv` are then compared with those of an undisturbed run, line by line and byte\n",
+        "by byte.\n\n",
         f"**In {len(outcomes)} run-throughs, disturbed {times} times ({kills} of them by kill -9): {found}.**\n\n",
     ]
     right = (":--", ":--", "--:", "--:", "--:", "--:", "--:", ":--")

@@ -1,9 +1,9 @@
-"""What a second worker gives, and what a stage costs beside its work: ``python -m benchmark.proof.scaling``.
+"""Speed-up by more workers, and the overhead of a stage: ``python -m benchmark.proof.scaling``.
 
-The same part of a matrix is run from an empty store, by local processes and on a Ray that is started for it, with one worker and
-with two; every run has an interpreter of its own. The efficiency of n workers is the time of one over n times theirs. What starting
-takes and what a stage costs is measured apart, on stages that stand already: a line through two runs of different length. For an
-idle machine: whatever runs beside it counts as a loss.
+The same part of a matrix is run from an empty store, by local processes and on a new Ray, with one worker and with several; every
+run has its own interpreter. The efficiency of n workers is the time of one worker over n times their time. Start-up time and
+overhead per stage are measured on cached stages, as the line through two runs of different length. Needs an idle machine: all other
+load counts as a loss.
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ __all__ = ["Measured", "draw", "main"]
 
 EXECUTORS = "local", "ray"
 COUNTS = 20, 1020
-"""Lengths of the two runs of stages that stand."""
+"""Numbers of cached stages in the two runs."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One way of running it."""
+    """One executor with one number of workers."""
 
     executor: str
     workers: int
     seconds: float
-    """Of the whole run from an empty store, starting included."""
+    """Of the whole run from an empty store, start-up included."""
     stages: int
     start: float
     """Seconds until the first stage can begin."""
     per_stage: float
-    """Seconds that a stage costs which stands already."""
+    """Overhead in seconds: the time of a cached stage."""
     same: bool
-    """Whether rows.csv and curves.csv are, byte for byte, those of the first way."""
+    """Whether rows.csv and curves.csv are identical to those of the first run."""
 
 
-class _Deaf:
-    """Hears nothing: what a progress display takes is no executor's."""
+class _Quiet:
+    """No progress display: its time does not belong to the executor."""
 
     def started(self, worker: int, label: str, kind: str) -> None: ...
     def epoch(self, worker: int, done: int, total: int) -> None: ...
@@ -67,7 +67,7 @@ class _Deaf:
 
 
 def _whole(matrix: str, only: str | None, executor: Any, workers: int, folder: Path) -> dict[str, float]:
-    """In an interpreter of its own: one run; the seconds and the stages."""
+    """Seconds and stages of one run; called in a new interpreter."""
     loaded = load_matrix(find_matrix(matrix))
     with (folder / "log.txt").open("w") as log:
         begun = time.perf_counter()
@@ -82,8 +82,8 @@ def _whole(matrix: str, only: str | None, executor: Any, workers: int, folder: P
     return {"seconds": seconds, "stages": len(list((folder / "cache" / "store").glob("*/??/*/entry.json")))}
 
 
-def _standing(matrix: str, executor: str, workers: int, folder: Path) -> dict[str, float]:
-    """In an interpreter of its own: a victim that stands, asked for again and again; the line through both lengths."""
+def _cached(matrix: str, executor: str, workers: int, folder: Path) -> dict[str, float]:
+    """Start-up time and overhead per stage, from a cached victim; called in a new interpreter."""
     loaded, store, cache = load_matrix(find_matrix(matrix)), folder / "store", folder / "cache"
     plan = Plan(loaded, {canonical(spec): load(spec, cache).fingerprint for spec in {one.dataset for one in loaded.scenarios}})
     cached = next(stage for stage in plan.stages.values() if stage.kind == "victim" and not stage.after)
@@ -100,14 +100,14 @@ def _standing(matrix: str, executor: str, workers: int, folder: Path) -> dict[st
         begun = time.perf_counter()
         with connected(workers, 0.0) as cluster:
             start = time.perf_counter() - begun
-            # Its workers stay, and have entered once they have had a stage each.
+            # Workers persist. Each has started once it has run a stage.
             first, few, many = (
-                timed(lambda stages: cluster.run(stages, plan, store, cache, _Deaf(), {}), count) for count in (workers, *COUNTS)
+                timed(lambda stages: cluster.run(stages, plan, store, cache, _Quiet(), {}), count) for count in (workers, *COUNTS)
             )
     else:
         start = 0.0
         first, few, many = (
-            timed(lambda stages: run_stages(stages, plan, store, cache, _Deaf(), workers), count)
+            timed(lambda stages: run_stages(stages, plan, store, cache, _Quiet(), workers), count)
             for count in (workers, *COUNTS)
         )
     per_stage = (many - few) / (COUNTS[1] - COUNTS[0])
@@ -115,27 +115,27 @@ def _standing(matrix: str, executor: str, workers: int, folder: Path) -> dict[st
 
 
 def _apart(function: str, arguments: Sequence[Any]) -> dict[str, float]:
-    """What a function of this module says in a fresh interpreter, its last argument being a folder.
+    """Calls a function of this module in a new interpreter; its last argument is a folder.
 
     Raises:
-        BadInput: it failed; with its last line.
+        BadInput: it failed; the message is the last line of its output.
     """
     program = (
         "import json, sys; from pathlib import Path; from benchmark.proof import scaling\n"
         "function, (*given, folder) = sys.argv[1], json.loads(sys.argv[2])\n"
         "print(json.dumps(getattr(scaling, function)(*given, Path(folder))))"
     )
-    told = [*arguments[:-1], str(arguments[-1])]
-    done = subprocess.run([sys.executable, "-c", program, function, json.dumps(told)], capture_output=True, text=True, check=False)
+    given = [*arguments[:-1], str(arguments[-1])]
+    done = subprocess.run([sys.executable, "-c", program, function, json.dumps(given)], capture_output=True, text=True, check=False)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise BadInput(f"{' '.join(map(str, arguments[:-1]))}: {last}")
     answer: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return answer
 
 
 def measure(matrix: str, only: str | None, ways: Sequence[tuple[str, int]], work: Path, console: Console) -> Iterator[Measured]:
-    """Every way in turn.
+    """Every executor and number of workers in turn.
 
     Raises:
         BadInput: a run failed, or a cell of one.
@@ -146,22 +146,22 @@ def measure(matrix: str, only: str | None, ways: Sequence[tuple[str, int]], work
         folder.mkdir()
         with console.status(f"{executor}, {workers} worker{'s' * (workers > 1)}: {len(ways) - number} of {len(ways)} ways left"):
             whole = _apart("_whole", (matrix, only, executor, workers, folder))
-            standing = _apart("_standing", (matrix, executor, workers, folder / "standing"))
+            cached = _apart("_cached", (matrix, executor, workers, folder / "cached"))
         found = [path.read_bytes() for path in sorted(folder.glob("results/*/*.csv")) if path.name in ("rows.csv", "curves.csv")]
         reference = reference or found
         yield Measured(
-            executor, workers, whole["seconds"], int(whole["stages"]), standing["start"], standing["per_stage"], found == reference
+            executor, workers, whole["seconds"], int(whole["stages"]), cached["start"], cached["per_stage"], found == reference
         )
 
 
 def draw(measured: Sequence[Measured], command: str) -> str:
-    """The page, from what was measured: efficiency is against the same executor's single worker."""
+    """The page WORKERS.md; efficiency is relative to one worker of the same executor."""
     single = {one.executor: one for one in measured if one.workers == 1}
     lines = [
         "# Workers\n\n",
         "The same part of a matrix from an empty store, by local processes and on Ray. Efficiency: the time of one worker of the\n",
-        "same kind over the number of workers times their time; 1 is ideal. What a stage costs is measured where it stands.\n\n",
-        "| executor | workers | stages | seconds | efficiency | without starting | seconds to start | ms per stage | same rows |\n",
+        "same executor over the number of workers times their time; 1 is ideal. ms per stage: the overhead, on cached stages.\n\n",
+        "| executor | workers | stages | seconds | efficiency | without start-up | start-up seconds | ms per stage | same rows |\n",
         "| :-- | --: | --: | --: | --: | --: | --: | --: | :-- |\n",
     ]
     for one in measured:
@@ -177,11 +177,11 @@ def draw(measured: Sequence[Measured], command: str) -> str:
 
 def main(
     matrix: Annotated[str, typer.Option("--matrix", "-m", help="What is run.")] = "quick",
-    only: Annotated[str, typer.Option(help="Which part of it, as for run.")] = "seed=0",
-    workers: Annotated[int, typer.Option(min=2, help="Workers beside the single one.")] = 2,
-    executor: Annotated[list[str] | None, typer.Option(help="local or ray; both unless named.")] = None,
-    work: Annotated[Path | None, typer.Option(help="Where stores are made; a temporary folder unless named.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of WORKERS.md.")] = Path("results"),
+    only: Annotated[str, typer.Option(help="The part of it, as for run.")] = "seed=0",
+    workers: Annotated[int, typer.Option(min=2, help="Number of workers compared with a single one.")] = 2,
+    executor: Annotated[list[str] | None, typer.Option(help="local or ray; both by default.")] = None,
+    work: Annotated[Path | None, typer.Option(help="Folder of the stores; a temporary one by default.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of WORKERS.md.")] = Path("results/proof"),
 ) -> None:
     """Times a part of a matrix with one worker and with several, locally and on Ray."""
     console = Console(soft_wrap=True)
@@ -201,7 +201,7 @@ def main(
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
         raise typer.Exit(2) from error
     if not all(one.same for one in measured):
-        notes(console)("the ways do not give the same rows")
+        notes(console)("the runs do not give the same rows")
         raise typer.Exit(1)
 
 

@@ -1,12 +1,12 @@
-"""How fast training is here: ``python -m benchmark.proof.throughput``.
+"""Training speed of this machine: ``python -m benchmark.proof.throughput``.
 
-Three figures per backbone on random 32x32 images, one thread, in images per CPU-second: ``fit()``; a bare PyTorch loop that does
-the same work (same batches, optimiser, schedule, and in the end the same weights, which is checked); and the augmentation alone.
-Fit and bare loop take turns inside every round, so that a noisy neighbour meets both, and each figure is the median over rounds.
-The machine's speed at float32 matrix products stands beside them, so that figures from two machines can be compared.
+On a CPU: images per CPU-second of one thread on random 32x32 images, for every backbone with ``fit()`` and with a plain PyTorch
+loop that does the same work (same batches, optimiser, schedule; the final weights are compared), and for the augmentation alone.
+Both loops alternate within every round, so that other load affects both; each figure is the median over rounds. The speed of
+float32 matrix products is printed as well, to compare machines.
 
-On a machine with a GPU the table is another one, in seconds of the clock: training and evaluation of full-size networks by recipe
-and precision, the share of the GPU's peak that training reaches, what one model takes, and what several processes reach together.
+On a GPU: images per second of wall-clock time in training and evaluation of full-size networks by recipe and precision, the share
+of the GPU's peak, the time of one model, and the speed of several processes that share the GPU.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ CLASSES = 10
 RECIPE = Recipe(epochs=1)
 
 FULL = ("preact-resnet18", "vgg19-bn")
-"""What is measured on a GPU, at its full width."""
+"""Backbones measured on a GPU, at full width."""
 FULL_WIDTH = 64
 TRAIN_SIZE = 47_500
-"""Images of a CIFAR training set less a clean budget of 5 %: what one model is trained on in the real-size matrices."""
+"""Training images of one model in the real-size matrices: a CIFAR training set without a clean budget of 5 %."""
 _HOPPER: Mapping[Precision, float] = {"reference": 66.9e12, "tf32": 494.7e12, "bf16": 989.4e12}
 _AMPERE: Mapping[Precision, float] = {"reference": 19.5e12, "tf32": 156e12, "bf16": 312e12}
 PEAKS: Mapping[str, Mapping[Precision, float]] = {
@@ -82,7 +82,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Report:
-    """A whole measurement. ``gflops``: float32 matrix products, GFLOP/s; ``augmented``: crop + flip, images per CPU-second."""
+    """All figures of a CPU. ``gflops``: float32 matrix products, GFLOP/s; ``augmented``: crop + flip, images per CPU-second."""
 
     speeds: tuple[Speed, ...]
     gflops: float
@@ -108,7 +108,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def random_images(count: int) -> ImageSet:
-    """``count`` images of noise with random labels: speed does not depend on what is in the picture."""
+    """``count`` images of noise with random labels."""
     draw = generator("throughput", count)
     images = torch.randint(0, 256, (count, *SHAPE), dtype=torch.uint8, generator=draw)
     return ImageSet(images, torch.randint(0, CLASSES, (count,), generator=draw), CLASSES)
@@ -127,7 +127,7 @@ def augmentation(data: ImageSet) -> float:
 
 
 def bare_loop(net: Network, data: ImageSet, recipe: Recipe, seed: int) -> Network:
-    """What ``fit`` does, written as the plain PyTorch loop it is measured against. CPU only."""
+    """The plain PyTorch loop that ``fit`` is compared with. CPU only."""
     module = Classifier(net, recipe)
     batches = Batches(data, recipe.batch, seed, crop=recipe.crop, flip=recipe.flip)
     module.total_steps = len(batches) * recipe.epochs
@@ -157,7 +157,7 @@ def _speed(backbone: Backbone, data: ImageSet, rounds: int) -> Speed:
     ways = (ours, bare)
     few = data.subset(torch.arange(min(len(data), 2 * RECIPE.batch)))
     for way in ways:
-        way(_build(backbone), few)  # the first steps pay for set-up
+        way(_build(backbone), few)  # the first steps include set-up
     rates: tuple[list[float], list[float]] = ([], [])
     for number in range(rounds):
         nets = (_build(backbone), _build(backbone))
@@ -170,13 +170,13 @@ def _speed(backbone: Backbone, data: ImageSet, rounds: int) -> Speed:
 
 
 def measure(backbones: Sequence[Backbone], rounds: int, images: int) -> Report:
-    """Everything, on one thread of the CPU.
+    """All figures, on one thread of the CPU.
 
     Raises:
         BadInput: there is a GPU, which ``fit`` would use.
     """
     if default_device().type != "cpu":
-        raise BadInput("CPU-seconds say nothing about a GPU; CUDA_VISIBLE_DEVICES= in front of the command hides it")
+        raise BadInput("CPU-seconds do not measure a GPU; CUDA_VISIBLE_DEVICES= in front of the command hides it")
     data = random_images(images)
     with _one_thread():
         augmentation(data)
@@ -211,7 +211,7 @@ class Pace:
 
 
 def named_recipes() -> dict[str, Recipe]:
-    """What is measured on a GPU: the literature's recipe at every precision, and the recipes that have a name."""
+    """The recipes measured on a GPU: the literature's at every precision, and the named ones."""
     precisions: tuple[Precision, ...] = ("reference", "tf32", "bf16")
     literature = {f"literature, {precision}": dataclasses.replace(Recipe(), precision=precision) for precision in precisions}
     return literature | {name: Recipe(**settings) for name, settings in recipes().items()}
@@ -227,7 +227,7 @@ def flops(net: Network, shape: tuple[int, int, int] = SHAPE) -> float:
 
 
 def utilisation(rate: float, per_image: float, device: str, precision: Precision) -> float:
-    """Model-FLOP utilisation: what the images of a second cost over the device's peak, in [0, 1]; NaN for a device not listed."""
+    """Model-FLOP utilisation: operations per second over the device's peak, in [0, 1]; NaN for an unknown device."""
     peak = PEAKS.get(device, {}).get(precision, math.nan)
     return rate * per_image / peak
 
@@ -262,7 +262,7 @@ def pace(backbone: Backbone, name: str, recipe: Recipe, data: ImageSet, rounds: 
 
 
 def _beside(backbone: Backbone, recipe: Recipe, images: int, rounds: int, ready: Any) -> tuple[float, float]:
-    """In a process of its own: (start, end) of ``rounds`` trainings, begun once all others are warm too."""
+    """(start, end) of ``rounds`` trainings in a separate process, started once all processes are warm."""
     single_thread()
     data, recipe = random_images(images), dataclasses.replace(recipe, epochs=1)
     _trained(backbone, recipe, data.subset(torch.arange(min(images, 8 * recipe.batch))), 1)

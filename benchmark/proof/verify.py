@@ -1,10 +1,10 @@
-"""Proof for readers: rows drawn at random are computed again from the committed settings and compared.
+"""Proof for readers: random rows are computed again from the committed settings and compared.
 
-Nothing of an earlier run is used but the decoded images, which are checked by their content: models are trained anew in a store
-that is thrown away. On the machine type that made the rows (same versions, processor, instructions, device) every figure must be
-the same to its last digit. Elsewhere other instructions round differently, and training makes of that what another seed would: a
-figure is held to what the seeds of its entry span, widened by a tolerance, and all of them together to a share that may lie beyond.
-What follows from a choice (a dial, a count of pruned units) is not judged there.
+Of earlier runs only the decoded images are used, and their content is checked. All models are trained anew in a temporary store. On
+the machine type that made the rows (same versions, processor, instructions, device) every figure must be identical to the last
+digit. Other machine types round differently, and training amplifies that as if the seed were another. There a share must lie within
+the range of the committed seeds, widened by a tolerance; a limited share of the cells may lie beyond. Values that follow from a
+choice (a dial, a number of pruned units) are not judged there.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ from benchmark.storage import rows as files
 from benchmark.storage.rows import Row, Timing, text_of
 from models.spec import BadInput, generator
 
-__all__ = ["SHARES", "TOLERANCE", "Checked", "Verdict", "compare", "stands", "verify"]
+__all__ = ["SHARES", "TOLERANCE", "Checked", "Verdict", "compare", "confirmed", "verify"]
 
 TOLERANCE = 0.1
-"""On another machine type: how far a share (0.1 = 10 points) may lie outside of what the committed seeds span."""
+"""On another machine type: how far a share (0.1 = 10 points) may lie outside the range of the committed seeds."""
 BEYOND = 0.25
-"""On another machine type: the share of cells that may lie beyond that. Measured: 5 of 29 with other instructions of one processor,
+"""On another machine type: the share of cells that may lie beyond it. Measured: 5 of 29 with other instructions of one processor,
 115 of 546 on another processor (results/README.md, "Proof")."""
 LEVEL = 0.05
-"""More are only called too many where a binomial test at this level says so: of a few cells one or two are none."""
+"""Level of the binomial test that decides whether more cells lie beyond; one or two of a few cells are not significant."""
 SHARES = ("acc", "asr", "ra", "der", "asr_recraft", "ra_recraft", "acc_undefended", "asr_undefended", "ra_undefended", "acc_benign",
           "asr_benign", "effect")  # fmt: skip
-"""Columns that are judged between machine types."""
+"""Columns that are compared between machine types."""
 NAMED = ("matrix", "dataset", "backbone", "attack", "rate", "seed", "track", "scope", "defense", "cell", "selection", "target",
          "label_mode", "control", "used", "preset", "extractor", "features")  # fmt: skip
-"""Columns that no rounding can change."""
+"""Columns that must be identical on every machine type."""
 ABOUT = (*SCENARIO, *ENTRY, "track", "selection")
-"""What the rows of one entry's seeds agree in."""
+"""Columns that the rows of one entry share over its seeds."""
 Verdict = Literal["identical", "within", "beyond", "differs"]
 
 
@@ -62,8 +62,11 @@ class Checked:
     """One row, committed and computed again.
 
     Attributes:
+        committed: the committed row.
+        again: the same row, computed again.
         verdict: ``identical``; ``differs`` where it must not; ``within`` or ``beyond`` the tolerance of another machine type.
-        differs: the columns that are not the same. distance: how far a share lies outside of the span, at most; in [0, 1].
+        differs: the columns that are not identical.
+        distance: the largest distance of a share from the range of the seeds, in [0, 1]; infinite where one row lacks the share.
     """
 
     committed: Mapping[str, Any]
@@ -84,9 +87,11 @@ def compare(
     """Compares two rows, given as mappings from the columns of :class:`Row` to values.
 
     Args:
-        exact: whether both come from one machine type, so that the written text of every column must agree.
-        seeds: else, the committed rows of the same entry with other seeds: with ``committed`` they span what a figure may be.
-        tolerance: by how much a share may lie outside of that, in [0, 1]. One that only one of the two rows has lies beyond.
+        committed: the committed row.
+        again: the row computed again.
+        exact: whether both come from one machine type, so that the text of every column must be identical.
+        seeds: otherwise, the committed rows of the same entry with other seeds; with ``committed`` they give the range.
+        tolerance: how far a share may lie outside the range, in [0, 1]. A share that only one row has lies beyond.
     """
     differs = tuple(f.name for f in fields(Row) if text_of(committed[f.name]) != text_of(again[f.name]))
     distance = max(_outside(float(again[name]), float(committed[name]), [float(row[name]) for row in seeds]) for name in SHARES)
@@ -100,15 +105,15 @@ def compare(
 
 
 def _outside(value: float, own: float, others: Sequence[float]) -> float:
-    """How far ``value`` lies outside of what ``own`` and the others span; 0 inside, infinite where one of the two is missing."""
+    """Distance of ``value`` from the range of ``own`` and ``others``; 0 inside, infinite where only one of value and own is NaN."""
     if math.isnan(value) or math.isnan(own):
         return 0.0 if math.isnan(value) and math.isnan(own) else math.inf
     known = [own, *(other for other in others if not math.isnan(other))]
     return max(min(known) - value, value - max(known), 0.0)
 
 
-def stands(checked: Sequence[Checked]) -> bool:
-    """Whether what was computed again bears the rows out: nothing differs that must not, and not too many cells lie beyond."""
+def confirmed(checked: Sequence[Checked]) -> bool:
+    """Whether the computed rows confirm the committed ones: none differs, and not too many cells lie beyond."""
     beyond = {one.committed["cell"] for one in checked if one.verdict == "beyond"}
     cells = {one.committed["cell"] for one in checked}
     if any(one.verdict == "differs" for one in checked):
@@ -126,20 +131,19 @@ def verify(
     processes: int | None = None,
     tolerance: float = TOLERANCE,
 ) -> list[Checked]:
-    """Checks the files of ``folder`` against each other, computes the cells of ``sample`` random rows again and compares all
-    rows of these cells.
+    """Checks that the files of ``folder`` agree, then computes the cells of random rows again and compares all their rows.
 
     Args:
         folder: ``results/<matrix>``: rows.csv, timings.csv, manifest.json, matrix.toml, and the plug-ins that it names.
-        sample: how many rows are drawn; 0 checks the files alone, which needs no data.
-        draw: which draw: the same number draws the same rows.
-        cache: where decoded images are kept. What is trained is not kept.
-        processes: how many stages run at once.
+        sample: number of rows drawn; 0 checks the files only, which needs no data.
+        draw: seed of the draw.
+        cache: folder of decoded images. Trained models are not kept.
+        console: where the outcome is printed.
+        processes: stages at once.
         tolerance: see :func:`compare`.
 
     Raises:
-        BadInput: a file is missing or damaged; settings, plug-ins, data or keys are not those the manifest and the rows were made
-            with; the message says which.
+        BadInput: a file is missing or damaged; or settings, plug-ins, data or keys differ from those of the manifest and the rows.
     """
     made = _manifest(folder / "manifest.json")
     table = files.read(folder / "rows.csv", Row)
@@ -155,7 +159,7 @@ def verify(
         cells = list(dict.fromkeys(str(table["cell"].iloc[i]) for i in picked))
         exact = _same_machine(matrix, made, console)
         console.print(
-            f"{len(picked)} rows drawn (--draw {draw}) from {len(cells)} cells{_took(folder, cells)}", highlight=False
+            f"{len(picked)} rows drawn (--draw {draw}) from {len(cells)} cells{_cost(folder, cells)}", highlight=False
         )
         again = recompute(
             matrix, cells, store=Path(temporary) / "store", cache=cache, console=console,
@@ -189,7 +193,7 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 
 def _matrix(folder: Path, temporary: Path, made: Mapping[str, Any], console: Console) -> Matrix:
-    """The matrix as committed, under its own name (its file is called matrix.toml there), its plug-ins checked before they run."""
+    """The committed matrix under its own name (its file is matrix.toml there); plug-ins are checked before they run."""
     settings = folder / "matrix.toml"
     if not settings.is_file():
         raise BadInput(f"{settings}: no such file; a run writes it beside its rows")
@@ -216,10 +220,10 @@ def _matrix(folder: Path, temporary: Path, made: Mapping[str, Any], console: Con
 
 
 def _keys(matrix: Matrix, made: Mapping[str, Any], folder: Path, rows: set[str]) -> dict[str, Cell]:
-    """The matrix' cells by the name they have in rows.csv, by the fingerprints of the manifest.
+    """The cells of the matrix by their names in rows.csv, from the fingerprints of the manifest.
 
     Raises:
-        BadInput: rows.csv has a cell that the settings do not give.
+        BadInput: rows.csv has a cell that is not in the settings.
     """
     prints = [one["fingerprint"] for one in made["datasets"].values()]
     named = {cell_key(cell, fingerprint)[:12]: cell for fingerprint in prints for cell in matrix.cells}
@@ -232,7 +236,7 @@ def _keys(matrix: Matrix, made: Mapping[str, Any], folder: Path, rows: set[str])
 
 
 def _same_machine(matrix: Matrix, made: Mapping[str, Any], console: Console) -> bool:
-    """Whether this is the machine type that made the rows; says what differs."""
+    """Whether this is the machine type that made the rows; prints the differences."""
     here = manifest_of(matrix, {})
     differs = [
         f"{name} {made[part].get(name)!r} there, {here[part].get(name)!r} here"
@@ -245,8 +249,8 @@ def _same_machine(matrix: Matrix, made: Mapping[str, Any], console: Console) -> 
     return not differs
 
 
-def _took(folder: Path, cells: Sequence[str]) -> str:
-    """What computing them took where the rows were made, in words; nothing where no timings are kept."""
+def _cost(folder: Path, cells: Sequence[str]) -> str:
+    """The recorded computing time of cells, as a phrase; empty without timings."""
     try:
         timings = files.read(folder / "timings.csv", Timing)
     except BadInput:
@@ -261,10 +265,10 @@ def _show(checked: Sequence[Checked], exact: bool, tolerance: float, console: Co
     for one in checked:
         row = one.committed
         words = {"within": "within", "beyond": f"BEYOND by {100 * one.distance:.0f}", "identical": "identical"}
-        said = words.get(one.verdict, f"DIFFERS: {', '.join(one.differs[:4])}{' ...' if len(one.differs) > 4 else ''}")
+        verdict = words.get(one.verdict, f"DIFFERS: {', '.join(one.differs[:4])}{' ...' if len(one.differs) > 4 else ''}")
         table.add_row(
             escape(" / ".join(str(row[name]) for name in ("defense", "scope", "attack", "backbone", "seed", "selection"))),
-            *(_percent(float(source[name])) for name in ("acc", "asr") for source in (row, one.again)), said,
+            *(_percent(float(source[name])) for name in ("acc", "asr") for source in (row, one.again)), verdict,
         )  # fmt: skip
     console.print(table)
     count = {verdict: sum(one.verdict == verdict for one in checked) for verdict in ("identical", "within", "beyond", "differs")}
@@ -275,7 +279,7 @@ def _show(checked: Sequence[Checked], exact: bool, tolerance: float, console: Co
     beyond = len({one.committed["cell"] for one in checked if one.verdict == "beyond"})
     console.print(
         f"{len(checked)} rows, another machine type: {count['identical']} identical, {count['within']} within {100 * tolerance:g} "
-        f"points of what the committed seeds span, {count['beyond']} beyond, {count['differs']} differ where nothing may\n"
+        f"points of the committed seeds, {count['beyond']} beyond, {count['differs']} differ in columns that must be identical\n"
         f"{beyond} of {cells} cells beyond; {100 * BEYOND:g} % may be",
         highlight=False,
     )
@@ -283,7 +287,7 @@ def _show(checked: Sequence[Checked], exact: bool, tolerance: float, console: Co
 
 
 def _moved(checked: Sequence[Checked], console: Console) -> None:
-    """How far ACC and ASR of the drawn rows lie apart."""
+    """Prints the differences in ACC and ASR between both versions of the rows."""
     for name in ("acc", "asr"):
         pairs = [(float(one.committed[name]), float(one.again[name])) for one in checked]
         apart = [abs(there - here) for there, here in pairs if not math.isnan(there - here)]

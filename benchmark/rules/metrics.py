@@ -12,7 +12,9 @@ All are shares in [0, 1].
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ from models.training import embed, predict, predict_head
 
 __all__ = [
     "ADVERSARIAL_ASR", "COSTS_POINTS", "COSTS_SHARE", "IMPLANTED_ASR", "IMPLANTED_EFFECT", "Gate", "Score", "Scorer", "der", "gate",
-    "score", "val_accuracy",
+    "nan_of", "null_of", "score", "val_accuracy",
 ]  # fmt: skip
 
 IMPLANTED_ASR = 0.5
@@ -39,6 +41,18 @@ _EXACT = 1e-9
 """Tolerance of comparisons: far below one image, so that 50.0 does not count as 49.9999999."""
 
 
+def null_of(value: Any) -> Any:
+    """A value as JSON: null for NaN, a list for a tuple."""
+    if isinstance(value, tuple):
+        return [*value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def nan_of(value: float | None) -> float:
+    """A number from JSON: NaN for null."""
+    return math.nan if value is None else value
+
+
 @dataclass(frozen=True)
 class Score:
     """Scores of one network on the test sets, in [0, 1]; ASR and RA are NaN where there is no attack."""
@@ -46,6 +60,18 @@ class Score:
     acc: float
     asr: float = math.nan
     ra: float = math.nan
+
+    def stored(self) -> dict[str, Any]:
+        """The fields as JSON, by name: null for NaN. Fields that are None were not measured and are left out."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: null_of(value) for name, value in values.items() if value is not None}
+
+    @classmethod
+    def read(cls, entry: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`stored`; other keys of ``entry`` are ignored."""
+        known: dict[str, Any] = {field.name: entry[field.name] for field in fields(cls) if field.name in entry}
+        known |= {name: tuple(value) if isinstance(value, list) else nan_of(value) for name, value in known.items()}
+        return cls(**known)
 
 
 def _share(hits: Tensor) -> float:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from benchmark.rules.metrics import Score
 
-__all__ = ["HINDSIGHT", "LEAKY_TOLERANCE", "NOTHING_TO_VALIDATE_ON", "TAU", "Measured", "Selection", "choose", "paired_loss"]
+__all__ = ["HINDSIGHT", "LEAKY_TOLERANCE", "NOTHING_TO_VALIDATE_ON", "TAU", "CandidateScore", "Selection", "choose", "paired_loss"]
 
 TAU = 0.04
 """Tolerated loss of validation accuracy, in [0, 1] (ours; the same for every defense)."""
@@ -56,44 +56,61 @@ class Selection(enum.Enum):
 HINDSIGHT = (Selection.ORACLE, Selection.LEAKY)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A candidate after the benchmark has scored it.
+@dataclass(frozen=True, kw_only=True)
+class CandidateScore(Score):
+    """A candidate as the benchmark scored it.
+
+    A field is stored under its name and fills the column of that name in :mod:`benchmark.storage.rows`, where there is one.
+
+    To add a metric, add a field with the default None (not measured), set it in :mod:`benchmark.run.defend` and add its column.
 
     Attributes:
         knob: setting of the defense's second knob; candidates of one setting form one dial. NaN = no knob.
-        is_default: whether it is the candidate of the published default. starts: whether it is the default of its own dial.
-        strength: how hard the defense intervened, larger = harder.
-        score, val_acc, val_loss, val_loss_se: on the test sets; on the validation images, with the paired loss against the model as
-            it was. In [0, 1]; NaN where the track grants no clean images.
-        kept: the untouched model. changed: whether any weight differs from the attacked model's.
-        canary_asr, canary_loss: of every canary's copy after the same setting; empty where none was planted.
-        forward, backward: samples spent since the candidate before it.
+        dial: setting of the defense's first parameter. NaN = none.
+        is_default: whether the candidate is the method's published default.
+        starts: whether it is the default of its own dial.
+        changed: whether any weight differs from the attacked model's.
+        kept: whether it is the untouched model.
+        strength: how hard the defense intervened; larger = harder.
+        pruned: number of pruned units.
+        units: number of prunable units within the scope.
+        note: remark of the defense.
+        val_acc: accuracy on the validation images, in [0, 1]; NaN where the track grants no clean images.
+        val_loss: paired loss of validation accuracy against the attacked model, in [-1, 1]; NaN as above.
+        val_loss_se: its standard error.
+        forward: samples in forward passes since the candidate before it.
+        backward: samples in backward passes since the candidate before it.
+        isolated: number of training samples that the defense isolated; None for a method that isolates none.
+        precision: share of the isolated samples that are poisoned; NaN for an empty set.
+        recall: share of the poisoned samples that are isolated; NaN without poison.
+        asr_recraft: ASR with the trigger crafted again on this model; None where this was not measured.
+        ra_recraft: RA with that trigger.
+        canary_asr: ASR of every canary after the same setting was applied to its copy; None where no canary was planted.
+        canary_loss: paired loss of validation accuracy of every such copy.
     """
 
-    dial: float | None
+    knob: float = math.nan
+    dial: float
     is_default: bool
+    starts: bool = False
+    changed: bool = True
+    kept: bool = False
     strength: float
     pruned: int
+    units: int = 0
     note: str
-    score: Score
     val_acc: float
-    forward: int
-    backward: int
-    isolated: int = 0
-    precision: float = math.nan
-    recall: float = math.nan
-    asr_recraft: float = math.nan
-    ra_recraft: float = math.nan
     val_loss: float = math.nan
     val_loss_se: float = math.nan
-    knob: float = math.nan
-    starts: bool = False
-    kept: bool = False
-    changed: bool = True
-    units: int = 0
-    canary_asr: tuple[float, ...] = ()
-    canary_loss: tuple[float, ...] = ()
+    forward: int
+    backward: int
+    isolated: int | None = None
+    precision: float | None = None
+    recall: float | None = None
+    asr_recraft: float | None = None
+    ra_recraft: float | None = None
+    canary_asr: tuple[float, ...] | None = None
+    canary_loss: tuple[float, ...] | None = None
 
 
 def paired_loss(before: Tensor, after: Tensor) -> tuple[float, float]:
@@ -110,7 +127,7 @@ def paired_loss(before: Tensor, after: Tensor) -> tuple[float, float]:
     return mean, math.sqrt(max(0.0, square - mean * mean) / len(lost))
 
 
-def choose(how: Selection, measured: Sequence[Measured], before: Score, tau: float = TAU) -> int | None:
+def choose(how: Selection, measured: Sequence[CandidateScore], before: Score, tau: float = TAU) -> int | None:
     """Position of the selected candidate; None where there are no validation images, or no canaries, for a rule that needs them.
 
     A single candidate is always selected. Where no candidate is within the tolerance and none is the untouched model (defenses
@@ -126,14 +143,14 @@ def choose(how: Selection, measured: Sequence[Measured], before: Score, tau: flo
     if how is Selection.DEFAULT or len(measured) == 1:
         return next(i for i in everything if measured[i].is_default)
     if how is Selection.ORACLE:
-        if all(math.isnan(one.score.ra) for one in measured):
-            return max(everything, key=lambda i: (measured[i].score.acc, -i))
-        return max(everything, key=lambda i: (measured[i].score.ra, measured[i].score.acc, -i))
+        if all(math.isnan(one.ra) for one in measured):
+            return max(everything, key=lambda i: (measured[i].acc, -i))
+        return max(everything, key=lambda i: (measured[i].ra, measured[i].acc, -i))
     if how is Selection.LEAKY:
-        within = [i for i in everything if measured[i].score.acc >= (1 - LEAKY_TOLERANCE) * before.acc - _EXACT]
-        if not within or math.isnan(measured[0].score.asr):
-            return max(everything, key=lambda i: (measured[i].score.acc, -i))
-        return min(within, key=lambda i: (measured[i].score.asr, -measured[i].score.acc, i))
+        within = [i for i in everything if measured[i].acc >= (1 - LEAKY_TOLERANCE) * before.acc - _EXACT]
+        if not within or math.isnan(measured[0].asr):
+            return max(everything, key=lambda i: (measured[i].acc, -i))
+        return min(within, key=lambda i: (measured[i].asr, -measured[i].acc, i))
     if any(math.isnan(one.val_loss) for one in measured):
         return None
     fitting = [i for i in everything if measured[i].val_loss <= tau + _EXACT]
@@ -146,7 +163,7 @@ def choose(how: Selection, measured: Sequence[Measured], before: Score, tau: flo
     return _stepping_back(measured, set(fitting))
 
 
-def _stepping_back(measured: Sequence[Measured], fitting: set[int]) -> int:
+def _stepping_back(measured: Sequence[CandidateScore], fitting: set[int]) -> int:
     """From the published default back along its dial, then from the default of the next setting of the knob; the first within the
     tolerance that changes the model. The published default itself counts although it may change nothing."""
     own = [i for i, one in enumerate(measured) if not one.kept]
@@ -163,7 +180,7 @@ def _stepping_back(measured: Sequence[Measured], fitting: set[int]) -> int:
     return kept[0] if kept else max(fitting, key=lambda i: (measured[i].val_acc, -i))
 
 
-def _by_canary(measured: Sequence[Measured], fitting: Sequence[int], tau: float) -> int | None:
+def _by_canary(measured: Sequence[CandidateScore], fitting: Sequence[int], tau: float) -> int | None:
     """Of the settings within the tolerance on the model and on every canary's copy: the lowest mean rank of the canaries' ASR.
 
     Ranks are compared and not ASR, because a canary may be easier to remove than a backdoor from training. Ties go to the weaker
@@ -171,7 +188,7 @@ def _by_canary(measured: Sequence[Measured], fitting: Sequence[int], tau: float)
     """
     if not any(one.canary_asr for one in measured):
         return None
-    safe = [i for i in fitting if all(loss <= tau + _EXACT for loss in measured[i].canary_loss)]
+    safe = [i for i in fitting if all(loss <= tau + _EXACT for loss in measured[i].canary_loss or ())]
     if not safe:
         return next((i for i, one in enumerate(measured) if one.kept), None)
     ranks = rankdata([measured[i].canary_asr for i in safe], method="average", axis=0).mean(axis=1)

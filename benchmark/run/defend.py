@@ -1,4 +1,8 @@
-"""Two stored stages: a defense run and the canaries it is chosen by."""
+"""Two stored stages: defense runs and canaries.
+
+A defense run holds the scores of all candidates of a cell. A canary is a copy of a victim with a backdoor planted by the benchmark;
+all defenses share it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,11 +21,11 @@ from torch import Tensor
 
 from attacks.base import PoisonedSet, PoisonedTest, Role, poison_test
 from benchmark.rules.canary import Canary, Planted, Planting, plant
-from benchmark.rules.metrics import Scorer, score, val_accuracy
-from benchmark.rules.selection import Selection, choose, paired_loss
+from benchmark.rules.metrics import Score, Scorer, nan_of, null_of, score, val_accuracy
+from benchmark.rules.selection import CandidateScore, Selection, choose, paired_loss
 from benchmark.rules.tracks import view_for
 from benchmark.run.keys import canary_key, cell_key
-from benchmark.run.outcome import gpu_mib, measured_from, nan_of, none_of, numbers, peak_mib, reset_peak, score_of
+from benchmark.run.outcome import gpu_mib, peak_mib, reset_peak
 from benchmark.run.victim import Victim, read_extractor, read_victim, surrogate_of
 from benchmark.run.world import World, defender_seed, fresh, lesser, world
 from benchmark.settings.cells import Cell, Scenario
@@ -37,11 +42,11 @@ from models.units import Scope, unit_layers
 __all__ = ["clean_seeds", "defend", "read_canary", "run_cell"]
 
 SEEDS_PER_CLASS = 10
-"""How many training samples of every class are known to be clean where a track says so (ASD's protocol: Gao et al., CVPR 2023)."""
+"""Training samples of every class known to be clean, where a track grants them (protocol of ASD: Gao et al., CVPR 2023)."""
 
 
 def run_cell(cell: Cell, store: Store, cache: Path) -> None:
-    """Runs a defense on its view, scores every candidate it yields, and stores the scores; no-op when they stand."""
+    """Runs the defense of a cell and stores the scores of its candidates, unless they are cached."""
     w = world(cell.scenario, cache)
     key = cell_key(cell, w.data.fingerprint)
     store.once("defended", key, lambda: _make_cell(cell, w, key, store, cache))
@@ -58,13 +63,13 @@ def _make_cell(cell: Cell, w: World, key: str, store: Store, cache: Path) -> Non
 
         try:
             smaller = lesser(w, cell)
-            met = victim if cell.budget is None else _validated_on(smaller, victim)
+            given = victim if cell.budget is None else _validated_on(smaller, victim)
             outcome = defend(
-                cell, smaller, met, fetch=fetch, recraft=_recrafter(scenario, w, store, cache),
+                cell, smaller, given, fetch=fetch, recraft=_recrafter(scenario, w, store, cache),
                 planted=functools.partial(read_canary, cell, smaller, victim.net, store),
             )  # fmt: skip
         except Inapplicable as error:
-            outcome = _stopped("refused", f"does not apply: {error}")
+            outcome = _stopped_by(error)
     else:
         outcome = _stopped("failed", f"no victim: {victim.outcome['reason']}")
     outcome |= {"peak_mib": peak_mib(), "gpu_mib": gpu_mib(), "victim_seconds": victim.outcome["seconds"]}
@@ -72,14 +77,14 @@ def _make_cell(cell: Cell, w: World, key: str, store: Store, cache: Path) -> Non
 
 
 def _validated_on(w: World, victim: Victim) -> Victim:
-    """The victim, validated on ``w``'s images instead of those it was stored with."""
+    """The victim, validated on the images of ``w``."""
     scorer = Scorer(victim.net, w.data.test, victim.triggered, w.validation)
-    outcome = {**victim.outcome, "val_acc": none_of(val_accuracy(victim.net, w.validation))}
+    outcome = {**victim.outcome, "val_acc": null_of(val_accuracy(victim.net, w.validation))}
     return dataclasses.replace(victim, scorer=scorer, outcome=outcome)
 
 
 def _recrafter(scenario: Scenario, w: World, store: Store, cache: Path) -> Callable[[Network], PoisonedTest] | None:
-    """For attacks whose trigger needs the attacked model: the triggered test set against any network."""
+    """For attacks whose trigger needs the attacked model: gives the triggered test set against a network."""
     attack = scenario.attack
     if attack is None or not attack.needs_model_at_test:
         return None
@@ -96,6 +101,12 @@ def _stopped(status: str, reason: str) -> dict[str, Any]:
     return {"status": status, "reason": reason, "candidates": [], "units": 0, "seconds": 0.0}
 
 
+def _stopped_by(error: Withheld | Inapplicable | Diverged) -> dict[str, Any]:
+    if isinstance(error, Diverged):
+        return _stopped("failed", str(error))
+    return _stopped("refused", str(error) if isinstance(error, Withheld) else f"does not apply: {error}")
+
+
 def defend(
     cell: Cell,
     w: World,
@@ -105,139 +116,160 @@ def defend(
     recraft: Callable[[Network], PoisonedTest] | None = None,
     planted: Callable[[Canary], Planted] | None = None,
 ) -> dict[str, Any]:
-    """Builds the view, lets the defense yield, scores what it yields.
+    """Runs a defense on the view that the cell's track grants and scores every candidate.
 
-    The defense is tried at every setting of its knob, the published one first, as long as the cell's budget of candidates lasts
-    (the published setting's dial is always whole). To a defense that edits the model the benchmark adds the untouched model.
+    The defense runs at every setting of its knob, the published one first, within the cell's budget of candidates (the published
+    setting's dial is always complete). For a defense that edits the model, the untouched model is added as a candidate.
 
     Args:
+        cell: the cell.
+        w: its data.
+        victim: its attacked model.
         keep: receives every candidate's network, if given.
-        fetch: where extractors come from; whoever uses one is charged its cost, in samples and seconds, with the first candidate.
-        recraft: crafts the triggered test set anew against a network; candidates that a selection chooses are scored on it too.
-        planted: where the copies with canaries come from; without it the cell's canaries are left out.
+        fetch: gives an extractor; its cost in samples and seconds is added to the first candidate.
+        recraft: crafts the triggered test set again for a network; the candidates that a selection chooses are scored on it too.
+        planted: gives the copy with a canary; without it the cell's canaries are left out.
+
+    Returns:
+        The outcome as it is stored.
     """
-    defense = cell.defense
-    missing = defense.needs & ~cell.grants
+    missing = cell.defense.needs & ~cell.grants
     if missing:
-        return _stopped("refused", f"needs {defense.needs.words}; the track {cell.track.name!r} withholds {missing.words}")
-    taken: list[Fitted] = []
-
-    def network_of(extractor: Extractor) -> Network:
-        assert fetch is not None
-        taken.append(fetch(extractor))
-        return taken[-1].net
-
+        return _stopped("refused", f"needs {cell.defense.needs.words}; the track {cell.track.name!r} withholds {missing.words}")
+    # Before any meter runs, because missing extractors and copies are trained here.
     try:
-        if fetch is not None:  # before any meter runs: a missing one is trained and stored here
-            for wanted in cell.extractors:
-                fetch(wanted)
+        if fetch is not None:
+            for extractor in cell.extractors:
+                fetch(extractor)
     except Diverged as error:
         return _stopped("failed", f"no extractor: {error}")
-    copies: list[Planted] = []
-    canary: dict[str, Any] = {}
-    if planted is not None and cell.canaried:  # as early, for the same reason
-        try:
-            copies = [planted(one) for one in cell.canaries]
-        except Diverged as error:
-            canary = {"canary_reason": f"a canary could not be planted: {error}"}
-
-    used = Knowledge.NONE
-    trained = False
-
-    def tried(variant: Defense, net: Network) -> Iterator[tuple[Candidate, Cost, float]]:
-        nonlocal used, trained
-        view = _view(cell, variant, w, victim, net, network_of if fetch is not None else None)
-        yield from _metered_candidates(variant.candidates(view))
-        used, trained = used | view.used, trained or view.trained
-
-    measured: list[dict[str, Any]] = []
-    nets: list[Network] = []
-    seconds = 0.0
-    counts: dict[Any, int] = {}
-    validated = Knowledge.CLEAN in cell.grants
-    right = victim.scorer.val_right(victim.net) if validated else None
-    own = {name: value.clone() for name, value in victim.net.state_dict().items()}
-    untouched = {name: victim.outcome.get(name) for name in ("acc", "asr", "ra")}
+    copies, canary = _copies(cell, planted)
+    trial = _Trial(cell, w, victim, fetch)
     try:
-        for number, variant in enumerate(defense.knobs):
-            left = cell.candidates - len(measured)
-            if number and left <= 0:
-                break
-            begun = len(measured)
-            for candidate, cost, took in itertools.islice(tried(variant, victim.net), left if number else None):
-                seconds += took
-                nets.append(candidate.model)
-                changed = not _alike(candidate.model, own)
-                measured.append(
-                    {
-                        "knob": variant.knob,
-                        "dial": candidate.dial,
-                        "is_default": candidate.is_default and not number,
-                        "starts": candidate.is_default,
-                        "changed": changed,
-                        "kept": False,
-                        "strength": float(candidate.strength),
-                        "pruned": candidate.pruned,
-                        "units": _units(candidate.model, cell.scope, counts),
-                        "note": candidate.note,
-                        **(numbers(victim.scorer(candidate.model)) if changed or None in untouched.values() else untouched),
-                        **_validated(victim, candidate.model, right),
-                        "forward": cost.forward,
-                        "backward": cost.backward,
-                        **_singled_out(candidate.isolated, victim.poisoned.role),
-                    }
-                )
-            if sum(entry["starts"] for entry in measured[begun:]) != 1 and (not number or left > len(measured) - begun):
-                words = f"must mark exactly one default among its {len(measured) - begun} candidates"
-                return _stopped("failed", f"{defense.name} {words}")
-    except Withheld as error:
-        return _stopped("refused", str(error))
-    except Inapplicable as error:
-        return _stopped("refused", f"does not apply: {error}")
-    except Diverged as error:
-        return _stopped("failed", str(error))
-    if Knowledge.MODEL in defense.needs and not isinstance(defense, NoDefense):
-        nets.append(victim.net)
-        measured.append(
-            {
-                "knob": None, "dial": None, "is_default": False, "starts": False, "changed": False, "kept": True, "strength": 0.0,
-                "pruned": 0, "units": _units(victim.net, cell.scope, counts), "note": "", **numbers(victim.scorer(victim.net)),
-                **_validated(victim, victim.net, right), "forward": 0, "backward": 0,
-            }
-        )  # fmt: skip
+        if fault := trial.run():
+            return _stopped("failed", f"{cell.defense.name} {fault}")
+    except (Withheld, Inapplicable, Diverged) as error:
+        return _stopped_by(error)
     if keep is not None:
-        keep += nets
+        keep += trial.nets
     if copies:
-        canary = _canary_scores(cell, w, victim, measured, copies)
+        canary = _canary_scores(cell, w, victim, trial.scored, copies)
     if recraft is not None:
-        offered = [measured_from(entry) for entry in measured]
-        for position in {choose(how, offered, score_of(victim.outcome), cell.tau) for how in Selection} - {None}:
-            assert position is not None
-            again = score(nets[position], w.data.test, recraft(nets[position]))
-            measured[position] |= {"asr_recraft": none_of(again.asr), "ra_recraft": none_of(again.ra)}
-    lent = Cost(sum(fitted.samples_forward for fitted in taken), sum(fitted.samples_backward for fitted in taken))
-    measured[0]["forward"] += lent.forward
-    measured[0]["backward"] += lent.backward
-    seconds += sum(fitted.seconds for fitted in taken)
-    return {
-        "status": "ok",
-        "reason": "",
-        "candidates": measured,
-        "units": max(counts.values()),
-        "used": used.words,
-        "trained": trained,
-        "extractor_forward": lent.forward,
-        "extractor_backward": lent.backward,
-        "clean_images": len(w.clean) + len(w.validation),
-        "seconds": seconds,
-        **canary,
-    }
+        trial.score_again(recraft)
+    return trial.outcome() | canary
+
+
+def _copies(cell: Cell, planted: Callable[[Canary], Planted] | None) -> tuple[list[Planted], dict[str, str]]:
+    """The copies with the cell's canaries; if planting diverged, none and the reason."""
+    if planted is None or not cell.canaried:
+        return [], {}
+    try:
+        return [planted(one) for one in cell.canaries], {}
+    except Diverged as error:
+        return [], {"canary_reason": f"a canary could not be planted: {error}"}
+
+
+class _Trial:
+    """A defense on an attacked model, setting by setting of its knob; every candidate is scored at once.
+
+    Attributes:
+        scored: the candidates.
+        nets: their networks.
+    """
+
+    def __init__(self, cell: Cell, w: World, victim: Victim, fetch: Callable[[Extractor], Fitted] | None) -> None:
+        self.cell, self.w, self.victim, self.fetch = cell, w, victim, fetch
+        self.scored: list[CandidateScore] = []
+        self.nets: list[Network] = []
+        self.borrowed: list[Fitted] = []
+        self.used, self.trained, self.seconds = Knowledge.NONE, False, 0.0
+        self.counts: dict[Any, int] = {}
+        self.right = victim.scorer.val_right(victim.net) if Knowledge.CLEAN in cell.grants else None
+        self.weights = {name: value.clone() for name, value in victim.net.state_dict().items()}
+        known = {name: victim.outcome.get(name) for name in ("acc", "asr", "ra")}
+        self.untouched = None if None in known.values() else Score.read(known)
+
+    def run(self) -> str:
+        """Collects and scores all candidates. Returns what is wrong with their defaults; empty if nothing."""
+        for number, variant in enumerate(self.cell.defense.knobs):
+            left = self.cell.candidates - len(self.scored) if number else None
+            if left is not None and left <= 0:
+                break
+            begun = len(self.scored)
+            self._collect(variant, left)
+            new = self.scored[begun:]
+            if sum(one.starts for one in new) != 1 and (left is None or left > len(new)):
+                return f"must mark exactly one default among its {len(new)} candidates"
+        if Knowledge.MODEL in self.cell.defense.needs and not isinstance(self.cell.defense, NoDefense):
+            self._add(Candidate(self.victim.net, is_default=False), self.victim.scorer(self.victim.net), kept=True)
+        return ""
+
+    def _collect(self, variant: Defense, left: int | None) -> None:
+        """Scores the candidates of one setting of the knob, at most ``left``; None = the published setting, all of them."""
+        view = _view(self.cell, variant, self.w, self.victim, self.victim.net, None if self.fetch is None else self._network_of)
+        for candidate, cost, seconds in itertools.islice(_metered_candidates(variant.candidates(view)), left):
+            self.seconds += seconds
+            changed = not _alike(candidate.model, self.weights)
+            score = self.victim.scorer(candidate.model) if changed or self.untouched is None else self.untouched
+            self._add(
+                candidate, score, knob=nan_of(variant.knob), is_default=candidate.is_default and left is None,
+                starts=candidate.is_default, changed=changed, forward=cost.forward, backward=cost.backward,
+                **_isolation(candidate.isolated, self.victim.poisoned.role),
+            )  # fmt: skip
+        self.used, self.trained = self.used | view.used, self.trained or view.trained
+
+    def _network_of(self, extractor: Extractor) -> Network:
+        assert self.fetch is not None
+        self.borrowed.append(self.fetch(extractor))
+        return self.borrowed[-1].net
+
+    def _add(self, candidate: Candidate, score: Score, **about: Any) -> None:
+        untouched = {"knob": math.nan, "is_default": False, "starts": False, "changed": False, "forward": 0, "backward": 0}
+        self.nets.append(candidate.model)
+        self.scored.append(
+            CandidateScore(
+                **dataclasses.asdict(score),
+                **_validated(self.victim, candidate.model, self.right),
+                dial=nan_of(candidate.dial),
+                strength=float(candidate.strength),
+                pruned=candidate.pruned,
+                units=_units(candidate.model, self.cell.scope, self.counts),
+                note=candidate.note,
+                **untouched | about,
+            )
+        )
+
+    def score_again(self, recraft: Callable[[Network], PoisonedTest]) -> None:
+        """Scores the candidates that a selection chooses with the trigger crafted again on each."""
+        before = Score.read(self.victim.outcome)
+        for chosen in {choose(how, self.scored, before, self.cell.tau) for how in Selection} - {None}:
+            assert chosen is not None
+            again = score(self.nets[chosen], self.w.data.test, recraft(self.nets[chosen]))
+            self.scored[chosen] = dataclasses.replace(self.scored[chosen], asr_recraft=again.asr, ra_recraft=again.ra)
+
+    def outcome(self) -> dict[str, Any]:
+        """The outcome of a finished run as it is stored."""
+        lent = Cost(sum(one.samples_forward for one in self.borrowed), sum(one.samples_backward for one in self.borrowed))
+        first = self.scored[0]
+        first = dataclasses.replace(first, forward=first.forward + lent.forward, backward=first.backward + lent.backward)
+        return {
+            "status": "ok",
+            "reason": "",
+            "candidates": [one.stored() for one in (first, *self.scored[1:])],
+            "units": max(self.counts.values()),
+            "used": self.used.words,
+            "trained": self.trained,
+            "extractor_forward": lent.forward,
+            "extractor_backward": lent.backward,
+            "clean_images": len(self.w.clean) + len(self.w.validation),
+            "seconds": self.seconds + sum(one.seconds for one in self.borrowed),
+        }
 
 
 def _view(
     cell: Cell, defense: Defense, w: World, victim: Victim, net: Network, built: Callable[[Extractor], Network] | None
 ) -> DefenderView:
-    """What the cell's track grants to ``defense``, with ``net`` as the model."""
+    """The view that the cell's track grants to ``defense``, with ``net`` as the model."""
     scenario = cell.scenario
     kept = victim.poisoned.role == Role.CLEAN
     return view_for(
@@ -261,13 +293,13 @@ def _view(
 
 
 def _alike(net: Network, own: Mapping[str, Tensor]) -> bool:
-    """Whether every weight and running statistic of ``net`` is the attacked model's."""
+    """Whether all weights and running statistics of ``net`` are those of the attacked model."""
     state = net.state_dict()
     return state.keys() == own.keys() and all(torch.equal(value.cpu(), own[name]) for name, value in state.items())
 
 
 def _units(net: Network, scope: Scope, counts: dict[Any, int]) -> int:
-    """Prunable units of a network; counted once per architecture, since every count traces the network."""
+    """Prunable units of a network; counted once per architecture, since counting traces the network."""
     shape = tuple((name, tuple(value.shape)) for name, value in net.state_dict().items())
     if shape not in counts:
         counts[shape] = sum(layer.size for layer in unit_layers(net, scope))
@@ -275,20 +307,19 @@ def _units(net: Network, scope: Scope, counts: dict[Any, int]) -> int:
 
 
 def _validated(victim: Victim, net: Network, right: Tensor | None) -> dict[str, Any]:
-    """Accuracy on the validation images and the paired loss; nothing measured without images. ``right``: of the attacked model."""
+    """Accuracy on the validation images and the paired loss; NaN without images. ``right``: of the attacked model, bool (N,)."""
     if right is None:
-        return {"val_acc": None, "val_loss": None, "val_loss_se": None}
+        return {"val_acc": math.nan, "val_loss": math.nan, "val_loss_se": math.nan}
     now = victim.scorer.val_right(net)
     loss, error = paired_loss(right, now)
-    accuracy = float(now.double().mean()) if len(now) else None
-    return {"val_acc": accuracy, "val_loss": none_of(loss), "val_loss_se": none_of(error)}
+    return {"val_acc": float(now.double().mean()), "val_loss": loss, "val_loss_se": error}
 
 
 def read_canary(cell: Cell, w: World, model: Network, store: Store, canary: Canary) -> Planted:
-    """A stored copy with a canary; planted first when it is absent or damaged.
+    """A stored copy with a canary; planted first where it is missing or damaged.
 
     Raises:
-        Diverged: planting did.
+        Diverged: planting diverged.
     """
     key = canary_key(cell, canary, w.data.fingerprint)
     seed = derive_seed(defender_seed(cell.scenario), "canary", canary.name)
@@ -312,19 +343,19 @@ def read_canary(cell: Cell, w: World, model: Network, store: Store, canary: Cana
         raise Diverged(entry.outcome["reason"])
     net = copy.deepcopy(model)
     net.load_state_dict({name.removeprefix("net."): value for name, value in entry.tensors.items() if name.startswith("net.")})
-    told = entry.outcome
-    return Planted(net.eval(), told["target"], entry.tensors["probes"], told["forward"], told["backward"])
+    stored = entry.outcome
+    return Planted(net.eval(), stored["target"], entry.tensors["probes"], stored["forward"], stored["backward"])
 
 
 def _canary_scores(
-    cell: Cell, w: World, victim: Victim, measured: list[dict[str, Any]], copies: Sequence[Planted]
+    cell: Cell, w: World, victim: Victim, scored: list[CandidateScore], copies: Sequence[Planted]
 ) -> dict[str, Any]:
-    """Runs the defense on every copy and writes the canaries' ASR and losses beside the candidates of the same setting.
+    """Runs the defense on every copy and adds the canaries' ASR and losses to the candidates of the same setting.
 
-    The copies are validated on the same images as the model; of the scenario, only what the cell's track grants is read.
+    The copies are validated on the same images as the model. Of the scenario only the data that the cell's track grants are read.
 
     Returns:
-        What it cost, and why there is nothing to choose by, if so.
+        The cost in samples; or the reason why the canary rule has nothing to choose by.
     """
     found: list[list[tuple[float, float]]] = []
     spent = Cost()
@@ -333,55 +364,55 @@ def _canary_scores(
         if not reached > Planting().reached:
             return {"canary_reason": f"the canary {canary.name!r} did not take (ASR {100 * reached:.1f} %)"}
         try:
-            found.append(_on_copy(cell, w, victim, one, measured, spent))
+            found.append(_on_copy(cell, w, victim, one, scored, spent))
         except (Diverged, Inapplicable) as error:
             return {"canary_reason": f"the defense failed on the copy with the canary {canary.name!r}: {error}"}
-    for position, entry in enumerate(measured):
-        entry["canary_asr"] = [scores[position][0] for scores in found]
-        entry["canary_loss"] = [scores[position][1] for scores in found]
+    for position, pairs in enumerate(zip(*found, strict=True)):
+        asr, loss = zip(*pairs, strict=True)
+        scored[position] = dataclasses.replace(scored[position], canary_asr=asr, canary_loss=loss)
     return {"canary_forward": spent.forward, "canary_backward": spent.backward}
 
 
 def _on_copy(
-    cell: Cell, w: World, victim: Victim, one: Planted, measured: list[dict[str, Any]], spent: Cost
+    cell: Cell, w: World, victim: Victim, one: Planted, scored: Sequence[CandidateScore], spent: Cost
 ) -> list[tuple[float, float]]:
     """(ASR of the canary, loss of validation accuracy) after each candidate's setting.
 
-    A setting is a knob and a dial, or the default of a knob, whose dial may be read off the model; the untouched model is the copy
-    before the defense.
+    A setting is a knob and a dial, or the default of a knob, whose dial may depend on the model. For the untouched model it is the
+    copy before the defense.
     """
 
     def right(net: Network) -> Tensor:
         return predict(net, w.validation.images) == w.validation.labels
 
     before = right(one.net)
-    settings: list[tuple[float | None, float | None, bool]] = []
-    scores: list[tuple[float, float]] = []
-    wanted = {entry["knob"] for entry in measured if not entry["kept"]}
+    settings: list[tuple[float | None, float, bool]] = []
+    found: list[tuple[float, float]] = []
+    wanted = {null_of(entry.knob) for entry in scored if not entry.kept}
     for variant in cell.defense.knobs:
         if variant.knob not in wanted:
             break
         view = _view(cell, variant, w, victim, one.net, None)
         for candidate, cost, _ in _metered_candidates(variant.candidates(view)):
             spent.forward, spent.backward = spent.forward + cost.forward, spent.backward + cost.backward
-            settings.append((variant.knob, candidate.dial, candidate.is_default))
-            scores.append((one.asr(candidate.model), paired_loss(before, right(candidate.model))[0]))
+            settings.append((variant.knob, nan_of(candidate.dial), candidate.is_default))
+            found.append((one.asr(candidate.model), paired_loss(before, right(candidate.model))[0]))
     spent.forward, spent.backward = spent.forward + one.forward, spent.backward + one.backward
     kept = one.asr(one.net), 0.0
 
-    def of(entry: dict[str, Any]) -> tuple[float, float]:
-        if entry["kept"]:
+    def of(entry: CandidateScore) -> tuple[float, float]:
+        if entry.kept:
             return kept
-        same = [i for i, (knob, _, _) in enumerate(settings) if knob == entry["knob"]]
-        if entry["starts"]:
-            return scores[next(i for i in same if settings[i][2])]
-        return scores[min(same, key=lambda i: (abs(nan_of(settings[i][1]) - nan_of(entry["dial"])), settings[i][2]))]
+        same = [i for i, (knob, _, _) in enumerate(settings) if knob == null_of(entry.knob)]
+        if entry.starts:
+            return found[next(i for i in same if settings[i][2])]
+        return found[min(same, key=lambda i: (abs(settings[i][1] - entry.dial), settings[i][2]))]
 
-    return [of(entry) for entry in measured]
+    return [of(entry) for entry in scored]
 
 
 def clean_seeds(poisoned: PoisonedSet, seed: int) -> Tensor:
-    """Ten samples of every class, or all it has, drawn from those that nobody touched: bool (N,)."""
+    """At most :data:`SEEDS_PER_CLASS` random clean samples of every class: bool (N,)."""
     order = torch.randperm(len(poisoned.role), generator=generator(seed))
     mask = torch.zeros(len(order), dtype=torch.bool)
     for label in range(poisoned.visible.num_classes):
@@ -390,17 +421,17 @@ def clean_seeds(poisoned: PoisonedSet, seed: int) -> Tensor:
     return mask
 
 
-def _singled_out(isolated: Tensor | None, role: Tensor) -> dict[str, Any]:
-    """Samples taken for poisoned, and how they meet the roles: precision (none where nothing is isolated), recall."""
+def _isolation(isolated: Tensor | None, role: Tensor) -> dict[str, Any]:
+    """Size, precision and recall of an isolated set, bool (N,), against the roles; nothing for a method that isolates none."""
     if isolated is None:
         return {}
     poisoned = role == Role.POISON
-    hits, taken, there = int((isolated & poisoned).sum()), int(isolated.sum()), int(poisoned.sum())
-    return {"isolated": taken, "precision": hits / taken if taken else None, "recall": hits / there if there else None}
+    hits, size, there = int((isolated & poisoned).sum()), int(isolated.sum()), int(poisoned.sum())
+    return {"isolated": size, "precision": hits / size if size else math.nan, "recall": hits / there if there else math.nan}
 
 
 def _metered_candidates(candidates: Iterator[Candidate]) -> Iterator[tuple[Candidate, Cost, float]]:
-    """Each candidate with the samples and seconds spent since the one before it; the benchmark's own scoring is not charged."""
+    """Every candidate with the cost and seconds since the one before it; scoring by the benchmark is not included."""
     while True:
         start = time.perf_counter()
         with metered() as cost:

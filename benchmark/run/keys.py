@@ -13,18 +13,18 @@ from models.spec import digest
 __all__ = ["REVISION", "canary_key", "cell_key", "extractor_key", "victim_key"]
 
 REVISION = 2
-"""Raised when the stages of this package give something else for the same settings. 2: victims are compared with their twins;
-losses are paired."""
+"""Raised when a stage gives a different result for the same settings. 2: victims are compared with their twins; losses are
+paired."""
 
 
 def victim_key(scenario: Scenario, fingerprint: str) -> str:
-    """Key of a scenario's victim; ``fingerprint`` of the data set it stands on."""
+    """Key of a scenario's victim; ``fingerprint``: of its data set."""
     return digest("victim", REVISION, scenario.spec(), fingerprint)
 
 
 def extractor_key(extractor: Extractor, scenario: Scenario, fingerprint: str) -> str:
-    """Key of an extractor for a scenario: scenarios whose images and architecture agree share it."""
-    told: dict[str, Any] = {
+    """Key of an extractor for a scenario; scenarios with the same images and architecture share it."""
+    settings: dict[str, Any] = {
         "extractor": extractor.spec(),
         "dataset": scenario.dataset.spec(),
         "clean_fraction": scenario.clean_fraction,
@@ -33,12 +33,12 @@ def extractor_key(extractor: Extractor, scenario: Scenario, fingerprint: str) ->
         "seed": scenario.seed,
     }
     if extractor.reads == "poisoned" and scenario.attack is not None:
-        told |= {"attack": scenario.attack.spec(), "plan": scenario.plan.spec()}
-        if scenario.attack.power is Power.TRAINING:  # the poisoned set is what this victim's training left
-            told["victim"] = victim_key(scenario, fingerprint)
+        settings |= {"attack": scenario.attack.spec(), "plan": scenario.plan.spec()}
+        if scenario.attack.power is Power.TRAINING:  # the poisoned set is exported by the victim's training
+            settings["victim"] = victim_key(scenario, fingerprint)
         elif lent := scenario.surrogate():
-            told["surrogate"] = victim_key(lent, fingerprint)
-    return digest("extractor", REVISION, told, fingerprint)
+            settings["surrogate"] = victim_key(lent, fingerprint)
+    return digest("extractor", REVISION, settings, fingerprint)
 
 
 def cell_key(cell: Cell, fingerprint: str) -> str:
@@ -47,6 +47,6 @@ def cell_key(cell: Cell, fingerprint: str) -> str:
 
 
 def canary_key(cell: Cell, canary: Canary, fingerprint: str) -> str:
-    """Key of a copy of the cell's victim with a canary: cells on one victim and budget share it."""
+    """Key of a copy of the cell's victim with a canary; cells with the same victim and budget share it."""
     budget = {"budget": cell.budget} if cell.budget is not None else {}
     return digest("canary", REVISION, canary.spec(), Planting().spec(), budget, victim_key(cell.scenario, fingerprint))

@@ -1,8 +1,8 @@
-"""The attack-validity gate's second half: does an attack come out as in the literature?
+"""The second half of the attack-validity gate: does an attack reach its published figures?
 
-The first half (:func:`benchmark.rules.metrics.gate`) asks whether an attack worked at all. This one compares the undefended victim with
-the published figure of the same data set, network, recipe, attack, labels and rate. Only like is compared with like: where the
-nearest figure differs in anything, it is printed with what differs, and nothing is judged by it.
+The first half (:func:`benchmark.rules.metrics.gate`) checks whether the attack worked at all. This one compares the undefended
+victim with the published figure of the same data set, network, recipe, attack, labels and rate. Where the nearest published figure
+differs in any of these, it is printed with the differences, and there is no verdict.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ TRIGGERS = {
 """Attacks whose published trigger on these data sets is another one. The apple: :mod:`attacks.trojannn`. Peaks in red, green and
 blue of BackdoorBench's pattern files, of 255: CIFAR-10 18, 0, 51, which is ours; CIFAR-100 51, 37, 2; GTSRB 51, 5, 21."""
 ACC_TOLERANCE = {"cifar10": 1.5, "cifar100": 1.5, "gtsrb": 1.0}
-"""By how many points ACC may lie below the published one."""
+"""ACC may be lower than the published one by this many points."""
 LOW_RATE, LOW_RATE_TOLERANCE = 0.01, 15.0
-"""At 1 % and less one training says little: ASR may lie this far below."""
+"""At poisoning rates up to 1 % the ASR varies from one training to the next: it may be lower by this many points."""
 HARDLY, NOT_IMPLANTED = 20.0, 30.0
 """Where the published ASR is below ``HARDLY``, the attack is expected not to implant: ours should stay below ``NOT_IMPLANTED``."""
 
@@ -74,7 +74,8 @@ def _parameters(backbone: Backbone, classes: int) -> int:
 
 
 def nearest(scenario: Scenario) -> tuple[float, Reference] | None:
-    """The published figure of a scenario's data set, attack and kind of network at the nearest rate (as a ratio), and that rate."""
+    """The poisoning rate and figure published for a scenario's data set, backbone and attack; of several rates the nearest one (as
+    a ratio). None where nothing is published."""
     if scenario.attack is None:
         return None
     kind = (scenario.dataset.source, scenario.backbone.name, scenario.attack.name)
@@ -86,43 +87,46 @@ def nearest(scenario: Scenario) -> tuple[float, Reference] | None:
 
 
 def differences(scenario: Scenario) -> tuple[str, ...]:
-    """In what the protocol of a scenario differs from that of its nearest published figure; empty when in nothing.
+    """The differences between a scenario's protocol and that of its nearest published figure; empty where there are none.
 
-    One difference is overlooked: the clean budget is held out of the attacker's set here, which is as much smaller.
+    One difference is not counted: here the clean budget is taken out of the attacker's training set, which is smaller by as much.
     """
     found = nearest(scenario)
     if found is None or scenario.attack is None:
         return ()
     data, attack, plan, source = scenario.dataset, scenario.attack, scenario.plan, scenario.dataset.source
-    differs = []
-    if data.train_limit or data.test_limit or data.size:
-        differs.append("part of the data set, or resized")
-    body, width = PARAMETERS[scenario.backbone.name]
-    theirs, ours = body + (width + 1) * CLASSES[source], _parameters(scenario.backbone, CLASSES[source])
+    sources, trigger = TRIGGERS.get(attack.name, ((), ""))
+    differs = (
+        "part of the data set, or resized" if data.train_limit or data.test_limit or data.size else "",
+        _other_network(scenario),
+        _other_recipe(scenario),
+        "other settings of the attack" if attack != type(attack)() else "",
+        trigger if source in sources else "",
+        "other labels (all-to-one, target 0)" if plan.label_mode != "all-to-one" or plan.target != 0 else "",
+        f"another rate ({100 * found[0]:g} %, ours {100 * plan.rate:g} %)" if found[0] != plan.rate else "",
+    )
+    return tuple(text for text in differs if text)
+
+
+def _other_network(scenario: Scenario) -> str:
+    (body, width), classes = PARAMETERS[scenario.backbone.name], CLASSES[scenario.dataset.source]
+    theirs, ours = body + (width + 1) * classes, _parameters(scenario.backbone, classes)
     if scenario.frozen:
-        differs.append("a head on given features")
-    elif ours != theirs:
-        differs.append(f"another network ({theirs / 1e6:.1f} M parameters, ours {ours / 1e6:.1f} M)")
-    # The recipe's defaults are the rest of theirs; they mirror images of CIFAR-10 alone. How products are rounded is no protocol.
-    same = Recipe(epochs=EPOCHS[source], crop=4, flip=source == "cifar10")
-    if attack.name in RECIPES:
-        differs.append(f"another recipe of training ({RECIPES[attack.name]})")
-    elif dataclasses.replace(scenario.recipe, precision="reference") != same:
-        differs.append("another recipe of training")
-    if attack != type(attack)():
-        differs.append("other settings of the attack")
-    on, trigger = TRIGGERS.get(attack.name, ((), ""))
-    if source in on:
-        differs.append(trigger)
-    if plan.label_mode != "all-to-one" or plan.target != 0:
-        differs.append("other labels (all-to-one, target 0)")
-    if found[0] != plan.rate:
-        differs.append(f"another rate ({100 * found[0]:g} %, ours {100 * plan.rate:g} %)")
-    return tuple(differs)
+        return "a head on given features"
+    return f"another network ({theirs / 1e6:.1f} M parameters, ours {ours / 1e6:.1f} M)" if ours != theirs else ""
+
+
+def _other_recipe(scenario: Scenario) -> str:
+    source, attack = scenario.dataset.source, scenario.attack
+    if attack is not None and attack.name in RECIPES:
+        return f"another recipe of training ({RECIPES[attack.name]})"
+    # All other values are the defaults of Recipe; BackdoorBench mirrors CIFAR-10 only. Precision is not part of a protocol.
+    theirs = Recipe(epochs=EPOCHS[source], crop=4, flip=source == "cifar10")
+    return "another recipe of training" if dataclasses.replace(scenario.recipe, precision="reference") != theirs else ""
 
 
 def reference(scenario: Scenario) -> Reference | None:
-    """The published figure of a scenario's victim, if somebody published one and nothing differs."""
+    """The published figure of a scenario's victim; None where there is none or the protocol differs."""
     found = nearest(scenario)
     return None if found is None or differences(scenario) else found[1]
 
@@ -150,7 +154,7 @@ def verdict(victim: Score, published: Reference | None, rate: float) -> str:
 
 
 def compared(scenario: Scenario, victim: Score) -> tuple[str, str]:
-    """The verdict, and it in words: "literature: PASS (published ACC 91.3, ASR 95.0)"; or in what the nearest figure differs, or
+    """The verdict, and a sentence: "literature: PASS (published ACC 91.3, ASR 95.0)", the differences from the nearest figure, or
     why there is none."""
     published, found = reference(scenario), nearest(scenario)
     if published is not None:

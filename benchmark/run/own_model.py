@@ -1,8 +1,8 @@
-"""Defend a model of yours: the same pipeline, entered with a checkpoint instead of a trained victim.
+"""Defend your own model: the same pipeline, with a checkpoint in place of a trained victim.
 
 The post-training defenses of a matrix run on the checkpoint with a clean budget drawn from the named data set. Without an attack
-only ACC is measured: nobody can tell you an ASR without a trigger. With one named, its trigger (the matrix's settings, or the
-published defaults) gives ASR and RA as well. For every defense the candidate chosen by validation is written as safetensors.
+only ACC is measured, because ASR needs a trigger. With an attack, its trigger (with the matrix's settings or the published
+defaults) gives ASR and RA as well. For every defense the candidate chosen by validation is written as safetensors.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ from torch import Tensor
 from attacks import ATTACKS
 from attacks.base import PoisonedSet, poison_test
 from benchmark.rules.metrics import Score, Scorer
-from benchmark.rules.selection import Selection, choose
+from benchmark.rules.selection import CandidateScore, Selection, choose
 from benchmark.run.defend import defend
-from benchmark.run.outcome import measured_from
 from benchmark.run.progress import notes
 from benchmark.run.victim import Victim
-from benchmark.run.world import World, world
-from benchmark.settings.cells import Cell
+from benchmark.run.world import World, fresh, world
+from benchmark.settings.cells import Cell, Scenario
 from benchmark.settings.load import find_matrix, load_matrix
 from benchmark.storage.files import write_text
 from defenses.base import Knowledge
@@ -42,22 +41,22 @@ __all__ = ["defend_checkpoint"]
 
 
 def _backbone(name: str, state: dict[str, Tensor], path: Path) -> Backbone:
-    """The architecture with the width and head that the weights show.
+    """The architecture, with the width and head of the weights.
 
     Raises:
         BadInput: unknown name, or weights without a first conv or a head.
     """
     cls: type[Backbone] = lookup("backbone", BACKBONES, name)
     convs = [value for key, value in state.items() if key.startswith("features.") and value.ndim == 4]
-    # Files keep tensors in any order: layers are told apart by their place in the head.
+    # Files keep tensors in any order, so layers of the head are sorted by their index.
     heads = [state[key] for key in sorted(state) if key.startswith("head.") and state[key].ndim == 2]
     if not convs or not heads:
         raise BadInput(
             f"{path}: does not fit {name}: it has no 'features.*' conv or no 'head.*' layer; tensors there begin with "
             f"{', '.join(sorted({key.split('.')[0] for key in state})[:4])}"
         )
-    # The first stage is the narrowest. (The conv with the fewest input channels need not be the stem: nets may be narrower than the
-    # image is deep, and files keep tensors in any order.)
+    # The first stage is the narrowest. The conv with the fewest input channels need not be the first: a network may be narrower
+    # than its images have channels.
     try:
         return cls(width=min(conv.shape[0] for conv in convs), hidden=heads[0].shape[0] if len(heads) > 1 else 0)
     except BadInput as error:
@@ -77,6 +76,16 @@ def defend_checkpoint(
 ) -> Path:
     """Runs the defenses and writes ``<results>/my-model/<checkpoint>/``; returns that folder.
 
+    Args:
+        checkpoint: a file of weights.
+        backbone: name of its architecture.
+        dataset: name of the data set that it classifies.
+        attack: name of the attack whose trigger gives ASR and RA; None = ACC only.
+        matrix: the matrix whose defenses run.
+        results: folder of results.
+        cache: folder of decoded images.
+        console: where progress and the table are printed.
+
     Raises:
         BadInput: the checkpoint is missing, damaged, would run code, or does not fit the backbone or the data set's classes; an
             unknown name. Nothing is written then.
@@ -91,34 +100,14 @@ def defend_checkpoint(
     scenario = cells[0].scenario
     torch.set_num_threads(1)
     w = world(scenario, cache)
-    own = any(name.startswith("normalise.") for name in state)
-    arguments = (w.data.train.num_classes, w.data.train.shape, w.mean, w.std, 0)
-    with torch.device("meta"):  # a file of a few bytes may claim a width that fills the memory
-        blank = scenario.backbone.build(*arguments)
-    check_state(blank, state if own else state | _normalisation(blank), checkpoint)
-    net = scenario.backbone.build(*arguments)
-    if not own:
-        notes(console)("the checkpoint holds no normalisation; the data set's own is used")
-        state |= _normalisation(net)
-    fit_state(net, state, checkpoint)
-    net.eval()
-    triggered = None
-    if scenario.attack is not None:
-        crafted = scenario.attack.craft(w.train, scenario.plan, derive_seed(scenario.seed, "attack"))
-        triggered = poison_test(w.data.test, crafted, scenario.plan)
-    scorer = Scorer(net, w.data.test, triggered, w.validation)
-    before, before_val = scorer(net), scorer.val_acc(net)
-    roles = torch.zeros(len(w.train), dtype=torch.int8)
-    victim = Victim(net, PoisonedSet(w.train, roles, w.train.labels), triggered, scorer, {"status": "ok"})
+    victim = _victim(scenario, w, _network(scenario, w, state, checkpoint, console))
+    before, before_val = victim.scorer(victim.net), victim.scorer.val_acc(victim.net)
     folder = results / "my-model" / checkpoint.stem
     found = [Result("none (the checkpoint as it is)", "", before, before_val, 0, "ok", "")]
-    names = [_file_name(f"{cell.defense_label} ({cell.scope.value})") for cell in cells]
-    for number, cell in enumerate(cells, 1):
+    for number, (cell, name) in enumerate(zip(cells, _file_names(cells), strict=True), 1):
         line = f"[{number}/{len(cells)}] {cell.defense_label} ({cell.scope.value}): {cell.track.title}"
         console.print(line, highlight=False, markup=False)
-        name = names[number - 1]
-        file = folder / (f"{name}.safetensors" if names.count(name) == 1 else f"{name}-{number}.safetensors")
-        found.append(_defended(cell, victim, w, before, before_val, file))
+        found.append(_defended(cell, victim, w, before, folder / f"{name}.safetensors"))
     write_text(folder / "defenses.csv", _csv(found))
     against = f"against {scenario.attack_label}" if scenario.attack else "no attack named: ACC only"
     console.print(_table(found, escape(f"{checkpoint.name} on {w.data.name}, {against} (percent)")))
@@ -129,6 +118,34 @@ def defend_checkpoint(
         markup=False,
     )
     return folder
+
+
+def _network(scenario: Scenario, w: World, state: dict[str, Tensor], checkpoint: Path, console: Console) -> Network:
+    """The checkpoint's network.
+
+    Raises:
+        BadInput: the weights do not fit it.
+    """
+    own = any(name.startswith("normalise.") for name in state)
+    with torch.device("meta"):  # a file of a few bytes may claim a width that fills the memory
+        blank = fresh(scenario, w, 0)
+    check_state(blank, state if own else state | _normalisation(blank), checkpoint)
+    net = fresh(scenario, w, 0)
+    if not own:
+        notes(console)("the checkpoint holds no normalisation; the data set's own is used")
+        state |= _normalisation(net)
+    fit_state(net, state, checkpoint)
+    return net.eval()
+
+
+def _victim(scenario: Scenario, w: World, net: Network) -> Victim:
+    """The network as an attacked model; with the trigger's test set, if an attack is named."""
+    triggered = None
+    if scenario.attack is not None:
+        crafted = scenario.attack.craft(w.train, scenario.plan, derive_seed(scenario.seed, "attack"))
+        triggered = poison_test(w.data.test, crafted, scenario.plan)
+    clean = PoisonedSet(w.train, torch.zeros(len(w.train), dtype=torch.int8), w.train.labels)
+    return Victim(net, clean, triggered, Scorer(net, w.data.test, triggered, w.validation), {"status": "ok"})
 
 
 def _normalisation(net: Network) -> dict[str, Tensor]:
@@ -170,24 +187,28 @@ def _cells(matrix: str, dataset: str, backbone: Backbone, attack: str | None, co
     ]
 
 
-def _defended(cell: Cell, victim: Victim, w: World, before: Score, before_val: float, file: Path) -> Result:
-    """Runs one defense and writes to ``file`` what validation chose; the default, where nothing to validate on is granted."""
+def _defended(cell: Cell, victim: Victim, w: World, before: Score, file: Path) -> Result:
+    """Runs one defense and writes the candidate chosen by validation to ``file``; without clean images, the published default."""
     kept: list[Network] = []
     outcome = defend(cell, w, victim, kept)
     label = f"{cell.defense_label} ({cell.scope.value})"
     if outcome["status"] != "ok":
         return Result(label, "", Score(math.nan), math.nan, 0, outcome["status"], outcome["reason"])
-    measured = [measured_from(candidate) for candidate in outcome["candidates"]]
+    measured = [CandidateScore.read(candidate) for candidate in outcome["candidates"]]
     how = Selection.VALIDATION if Knowledge.CLEAN in cell.track.grants else Selection.DEFAULT
     chosen = choose(how, measured, before, cell.tau)
     assert chosen is not None
     save_weights(kept[chosen], file)
     m = measured[chosen]
-    return Result(label, how.value, m.score, m.val_acc, m.pruned, "ok", m.note)
+    return Result(label, how.value, m, m.val_acc, m.pruned, "ok", m.note)
 
 
-def _file_name(label: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-." else "-" for letter in label).strip("-").replace("--", "-")
+def _file_names(cells: list[Cell]) -> list[str]:
+    """File names after the cells' defenses; numbered where two would be the same."""
+    labels = [f"{cell.defense_label} ({cell.scope.value})" for cell in cells]
+    plain = ["".join(letter if letter.isalnum() or letter in "-." else "-" for letter in label) for label in labels]
+    names = [name.strip("-").replace("--", "-") for name in plain]
+    return [name if names.count(name) == 1 else f"{name}-{number}" for number, name in enumerate(names, 1)]
 
 
 def _table(results: list[Result], title: str) -> Table:

@@ -1,4 +1,8 @@
-"""Two stored stages: extractors and victims."""
+"""Two stored stages: victims and extractors.
+
+A victim is an attacked or benign network with its poisoned data, compared with its benign twin. An extractor holds features learned
+on the clean or the poisoned images; all defenses that use the same one share it.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,10 @@ import torch
 from torch import Tensor
 
 from attacks.base import PoisonedSet, PoisonedTest, Power, Role, poison, poison_test
-from benchmark.rules.metrics import Scorer, score, val_accuracy
+from benchmark.rules.metrics import Scorer, null_of, score, val_accuracy
 from benchmark.rules.selection import paired_loss
 from benchmark.run.keys import extractor_key, victim_key
-from benchmark.run.outcome import gpu_mib, none_of, numbers, peak_mib, reset_peak
+from benchmark.run.outcome import gpu_mib, peak_mib, reset_peak
 from benchmark.run.world import World, defender_seed, fresh, world
 from benchmark.settings.cells import Scenario
 from benchmark.storage.store import Store
@@ -33,7 +37,15 @@ __all__ = ["Victim", "read_extractor", "read_victim", "run_extractor", "run_vict
 
 @dataclass(frozen=True)
 class Victim:
-    """A stored victim, put together again."""
+    """A victim as loaded from the store.
+
+    Attributes:
+        net: the network.
+        poisoned: its training set and every sample's role.
+        triggered: the triggered test set; None without an attack.
+        scorer: scores networks on the test sets of this victim.
+        outcome: its record in the store.
+    """
 
     net: Network
     poisoned: PoisonedSet
@@ -43,9 +55,14 @@ class Victim:
 
 
 def run_extractor(extractor: Extractor, scenario: Scenario, store: Store, cache: Path, poisoned: ImageSet | None = None) -> None:
-    """Trains an extractor for the scenario and stores it; no-op when it stands, or reads none of our images.
+    """Trains an extractor for the scenario and stores it, unless it is cached or needs no training images.
 
-    ``poisoned``: the scenario's poisoned training set, where the caller has it; otherwise it is read off the victim.
+    Args:
+        extractor: the extractor.
+        scenario: the scenario.
+        store: the store.
+        cache: folder of decoded images.
+        poisoned: the scenario's poisoned training set; None = it is read from the victim.
     """
     if extractor.reads == "nothing":
         return
@@ -101,10 +118,10 @@ def _read_extractor(extractor: Extractor, scenario: Scenario, store: Store, cach
 
 
 def read_extractor(extractor: Extractor, scenario: Scenario, store: Store, cache: Path, poisoned: ImageSet | None = None) -> Fitted:
-    """A stored extractor with its cost; trained first when it is absent or damaged.
+    """A stored extractor with its cost; trained first where it is missing or damaged.
 
     Raises:
-        Diverged: its training did.
+        Diverged: its training diverged.
     """
     fitted = _read_extractor(extractor, scenario, store, cache)
     if fitted is None:
@@ -116,7 +133,7 @@ def read_extractor(extractor: Extractor, scenario: Scenario, store: Store, cache
 
 
 def _on_features(given: Network, scenario: Scenario, w: World, seed: int) -> Network:
-    """``given``'s features under a fresh head of the scenario's backbone."""
+    """The features of ``given`` with a new head of the scenario's backbone."""
     first = given.head[0]
     assert isinstance(first, torch.nn.Linear)
     hidden = (scenario.backbone.hidden,) if scenario.backbone.hidden else ()
@@ -124,7 +141,7 @@ def _on_features(given: Network, scenario: Scenario, w: World, seed: int) -> Net
 
 
 def _fit_on_features(scenario: Scenario, w: World, data: ImageSet, seed: int, store: Store, cache: Path) -> Network:
-    """A victim on given features: its head, trained on ``data``."""
+    """A victim on given features; only its head is trained on ``data``."""
     frozen = scenario.frozen
     assert frozen is not None
     given = read_extractor(frozen.extractor, scenario, store, cache, data).net
@@ -137,7 +154,7 @@ def _fit_on_features(scenario: Scenario, w: World, data: ImageSet, seed: int, st
 
 
 def run_victim(scenario: Scenario, store: Store, cache: Path) -> None:
-    """Trains the scenario's victim and stores it with its poisoned samples and triggered test set; no-op when it stands."""
+    """Trains the scenario's victim and stores it with its poisoned samples and triggered test set, unless it is cached."""
     w = world(scenario, cache)
     key = victim_key(scenario, w.data.fingerprint)
     store.once("victim", key, lambda: _make_victim(scenario, w, key, store, cache))
@@ -176,15 +193,15 @@ def _make_victim(scenario: Scenario, w: World, key: str, store: Store, cache: Pa
         measured = score(trained, w.data.test, triggered)
         outcome |= {
             "status": "ok",
-            **numbers(measured),
+            **measured.stored(),
             **_single_keys(scenario, w, trained),
             **_against_twin(w, twin, trained, triggered),
-            "val_acc": none_of(val_accuracy(trained, w.validation)),
+            "val_acc": null_of(val_accuracy(trained, w.validation)),
             "samples_forward": cost.forward,
             "samples_backward": cost.backward,
             "train_size": len(w.train),
         }
-        # Given features are stored once, as the extractor.
+        # Given features are stored as the extractor.
         own = trained.state_dict().items()
         tensors |= {f"net.{name}": value for name, value in own if not scenario.frozen or name.startswith("head.")}
     except Diverged as error:
@@ -194,31 +211,30 @@ def _make_victim(scenario: Scenario, w: World, key: str, store: Store, cache: Pa
 
 
 def _against_twin(w: World, twin: Victim | None, net: Network, triggered: PoisonedTest | None) -> dict[str, Any]:
-    """What the trigger does to the benign twin, and what the attack costs on the clean test images, image by image; nothing for a
-    twin itself, or where the twin's training failed."""
+    """ASR and RA of the benign twin, and the paired loss of ACC against it; empty for a twin, or where its training failed."""
     if twin is None or triggered is None or twin.outcome["status"] != "ok":
         return {}
-    answered = score(twin.net, w.data.test.subset(torch.zeros(0, dtype=torch.int64)), triggered)
+    benign = score(twin.net, w.data.test.subset(torch.zeros(0, dtype=torch.int64)), triggered)
     right = [predict(one, w.data.test.images) == w.data.test.labels for one in (twin.net, net)]
     loss, error = paired_loss(right[0], right[1])
-    found = {"asr_benign": answered.asr, "ra_benign": answered.ra, "acc_loss": loss, "acc_loss_se": error}
-    return {name: none_of(value) for name, value in found.items()}
+    found = {"asr_benign": benign.asr, "ra_benign": benign.ra, "acc_loss": loss, "acc_loss_se": error}
+    return {name: null_of(value) for name, value in found.items()}
 
 
 def _single_keys(scenario: Scenario, w: World, net: Network) -> dict[str, Any]:
-    """What each key of a trigger of several scores by itself; nothing for other triggers."""
+    """ASR and RA of every key of a combined trigger; empty for other triggers."""
     if scenario.attack is None:
         return {}
     keys = scenario.attack.single_keys(net, w.train, scenario.plan, derive_seed(scenario.seed, "attack"))
     alone = {name: score(net, w.data.test, poison_test(w.data.test, key, scenario.plan)) for name, key in keys.items()}
-    return {"single_keys": {name: {"asr": none_of(one.asr), "ra": none_of(one.ra)} for name, one in alone.items()}} if alone else {}
+    return {"single_keys": {name: {"asr": null_of(one.asr), "ra": null_of(one.ra)} for name, one in alone.items()}} if alone else {}
 
 
 def surrogate_of(scenario: Scenario, store: Store, cache: Path) -> Network | None:
-    """The network that the scenario's attack crafts on, trained first when it is absent; None = it takes none.
+    """The network on which the scenario's attack crafts, trained first where it is missing; None for an attack without one.
 
     Raises:
-        Diverged: its training did.
+        Diverged: its training diverged.
     """
     lent = scenario.surrogate()
     if lent is None:
@@ -293,7 +309,7 @@ def _read_victim(scenario: Scenario, store: Store, cache: Path) -> Victim | None
 
 
 def read_victim(scenario: Scenario, store: Store, cache: Path) -> Victim:
-    """A stored victim; trained first when it is absent or damaged."""
+    """A stored victim; trained first where it is missing or damaged."""
     victim = _read_victim(scenario, store, cache)
     if victim is None:
         _read_victim.cache_clear()

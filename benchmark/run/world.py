@@ -20,7 +20,16 @@ __all__ = ["World", "defender_seed", "fresh", "lesser", "world"]
 
 @dataclass(frozen=True)
 class World:
-    """The data of a scenario before any attack: the attacker's training set, the clean budget in two parts, the test set."""
+    """The data of a scenario before any attack.
+
+    Attributes:
+        data: the data set, with the test set.
+        train: the attacker's training set.
+        clean: the part of the clean budget that a defense works with.
+        validation: the part of the clean budget that candidates are validated on.
+        mean: of every channel of ``train``.
+        std: of every channel of ``train``.
+    """
 
     data: Dataset
     train: ImageSet
@@ -46,15 +55,15 @@ def _world(spec: DatasetSpec, fraction: float, seed: int, cache: Path) -> World:
 
 
 def world(scenario: Scenario, cache: Path) -> World:
-    """The scenario's data; the budget is drawn from (data, fraction, seed) alone, so every attack and defense shares it."""
+    """The scenario's data. The clean budget depends on data, fraction and seed alone, so all attacks and defenses share it."""
     return _world(scenario.dataset, scenario.clean_fraction, scenario.seed, cache)
 
 
 def lesser(w: World, cell: Cell) -> World:
-    """The world with the budget that the cell allows: a smaller one is a part of a larger one, so of the pool that is held out.
+    """The world with the clean budget of the cell. Smaller budgets are subsets of larger ones.
 
     Raises:
-        Inapplicable: fewer than two images, which cannot be split into a part to work with and a part to validate on.
+        Inapplicable: the budget has fewer than two images and cannot be split into the two parts.
     """
     if cell.budget is None:
         return w
@@ -68,8 +77,10 @@ def lesser(w: World, cell: Cell) -> World:
 
 
 def fresh(scenario: Scenario, w: World, seed: int) -> Network:
+    """An untrained network of the scenario's backbone."""
     return scenario.backbone.build(w.data.train.num_classes, w.data.train.shape, w.mean, w.std, seed)
 
 
 def defender_seed(scenario: Scenario) -> int:
+    """Seed of everything on the defender's side."""
     return derive_seed(scenario.seed, "defense")

@@ -14,8 +14,7 @@ import torch
 from attacks.base import Plan, poison
 from benchmark.rules.tracks import view_for
 from benchmark.settings.load import load_matrix
-from benchmark.settings.provenance import matrix_of
-from benchmark.settings.provenance import stale
+from benchmark.settings.provenance import matrix_of, stale
 from defenses.base import Knowledge
 from models.images import ImageSet
 

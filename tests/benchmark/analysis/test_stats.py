@@ -12,7 +12,6 @@ import pytest
 import scipy.stats
 
 from benchmark.analysis import intervals, rank_tests, stats
-from benchmark.run import cell
 from benchmark.run import outcome
 from benchmark.storage.rows import Row, Timing, frame
 

@@ -61,7 +61,7 @@ def test_a_part_is_run_from_an_empty_store_and_its_stages_counted(
     assert found["seconds"] > 0
     assert (tmp_path / "results" / "tiny" / "rows.csv").is_file()
     monkeypatch.setattr(scaling, "COUNTS", (2, 12))
-    standing = scaling._standing(tiny, "local", 1, tmp_path / "standing")
+    standing = scaling._cached(tiny, "local", 1, tmp_path / "standing")
     assert standing["per_stage"] < 1
     assert standing["start"] < 60
 

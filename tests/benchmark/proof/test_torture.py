@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmark.proof import torture as harness
-from benchmark.proof.faults import Difference, Outcome, compare, csv_text, draw, merged, read_outcomes
-from benchmark.proof.torture import FAULTS, Draws, Moment, Torture
+from benchmark.proof import harness, torture
+from benchmark.proof.faults import HEADER, Difference, Outcome, compare, csv_text, draw, merged, read_outcomes
+from benchmark.proof.harness import Draws, Moment, Torture
+from benchmark.proof.processes import ROOT
+from benchmark.proof.strikes import FAULTS
 from benchmark.settings.load import find_matrix, load_matrix
 from models.spec import BadInput
 
@@ -125,11 +127,11 @@ def test_the_page_is_drawn_from_outcomes_alone() -> None:
     assert "\x1b" not in page
     assert page.count("\ntorture\n") == 1
     widths = {line.replace(r"\|", "").count("|") for line in page.splitlines() if line.startswith("|")}
-    assert widths == {len(harness.HEADER) + 1}
+    assert widths == {len(HEADER) + 1}
 
 
 def test_what_is_committed_is_what_is_drawn() -> None:
-    folder = harness.ROOT / "results"
+    folder = ROOT / "results" / "proof"
     outcomes = read_outcomes(folder / "faults.csv")
     assert outcomes
     assert (folder / "FAULTS.md").read_text() == draw(merged([], outcomes, list(FAULTS)))
@@ -150,11 +152,11 @@ def test_draws_repeat_and_differ_by_purpose() -> None:
 
 
 def test_kills_are_divided_and_other_faults_have_their_rounds() -> None:
-    plan = {name: (strikes, rounds) for name, strikes, rounds in harness._plan(list(FAULTS), 100, 2)}
+    plan = {name: (strikes, rounds) for name, strikes, rounds in torture._plan(list(FAULTS), 100, 2)}
     assert set(plan) == set(FAULTS)
     assert sum(strikes for strikes, rounds in plan.values() if rounds < 0) == 100
     assert {rounds for _, rounds in plan.values()} == {-1, 2}
-    assert list(harness._plan(["kill -9 of a worker"], 7, 2)) == [("kill -9 of a worker", 7, -1)]
+    assert list(torture._plan(["kill -9 of a worker"], 7, 2)) == [("kill -9 of a worker", 7, -1)]
 
 
 def test_its_matrix_has_every_kind_of_stage() -> None:
@@ -167,12 +169,12 @@ def test_its_matrix_has_every_kind_of_stage() -> None:
 
 
 def test_what_is_told_names_no_place(tmp_path: Path) -> None:
-    torture = Torture(Path("m.toml"), tmp_path)
+    tortured = Torture(Path("m.toml"), tmp_path)
     line = f"note: damaged store entry victim/0123456789ab (x): set aside in {tmp_path}/run/cache/damaged/0123456789ab-x1y2z3w4, so"
-    assert torture.plain(line) == "note: damaged store entry victim/# (x): set aside in #, so"
-    assert torture.plain("1; 2") == "1, 2"
+    assert tortured.plain(line) == "note: damaged store entry victim/# (x): set aside in #, so"
+    assert tortured.plain("1; 2") == "1, 2"
     text = "Traceback (most recent call last):\n  File x\n    f()\nKeyError: 'a'\nnothing\nnote: a\nerror: \x1b[31mb\n"
-    assert list(harness._telling(text)) == ["Traceback: KeyError: 'a'", "note: a", "error: b"]
+    assert list(harness.telling(text)) == ["Traceback: KeyError: 'a'", "note: a", "error: b"]
 
 
 # -- a command that does wrong -------------------------------------------------------------------------------------------------
@@ -207,10 +209,10 @@ for name in ("curves", "timings"):
 def wrong(tmp_path: Path, request: pytest.FixtureRequest) -> Torture:
     (tmp_path / "program.py").write_text(WRONG.format(rows=request.param))
     (tmp_path / "work").mkdir()
-    torture = Torture(Path("m.toml"), tmp_path / "work", program=str(tmp_path / "program.py"), fresh=True)
-    torture.begin()
-    torture.seconds = 0.0
-    return torture
+    tortured = Torture(Path("m.toml"), tmp_path / "work", program=str(tmp_path / "program.py"), fresh=True)
+    tortured.begin()
+    tortured.seconds = 0.0
+    return tortured
 
 
 @pytest.mark.parametrize(
@@ -228,7 +230,7 @@ def test_a_command_that_loses_doubles_or_changes_rows_is_found_out(
     console = Console(file=io.StringIO(), width=300)
     wrong.kept.rename(tmp_path / "aside")
     monkeypatch.setattr(wrong, "begin", lambda: (tmp_path / "aside").rename(wrong.kept))
-    found = list(harness._all(wrong, ["kill -9 of all its processes"], 1, 0, "the command", tmp_path / "out", console))
+    found = list(torture._all(wrong, ["kill -9 of all its processes"], 1, 0, "the command", tmp_path / "out", console))
     assert [(one.kills, one.lost, one.doubled, one.changed) for one in found] == [(1, *expected)]
     assert found[0].note == "note: waiting"
     assert read_outcomes(tmp_path / "out" / "faults.csv") == found
@@ -291,10 +293,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Torture:
     folder = tmp_path_factory.mktemp("torture")
     (folder / "tiny.toml").write_text(TINY)
     (folder / "plain.py").write_text(PLAIN)
-    torture = Torture(folder / "tiny.toml", folder, processes=1, program=str(folder / "plain.py"))
-    torture.begin()
-    torture.seconds = 3.0
-    return torture
+    tortured = Torture(folder / "tiny.toml", folder, processes=1, program=str(folder / "plain.py"))
+    tortured.begin()
+    tortured.seconds = 3.0
+    return tortured
 
 
 FEW = ("kill -9 of all its processes", "Ctrl-C", "flipped bits in store entries", "files of store entries deleted",
@@ -305,7 +307,7 @@ FEW = ("kill -9 of all its processes", "Ctrl-C", "flipped bits in store entries"
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FEW)
 def test_nothing_is_lost(tiny: Torture, fault: str) -> None:
-    one = tiny.run(fault, 0, 2, "")
+    one = torture.run_through(tiny, fault, 0, 2, "")
     assert (one.lost, one.doubled, one.changed) == (0, 0, 0), one.note
     assert "Traceback" not in one.note
     assert "hung" not in one.note

@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import benchmark.__main__ as cli
-from benchmark.proof.verify import BEYOND, SHARES, TOLERANCE, Checked, _show, compare, stands, verify
+from benchmark.proof.verify import BEYOND, SHARES, TOLERANCE, Checked, _show, compare, confirmed, verify
 from benchmark.run.session import run_matrix
 from benchmark.settings.load import load_matrix
 from benchmark.storage.rows import Row, read
@@ -189,9 +189,9 @@ def test_how_many_cells_may_lie_beyond() -> None:
 
     for cells in range(1, 12):
         for beyond in range(cells + 1):
-            assert stands(of(cells, beyond)) == (tail(cells, beyond) >= 0.05), (cells, beyond)
-    assert not stands(of(5, 0, "differs"))
-    assert stands([])
+            assert confirmed(of(cells, beyond)) == (tail(cells, beyond) >= 0.05), (cells, beyond)
+    assert not confirmed(of(5, 0, "differs"))
+    assert confirmed([])
 
 
 def test_how_far_rows_lie_apart_is_told() -> None:

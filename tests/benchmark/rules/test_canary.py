@@ -15,19 +15,12 @@ from attacks import ATTACKS
 from attacks.adaptive import Adaptive
 from attacks.base import PoisonedSet, PoisonedTest
 from benchmark.rules.canary import CANARIES, Canary, Planted, Planting, canaries_for, plant
-from benchmark.rules.selection import Selection
-from benchmark.rules.selection import choose
+from benchmark.rules.metrics import Score
+from benchmark.rules.selection import CandidateScore, Selection, choose
 from benchmark.run import defend as pipeline
-from benchmark.run.defend import defend
-from benchmark.run.defend import read_canary
-from benchmark.run.outcome import measured_from
-from benchmark.run.outcome import score_of
-from benchmark.run.session import cell as pipeline
-from benchmark.run.victim import Victim
-from benchmark.run.victim import read_victim
-from benchmark.run.world import World
-from benchmark.run.world import defender_seed
-from benchmark.run.world import world
+from benchmark.run.defend import defend, read_canary
+from benchmark.run.victim import Victim, read_victim
+from benchmark.run.world import World, defender_seed, world
 from benchmark.settings.cells import Cell, Matrix
 from benchmark.settings.load import load_matrix
 from benchmark.storage.store import Store
@@ -185,7 +178,7 @@ def test_choosing_by_canaries_reads_nothing_of_the_attack_or_the_test_set(place:
     guarded: Any = _Guarded()
     blind = Victim(place.victim.net, PoisonedSet(guarded, torch.zeros(0), torch.zeros(0)), guarded, guarded, {})
     without = replace(place.w, train=replace(place.w.train), data=replace(place.w.data, test=guarded))
-    measured = [{key: value for key, value in entry.items() if not key.startswith("canary")} for entry in whole["candidates"]]
+    scored = [replace(CandidateScore.read(entry), canary_asr=None, canary_loss=None) for entry in whole["candidates"]]
     copies = [
         plant(canary, place.victim.net, without.clean, without.validation, place.cell.scenario.recipe,
               pipeline.derive_seed(defender_seed(place.cell.scenario), "canary", canary.name))
@@ -193,8 +186,8 @@ def test_choosing_by_canaries_reads_nothing_of_the_attack_or_the_test_set(place:
     ]  # fmt: skip
     scenario = replace(place.cell.scenario, attack=guarded, plan=guarded)
     monkeypatch.setattr(pipeline, "score", guarded)
-    pipeline._canary_scores(replace(place.cell, scenario=scenario), without, blind, measured, copies)
-    assert measured == whole["candidates"]
+    pipeline._canary_scores(replace(place.cell, scenario=scenario), without, blind, scored, copies)
+    assert [one.stored() for one in scored] == whole["candidates"]
 
 
 def test_its_candidates_are_those_of_the_same_dial(place: Place) -> None:
@@ -202,8 +195,8 @@ def test_its_candidates_are_those_of_the_same_dial(place: Place) -> None:
     plain = defend(place.cell, place.w, place.victim)
     bare = [{key: value for key, value in entry.items() if not key.startswith("canary")} for entry in outcome["candidates"]]
     assert bare == plain["candidates"]
-    offered = [measured_from(entry) for entry in outcome["candidates"]]
-    chosen = choose(Selection.CANARY, offered, score_of(place.victim.outcome), place.cell.tau)
+    offered = [CandidateScore.read(entry) for entry in outcome["candidates"]]
+    chosen = choose(Selection.CANARY, offered, Score.read(place.victim.outcome), place.cell.tau)
     assert chosen is not None
     assert offered[-1].kept
     kept = [place.planted(canary) for canary in place.cell.canaries]
@@ -261,9 +254,9 @@ def test_the_triggered_set_is_what_no_rule_without_hindsight_reads(place: Place)
     exchanged = PoisonedTest(triggered.images, triggered.target_labels, triggered.true_labels, triggered.source)
     scorer = type(place.victim.scorer)(place.victim.net, place.w.data.test, exchanged, place.w.validation)
     other = defend(place.cell, place.w, replace(place.victim, triggered=exchanged, scorer=scorer), planted=place.planted)
-    before = score_of(place.victim.outcome)
+    before = Score.read(place.victim.outcome)
     for how in (Selection.DEFAULT, Selection.VALIDATION, Selection.STRONGEST, Selection.CANARY):
-        picks = {choose(how, [measured_from(entry) for entry in found["candidates"]], before) for found in (outcome, other)}
+        picks = {choose(how, [CandidateScore.read(entry) for entry in found["candidates"]], before) for found in (outcome, other)}
         assert len(picks) == 1
 
 

@@ -12,18 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmark.rules.metrics import Score
-from benchmark.rules.selection import HINDSIGHT, Measured, Selection, choose, paired_loss
+from benchmark.rules.selection import HINDSIGHT, CandidateScore, Selection, choose, paired_loss
 
 BEFORE = Score(0.90, 0.99, 0.01)
 
 
-def candidate(acc: float, asr: float, ra: float, loss: float, strength: float, **more: object) -> Measured:
-    score = Score(acc, asr, ra)
-    one = Measured(strength, False, strength, int(strength), "", score, 0.92 - loss, 0, 0, val_loss=loss, val_loss_se=0.01)
+def candidate(acc: float, asr: float, ra: float, loss: float, strength: float, **more: object) -> CandidateScore:
+    one = CandidateScore(
+        acc, asr, ra, dial=strength, is_default=False, strength=strength, pruned=int(strength), note="", val_acc=0.92 - loss,
+        forward=0, backward=0, val_loss=loss, val_loss_se=0.01,
+    )  # fmt: skip
     return replace(one, **more)  # type: ignore[arg-type]
 
 
-KEPT = candidate(0.90, 0.99, 0.01, 0.0, 0, dial=None, kept=True, changed=False)
+KEPT = candidate(0.90, 0.99, 0.01, 0.0, 0, dial=math.nan, kept=True, changed=False)
 DIAL = [
     candidate(0.90, 0.99, 0.01, 0.0, 0, changed=False),
     candidate(0.89, 0.60, 0.30, 0.02, 5),
@@ -84,7 +86,7 @@ def test_without_clean_images_only_the_default_and_hindsight_are_left() -> None:
 
 
 def test_rules_without_hindsight_never_look_at_the_test_set() -> None:
-    hidden = [replace(one, score=Score(math.nan)) for one in DIAL]
+    hidden = [replace(one, acc=math.nan, asr=math.nan, ra=math.nan) for one in DIAL]
     for how in set(Selection) - set(HINDSIGHT) - {Selection.CANARY}:
         assert choose(how, hidden, Score(math.nan)) == choose(how, DIAL, BEFORE)
 
@@ -108,7 +110,7 @@ def test_hindsight_without_an_attack_is_the_most_accurate() -> None:
 
 
 def test_canaries_choose_by_rank_within_tau_on_the_model_and_on_every_copy() -> None:
-    def with_canary(one: Measured, asr: tuple[float, ...], loss: tuple[float, ...]) -> Measured:
+    def with_canary(one: CandidateScore, asr: tuple[float, ...], loss: tuple[float, ...]) -> CandidateScore:
         return replace(one, canary_asr=asr, canary_loss=loss)
 
     offered = [
@@ -143,7 +145,7 @@ def test_no_rule_has_a_higher_ra_than_the_oracle(rows: list[tuple[float, float, 
     for how in Selection:
         chosen = choose(how, offered, BEFORE)
         assert chosen is not None
-        assert offered[best].score.ra >= offered[chosen].score.ra
+        assert offered[best].ra >= offered[chosen].ra
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -160,3 +162,16 @@ def test_paired_loss_of_the_same_answers_is_zero_and_of_none_unknown() -> None:
     right = torch.tensor([True, False, True])
     assert paired_loss(right, right) == (0.0, 0.0)
     assert all(math.isnan(value) for value in paired_loss(right[:0], right[:0]))
+
+
+def test_a_score_reads_what_it_stores() -> None:
+    plain = candidate(0.9, math.nan, math.nan, 0.1, 2)
+    measured = replace(plain, isolated=0, precision=math.nan, recall=0.0, canary_asr=(0.5, 0.25), canary_loss=(0.0, 0.125))
+    stored = measured.stored()
+    assert stored["asr"] is stored["precision"] is stored["knob"] is None  # no value
+    assert stored["canary_asr"] == [0.5, 0.25]
+    assert "asr_recraft" not in stored  # not measured
+    assert not {"isolated", "precision", "recall", "canary_asr", "canary_loss"} & set(plain.stored())
+    for one in (plain, measured):
+        again = CandidateScore.read(one.stored() | {"unknown": 1})
+        assert repr(again) == repr(one)  # NaN differs from itself
