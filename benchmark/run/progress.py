@@ -17,6 +17,8 @@ from rich.text import Text
 
 __all__ = ["RunProgress", "notes"]
 
+STARTING = "starting the worker processes"
+
 
 def notes(console: Console) -> Callable[[str], None]:
     """Returns a function that prints a line as a note."""
@@ -131,6 +133,8 @@ class RunProgress:
         parts = [f"[{time.monotonic() - self.begun:5.0f} s] {done}"]
         if running:
             parts += [f"running: {', '.join(running)}", self._end()]
+        elif not any(self.counts.values()) and not self._over.is_set():
+            parts.append(STARTING)
         return "; ".join(parts)
 
     def left(self, kind: str) -> float | None:
@@ -165,7 +169,7 @@ class RunProgress:
         if running:
             words.append(f"  {self._end()}")
         elif not any(self.counts.values()):
-            words = ["  starting the worker processes ..."]
+            words = [f"  {STARTING} ..."]
         return Group(self.bars, *(Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in words))
 
     def _print(self) -> None:
