@@ -1,9 +1,9 @@
-"""Why a row says what it says: why its scenario counts, and why its candidate was chosen. Pure functions of stored rows."""
+"""Why a row is as it is: why its scenario counts, and why its candidate was chosen. Pure functions of stored rows."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pandas as pd
 
@@ -70,28 +70,23 @@ def explain(rows: pd.DataFrame, curves: pd.DataFrame, only: str) -> Iterator[str
 
 def _scenario(gate: pd.Series, row: pd.Series) -> str:
     """Why a scenario counts or not: its figures on the mean over seeds beside the gate's, and this seed's."""
-    asr, twin, effect = (float(gate[name]) for name in ("asr", "asr_benign", "effect"))
+    asr, twin, effect = (percent_text(float(gate[name])) for name in ("asr", "asr_benign", "effect"))
     seeds = int(gate["seeds"])
     mean = f"mean over {seeds} seeds" if seeds > 1 else "one seed"
-    if math.isnan(twin):
-        why = (
-            f"ASR {percent_text(asr)} ({mean}) against at least {100 * IMPLANTED_ASR:g}; what the benign twin answers was not "
-            "measured"
-        )
+    if math.isnan(gate["asr_benign"]):
+        why = f"ASR {asr} ({mean}) against at least {100 * IMPLANTED_ASR:g}; the ASR of the benign twin was not measured"
     elif gate["adversarial"]:
         why = (
-            f"the benign twin answers the trigger, too: its ASR is {percent_text(twin)}, above {100 * ADVERSARIAL_ASR:g} "
-            f"({mean}), so the "
+            f"the trigger works on the benign twin, too: its ASR is {twin}, above {100 * ADVERSARIAL_ASR:g} ({mean}), so the "
             "trigger is an adversarial perturbation"
         )
     else:
         why = (
-            f"ASR {percent_text(asr)} (at least {100 * IMPLANTED_ASR:g}), of which the poison explains {percent_text(effect)} "
-            "points (at "
-            f"least {100 * IMPLANTED_EFFECT:g}; the twin's ASR is {percent_text(twin)}); {mean}"
+            f"ASR {asr} (at least {100 * IMPLANTED_ASR:g}), {effect} points above the benign twin's {twin} (at least "
+            f"{100 * IMPLANTED_EFFECT:g}); {mean}"
         )
     loss, least = (float(gate[name]) for name in ("acc_loss", "acc_loss_low"))
-    sure = f", surely more than {percent_text(least)}" if least > 0 else ", which may be chance"
+    sure = f", with 95 % confidence more than {percent_text(least)}" if least > 0 else ", which may be chance"
     cost = f"It costs {percent_text(loss)} points of ACC{sure}" if loss > 0 else "It costs no ACC"
     counts = "It counts." if gate["implanted"] else "It does not count: it is shown and never ranked."
     return f"{scenario_words(gate)}: {why}. {cost}. {counts} This seed: {plain(row['gate'])}."
@@ -100,9 +95,8 @@ def _scenario(gate: pd.Series, row: pd.Series) -> str:
 def _setting(line: pd.Series) -> str:
     if line["kept"]:
         return "the untouched model"
-    dial = "" if math.isnan(line["dial"]) else f"dial {number_text(float(line['dial']))}"
-    knob = "" if math.isnan(line["knob"]) else f"knob {number_text(float(line['knob']))}"
-    return ", ".join(part for part in (dial, knob) if part) or "the method's only model"
+    parts = [f"{name} {number_text(float(line[name]))}" for name in ("dial", "knob") if not math.isnan(line[name])]
+    return ", ".join(parts) or "the method's only model"
 
 
 def _loss(line: pd.Series) -> str:
@@ -113,41 +107,55 @@ def _loss(line: pd.Series) -> str:
 def _row(row: pd.Series, offered: pd.DataFrame) -> str:
     if row["status"] != "ok":
         return f"{row['status']}: {plain(row['reason'])}."
+    if not offered["is_default"].any():
+        why = f"Chosen: {_setting(row)}."  # its candidates are not recorded
+    elif len(offered) == 1:
+        why = "There is one model and nothing to choose."
+    else:
+        why = _RULES[str(row["selection"])](row, offered)
     figures = f"ACC {percent_text(row['acc'])}, ASR {percent_text(row['asr'])}, RA {percent_text(row['ra'])}"
     mark = f" Mark: {row['mark']}." if row["mark"] else ""
-    return f"{_why(row, offered)} {figures}; {number_text(float(row['cost_epochs']))} standard epochs.{mark}"
+    return f"{why} {figures}; {number_text(float(row['cost_epochs']))} standard epochs.{mark}"
 
 
-def _why(row: pd.Series, offered: pd.DataFrame) -> str:
-    """Why this candidate: the rule, walked through over the stored candidates."""
-    rule, chosen, tau = str(row["selection"]), _setting(row), f"{100 * TAU:g}"
-    if not offered["is_default"].any():
-        return f"Chosen: {chosen}."  # its candidates are not stored
-    if len(offered) == 1:
-        return "There is one model and nothing to choose."
-    if rule == "default":
-        return f"The published default: {chosen}."
-    if rule == "validation":
-        start = offered[offered["is_default"]].iloc[0]
-        if not row["kept"] and _setting(start) == _setting(row):
-            return f"The published default ({chosen}) {_loss(start)}, within {tau}: it is taken as it is."
-        told = f"The published default ({_setting(start)}) {_loss(start)}, more than {tau}."
-        if row["kept"]:
-            return f"{told} No gentler setting stays within {tau}, so the untouched model is kept."
-        gone = "back along the dial" if start["knob"] == row["knob"] or math.isnan(start["knob"]) else "on to a gentler knob"
-        return f"{told} Stepped {gone}: {chosen} {_loss(row)}, within {tau}."
-    if rule == "strongest":
-        if row["kept"]:
-            return f"No candidate stays within {tau} points on the validation images, so the untouched model is kept."
-        return f"The strongest of those within {tau} points: {chosen} {_loss(row)}."
-    if rule == "canary":
-        best = offered[(offered["dial"] == row["dial"]) & ((offered["knob"] == row["knob"]) | math.isnan(row["knob"]))]
-        best = offered[offered["kept"]] if row["kept"] else best
-        left = "" if best.empty or math.isnan(best["canary_asr"].iloc[0]) else (
-            f" It leaves the canaries an ASR of {percent_text(float(best['canary_asr'].iloc[0]))} (mean), from "
-            f"{percent_text(float(offered.loc[offered['kept'], 'canary_asr'].iloc[0]))}."
-        )  # fmt: skip
-        return f"Of the settings within {tau} points, the one that removes the planted canaries best: {chosen}.{left}"
-    if rule == "oracle":
-        return f"With the test set: the highest RA of {len(offered)} candidates, {chosen}."
-    return f"With the test set: the lowest ASR among those that keep {100 - 100 * LEAKY_TOLERANCE:g} % of the ACC, {chosen}."
+# -- why this candidate: one function per rule, from the chosen row and the candidates -------------------------------------------
+
+
+def _validation(row: pd.Series, offered: pd.DataFrame) -> str:
+    start = offered[offered["is_default"]].iloc[0]
+    if not row["kept"] and _setting(start) == _setting(row):
+        return f"The published default ({_setting(row)}) {_loss(start)}, within {_TAU}: it is chosen."
+    first = f"The published default ({_setting(start)}) {_loss(start)}, more than {_TAU}."
+    if row["kept"]:
+        return f"{first} No weaker setting stays within {_TAU}, so the untouched model is kept."
+    where = "along the dial" if start["knob"] == row["knob"] or math.isnan(start["knob"]) else "to another knob"
+    return f"{first} Weakened {where}: {_setting(row)} {_loss(row)}, within {_TAU}."
+
+
+def _strongest(row: pd.Series, offered: pd.DataFrame) -> str:
+    if row["kept"]:
+        return f"No candidate stays within {_TAU} points on the validation images, so the untouched model is kept."
+    return f"The strongest of those within {_TAU} points: {_setting(row)} {_loss(row)}."
+
+
+def _canary(row: pd.Series, offered: pd.DataFrame) -> str:
+    same_knob = (offered["knob"] == row["knob"]) | math.isnan(row["knob"])
+    best = offered[offered["kept"]] if row["kept"] else offered[(offered["dial"] == row["dial"]) & same_knob]
+    left = ""
+    if len(best) and not math.isnan(best["canary_asr"].iloc[0]):
+        before, after = (percent_text(float(of["canary_asr"].iloc[0])) for of in (offered[offered["kept"]], best))
+        left = f" The mean ASR of the canaries falls from {before} to {after}."
+    return f"Of the settings within {_TAU} points, the one that removes the planted canaries best: {_setting(row)}.{left}"
+
+
+_TAU = f"{100 * TAU:g}"
+_RULES: dict[str, Callable[[pd.Series, pd.DataFrame], str]] = {
+    "default": lambda row, offered: f"The published default: {_setting(row)}.",
+    "validation": _validation,
+    "strongest": _strongest,
+    "canary": _canary,
+    "oracle": lambda row, offered: f"With the test set: the highest RA of {len(offered)} candidates, {_setting(row)}.",
+    "leaky": lambda row, offered: (
+        f"With the test set: the lowest ASR among those that keep {100 - 100 * LEAKY_TOLERANCE:g} % of the ACC, {_setting(row)}."
+    ),
+}

@@ -226,7 +226,7 @@ def _dots_panel(axes: Axes, panel: DotPanel, marks: Mapping[str, Mark]) -> None:
         axes.axhline(row if not beside else row + 0.5, color="#E9E9E9", linewidth=0.7, zorder=0)
     for row in panel.hatched:
         axes.axhspan(row - 0.5, row + 0.5, zorder=0, **area_style(Mark(kind="hatch")))
-    for label, mark in reversed(marks.items()):  # the first lies on top
+    for label, mark in reversed(list(marks.items())):  # the first lies on top
         lane = mark.lane if mark.lane is not None else (0.8 * ((beside.index(label) + 0.5) / len(beside) - 0.5) if label in beside else 0)
         for row in range(count):
             own = mark if mark.colour else replace(mark, colour=panel.looks[row][0], marker=mark.marker or panel.looks[row][1])

@@ -15,22 +15,10 @@ from typing import Any
 import pandas as pd
 
 from benchmark.analysis import rank_tests, stats
+from benchmark.report import words
 from benchmark.report.tables.boards import given_table, leaderboard_markdown, overview_table
 from benchmark.report.tables.details import problems_markdown, validity_markdown
 from benchmark.report.text import entry, markdown, slug
-from benchmark.report.words import (
-    GIVEN_NOTES,
-    GLOSSARY,
-    NOTHING,
-    SELECTION_WORDS,
-    gate_words,
-    mark_words,
-    paired_words,
-    rank_words,
-    resolution_words,
-    setting_words,
-    track_words,
-)
 from benchmark.rules.metrics import IMPLANTED_ASR
 from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON
 from benchmark.settings.provenance import STALE_WORDS, matrix_of, stale
@@ -101,9 +89,9 @@ def _against_controls(best: pd.Series, controls: pd.DataFrame) -> Iterator[str]:
         yield f"Controls: {_with_figures(controls)}. At least one scenario has a single seed, so no interval separates them."
         return
     above, below = best["ra_low"] > controls["ra_high"], best["ra_high"] < controls["ra_low"]
-    for words, mask in (("lies above that of", above), ("overlaps that of", ~above & ~below), ("lies below that of", below)):
+    for relation, mask in (("lies above that of", above), ("overlaps that of", ~above & ~below), ("lies below that of", below)):
         if mask.any():
-            yield f"Its interval {words} {_with_figures(controls[mask])}."
+            yield f"Its interval {relation} {_with_figures(controls[mask])}."
 
 
 def summary(rows: pd.DataFrame, track: str) -> str:
@@ -111,7 +99,7 @@ def summary(rows: pd.DataFrame, track: str) -> str:
     and how its interval lies to those of the controls. Markdown."""
     board = stats.leaderboard(rows, track, stats.headline(rows, track))
     if board.empty:
-        return NOTHING
+        return words.NOTHING
     ranked = board[(board["place"] > 0) & (board["cells_ok"] > 0)]
     if ranked.empty:
         return "No competing defense finished a cell on an implanted scenario."
@@ -124,7 +112,7 @@ def summary(rows: pd.DataFrame, track: str) -> str:
     tied = f", tied with {_entries(leaders.iloc[1:], ' and ')}" if len(leaders) > 1 else ""
     of = f"{best['scenarios_ok']} of {int(stats.scenarios(rows)['implanted'].sum())} implanted scenarios"
     among = " of those that changed a model" if idle.any() else ""
-    marks, higher = mark_words(best), ranked[(ranked["ra"] > best["ra"]) & (ranked["place"] > best["place"])]
+    marks, higher = words.mark_words(best), ranked[(ranked["ra"] > best["ra"]) & (ranked["place"] > best["place"])]
     incomplete = ranked[ranked["cells_ok"] < ranked["cells"]]
     return " ".join([
         f"Best average rank by RA{among}: **{markdown(entry(best))}**{tied}, with RA {_figure(best)} over {of}.",
@@ -186,7 +174,7 @@ def plain_words(rows: pd.DataFrame) -> str:
     for track in stats.tracks(rows):
         board = stats.leaderboard(rows, track, stats.headline(rows, track))
         ranked = board[(board["role"] == "defense") & (board["cells_ok"] > 0)] if len(board) else board
-        sentences = [NOTHING if board.empty else "No competing defense finished a cell."]
+        sentences = [words.NOTHING if board.empty else "No competing defense finished a cell."]
         if len(ranked):
             idle = ranked[_idle(ranked)]
             sentences = [
@@ -209,8 +197,8 @@ def _lowered(ranked: pd.DataFrame) -> str:
     more = [f"{len(names) - 4} more"] * (len(names) > 4)
     where = " and ".join(dict.fromkeys(map(markdown, below["track"])))
     return (
-        f"{len(below) or 'None'} of {len(ranked)} entries (a defense and its scope) {'take' if len(below) > 1 else 'takes'} the mean "
-        f"attack success rate (ASR) below {100 * IMPLANTED_ASR:g} %"
+        f"{len(below) or 'None'} of {len(ranked)} entries (a defense and its scope) {'take' if len(below) > 1 else 'takes'} the "
+        f"mean attack success rate (ASR) below {100 * IMPLANTED_ASR:g} %"
         + (f": {', '.join(names[:4] + more)}, in the track {where}." if names else ".")
     )
 
@@ -222,7 +210,7 @@ def finding(rows: pd.DataFrame) -> list[str]:
         return ["No defense was run: the matrix shows its attacked models."]
     found = [board.assign(track=track) for track, _, board in stats.judged_boards(rows) if len(board)]
     if not found:
-        return [NOTHING]
+        return [words.NOTHING]
     boards = pd.concat(found, ignore_index=True)
     ranked = boards[(boards["role"] == "defense") & (boards["cells_ok"] > 0)]
     if ranked.empty:
@@ -241,11 +229,11 @@ def _about(rows: pd.DataFrame, folder: Path) -> str:
     """What a matrix is: data, sizes, seeds, how many scenarios count, and the versions it ran on."""
     manifest = folder / "manifest.json"
     versions = json.loads(manifest.read_text(encoding="utf-8")).get("versions", {}) if manifest.is_file() else {}
-    words, counts = setting_words(rows), {name: rows[rows[name] != "none"][name].nunique() for name in ("attack", "backbone")}
-    ran = ", ".join(f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items())
+    ran, counts = words.setting_words(rows), {name: rows[rows[name] != "none"][name].nunique() for name in ("attack", "backbone")}
+    sizes = ", ".join(f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items())
     made = [f"{name} {versions[name]}" for name in ("torch", "python") if name in versions]
-    seeds = f"seed{'s' if ',' in words['seed'] else ''} {words['seed']}"
-    return "; ".join([f"{words['dataset']}, {ran}", seeds, gate_words(rows), *[", ".join(made)] * bool(made)])
+    seeds = f"seed{'s' if ',' in ran['seed'] else ''} {ran['seed']}"
+    return "; ".join([f"{ran['dataset']}, {sizes}", seeds, words.gate_words(rows), *[", ".join(made)] * bool(made)])
 
 
 def write_front(readme: Path, rows: pd.DataFrame, folder: str, block: str) -> bool:
@@ -284,7 +272,7 @@ def _pairs(rows: pd.DataFrame, track: str) -> str:
         counts.append(f"in {metric.upper()}, {ahead} of {len(mine)} entries are better and {behind} worse")
     return (
         f"Compared with {markdown(found['control'].iloc[0])} on the same attacked models (5 %, after Holm; the pairs are not "
-        f"independent of each other): {'; '.join(counts)}. {paired_words(found)}\n"
+        f"independent of each other): {'; '.join(counts)}. {words.paired_words(found)}\n"
     )
 
 
@@ -296,10 +284,10 @@ def _track(rows: pd.DataFrame, track: str) -> dict[str, Any]:
     why, quiet = f" ({NOTHING_TO_VALIDATE_ON})" if blind and judged != "validation" else "", stats.stealthy(rows)
     fewer = 0 < stats.scenarios(quiet)["implanted"].sum() < stats.scenarios(rows)["implanted"].sum()
     return {
-        "name": track, "slug": slug(track), "words": track_words(track), "summary": summary(rows, track), "judged": judged,
+        "name": track, "slug": slug(track), "words": words.track_words(track), "summary": summary(rows, track), "judged": judged,
         "selection": f"{judged}{why}", "board": "" if board.empty else leaderboard_markdown(board, track),
-        "stealthy": summary(quiet, track) if fewer else "", "stealthy_gate": gate_words(quiet),
-        "ranks": rank_words(rows, track, judged), "pairs": _pairs(rows, track), "given": given_table(rows, track).markdown(),
+        "stealthy": summary(quiet, track) if fewer else "", "stealthy_gate": words.gate_words(quiet),
+        "ranks": words.rank_words(rows, track, judged), "pairs": _pairs(rows, track), "given": given_table(rows, track).markdown(),
         "selections": stats.selections(rows, track),
     }  # fmt: skip
 
@@ -308,9 +296,9 @@ def _ran(folder: Path, rows: pd.DataFrame) -> dict[str, str]:
     """What was run, and how far the benchmark searched for every defense alike (from the matrix's copy in the folder)."""
     control = rows["control"].astype(bool)
     ran = {
-        **setting_words(rows), "track": "; ".join(map(track_words, stats.tracks(rows))) or "none",
+        **words.setting_words(rows), "track": "; ".join(map(words.track_words, stats.tracks(rows))) or "none",
         "defense": ", ".join(dict.fromkeys(rows.loc[~control, "defense"])) or "none",
-        "control": ", ".join(dict.fromkeys(rows.loc[control, "defense"])) or "none", "gate": gate_words(rows),
+        "control": ", ".join(dict.fromkeys(rows.loc[control, "defense"])) or "none", "gate": words.gate_words(rows),
     }  # fmt: skip
     cells = matrix_of(folder).cells if (folder / "matrix.toml").is_file() else ()
     if cells:
@@ -322,12 +310,12 @@ def _ran(folder: Path, rows: pd.DataFrame) -> dict[str, str]:
 
 def _glossary(rows: pd.DataFrame) -> dict[str, str]:
     """The terms of the report."""
-    rules = "; ".join(SELECTION_WORDS[name] for name in stats.selections(rows) if name in SELECTION_WORDS)
+    rules = "; ".join(words.SELECTION_WORDS[name] for name in stats.selections(rows) if name in words.SELECTION_WORDS)
     chosen = (
         f"how one candidate is chosen along a defense's dial. {rules}. In a track that grants nothing to validate on to a defense "
         "that has a dial, every entry is judged by default."
     )
-    return {**GLOSSARY, "Selection": chosen, "What the defender was given": GIVEN_NOTES}
+    return {**words.GLOSSARY, "Selection": chosen, "What the defender was given": words.GIVEN_NOTES}
 
 
 def write_report(
@@ -354,8 +342,8 @@ def write_report(
         "report.md", title=title, about=description, stale=STALE_WORDS if stale(folder) else "", ran=_ran(folder, rows), files=have,
         links=links, tracks=[_track(rows, track) for track in tracks], plain_words=plain_words(rows),
         overview=overview.markdown() if overview.blocks else "", validity="" if tracks else validity_markdown(rows),
-        gate=gate_words(rows), resolution=resolution_words(rows), figures=_FIGURES, others=_OTHERS, glossary=_glossary(rows),
-        problems=problems_markdown(rows),
+        gate=words.gate_words(rows), resolution=words.resolution_words(rows), figures=_FIGURES, others=_OTHERS,
+        glossary=_glossary(rows), problems=problems_markdown(rows),
     )  # fmt: skip
     write_text(folder / "README.md", text)
     return folder / "README.md"

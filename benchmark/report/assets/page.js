@@ -1,10 +1,10 @@
 /* The leaderboard page: filters, sorts, opens and draws what Python computed. Nothing is averaged, ranked or rounded here, and names
- * reach the document as text only. Sorting, filtering and the state of rows are TanStack Table's (table-core.min.js). */
+ * reach the document as text only. Sorting and the state of rows are TanStack Table's (table-core.min.js). */
 (() => {
   "use strict";
 
   const data = JSON.parse(document.getElementById("data").textContent);
-  const { createTable, getCoreRowModel, getFilteredRowModel, getSortedRowModel } = globalThis.TableCore;
+  const { createTable, getCoreRowModel, getSortedRowModel } = globalThis.TableCore;
   const drawn = document.getElementById("empty").namespaceURI;
   const DASH = "\u2013";
   const CROWD = 45; // points of a plane beyond which it has no arrows
@@ -77,20 +77,20 @@
   function lines() {
     const view = shown();
     const chosen = data.tracks.map((track) => choice.selection || track.judged);
-    const picked = (line) => line.s === chosen[line.t];
-    if (view === "means") return data.means.filter(picked);
-    const places = data.places.filter(picked);
-    if (view === "places") return places;
-    return places.flatMap(({ t, s, e, role, p, cells }) => cells.map((c) => ({ ...data.cells[c].by[s], t, s, e, role, p, c })));
+    const passes = (line) => line.s === chosen[line.t] && (!choice.track || word(data.tracks[line.t].name) === choice.track)
+      && (!choice.role || (line.role === "defense") === (choice.role === "defense"))
+      && nameOf(line).toLowerCase().includes(choice.name.toLowerCase()) && (view === "means" || within(placeOf(line)));
+    const found = (view === "means" ? data.means : data.places).filter(passes);
+    if (view !== "cells") return found;
+    return found.flatMap(({ t, s, e, role, p, cells }) => cells.map((c) => ({ ...data.cells[c].by[s], t, s, e, role, p, c })));
   }
 
   const figure = (name) => (line) => (line[name] ? line[name][0] : undefined);
   const number = { sortingFn: "basic", sortUndefined: "last" };
   const text = { sortingFn: "alphanumeric" };
-  const exact = { filterFn: "equals" };
   const columns = [
     { id: "place", header: "#", accessorFn: (line) => line.place || undefined, ...number, views: ["means"] },
-    { id: "name", header: "Defense", accessorFn: nameOf, ...text, filterFn: "includesString" },
+    { id: "name", header: "Defense", accessorFn: nameOf, ...text },
     { id: "where", header: "Scenario", accessorFn: (line) => (line.p === undefined ? "" : placeWords(placeOf(line))), ...text,
       views: ["places", "cells"] },
     { id: "seed", header: "Seed", accessorFn: (line) => (line.c === undefined ? undefined : data.cells[line.c].seed), ...number,
@@ -99,33 +99,19 @@
     { id: "cost", header: "Cost", accessorFn: figure("cost"), ...number, sortDescFirst: false },
     { id: "rank", header: "Rank", accessorFn: figure("rank"), ...number, sortDescFirst: false, views: ["means", "places"] },
     { id: "ok", header: "Cells", accessorFn: (line) => line.ok, ...number, views: ["means", "places"] },
-    { id: "track", accessorFn: (line) => word(data.tracks[line.t].name), ...exact, views: [] },
-    { id: "role", accessorFn: (line) => (line.role === "defense" ? "defense" : "control"), ...exact, views: [] },
-    ...[["dataset", "d"], ["backbone", "b"], ["attack", "a"]].map(([id, key]) => ({
-      id, accessorFn: (line) => (line.p === undefined ? "" : word(placeOf(line)[key])), ...exact, views: [],
-    })),
   ];
 
-  const options = {
+  const table = createTable({
     data: lines(), columns, renderFallbackValue: null, autoResetAll: false, enableRowSelection: true,
     getRowId: (line) => [line.t, line.s, line.e, line.p ?? "", line.c ?? ""].join("-"),
-    getCoreRowModel: getCoreRowModel(), getFilteredRowModel: getFilteredRowModel(), getSortedRowModel: getSortedRowModel(),
-    getRowCanExpand: () => true, onStateChange: () => {}, state: {},
-  };
-  const table = createTable(options);
-  let state = { ...table.initialState, pagination: { pageIndex: 0, pageSize: Number.MAX_SAFE_INTEGER } };
-  table.setOptions((old) => ({
-    ...old, state, onStateChange: (change) => {
-      state = typeof change === "function" ? change(state) : change;
-      table.setOptions((previous) => ({ ...previous, state }));
-    },
-  }));
+    getCoreRowModel: getCoreRowModel(), getSortedRowModel: getSortedRowModel(), getRowCanExpand: () => true, state: {},
+    onStateChange: (change) => table.setOptions((old) => ({ ...old, state: typeof change === "function" ? change(old.state) : change })),
+  });
+  const state = { ...table.initialState, pagination: { pageIndex: 0, pageSize: Number.MAX_SAFE_INTEGER } };
+  table.setOptions((old) => ({ ...old, state }));
 
   function filter() {
-    const means = shown() === "means";
-    const wanted = ["track", "role", "name", ...(means ? [] : ["dataset", "backbone", "attack"])];
     table.setOptions((old) => ({ ...old, data: lines() }));
-    table.setColumnFilters(wanted.filter((id) => choice[id]).map((id) => ({ id, value: choice[id] })));
     render();
   }
 
@@ -155,12 +141,13 @@
     frame.x = (value) => frame.left + ((frame.right - frame.left) * value) / 100;
     frame.y = (value) => frame.bottom - ((frame.bottom - frame.top) * (value - floor)) / (100 - floor);
     const at = (line) => [frame.x(100 * line.asr[0]), frame.y(100 * line.acc[0])];
+    const world = (line) => `${line.p}-${line.c === undefined ? "" : data.cells[line.c].seed}`;
     const origin = new Map(rows.map((row) => row.original).filter((line) => line.role === "reference" && line.acc && line.asr)
-      .map((line) => [`${line.p}-${line.c === undefined ? "" : data.cells[line.c].seed}`, line]));
+      .map((line) => [world(line), line]));
     const marks = [];
     for (const line of points) {
       const [x, y] = at(line);
-      const from = origin.get(`${line.p}-${line.c === undefined ? "" : data.cells[line.c].seed}`);
+      const from = origin.get(world(line));
       const [colour, shape] = entryOf(line).look;
       if (from && from !== line && points.length <= CROWD) {
         const [x0, y0] = at(from);
@@ -187,7 +174,7 @@
 
   const tickWords = (value) => String(Number(value.toPrecision(3)));
 
-  /** ACC, ASR and RA of some cells along their dial, a path per seed; marks where each selection stands. */
+  /** ACC, ASR and RA of some cells along their dial, a path per seed, with a mark at what each selection chose. */
   function dial(cells) {
     const curves = cells.filter((cell) => cell.curve);
     if (!curves.length) return null;
@@ -247,8 +234,8 @@
     if (!panels.length) return null;
     return [
       el("h3", {}, "Along the dial"),
-      el("p", { class: "quiet" }, "One path per seed: ACC solid, ASR dashed, RA dotted. Where each selection stands: circle validation, "
-        + "square default, cross oracle."),
+      el("p", { class: "quiet" }, "One path per seed: ACC solid, ASR dashed, RA dotted. Chosen by validation: circle, by default: square, "
+        + "by the oracle: cross."),
       el("div", { class: "panels" }, panels.map(([line, panel]) => el("figure", {}, panel, el("figcaption", {}, placeWords(placeOf(line)))))),
     ];
   }
@@ -291,23 +278,25 @@
 
   // -- tables ------------------------------------------------------------------------------------------------------------------
 
+  const CELLS = {
+    place: (line) => ["Place", line.place ? String(line.place) : ""],
+    seed: (line) => ["Seed", String(data.cells[line.c].seed)],
+    cost: (line) => ["Cost", line.cost ? line.cost[1] : DASH],
+    rank: (line) => ["Rank", line.rank ? line.rank[1] : DASH],
+    ok: (line) => ["Cells", `${line.ok} / ${line.of}`],
+    ...Object.fromEntries(SHARES.map(([id, header]) => [id, (line) => (line[id]
+      ? [header, line[id][1], line[id][2] ? el("span", { class: "aside" }, line[id][2]) : null]
+      : [header, (id === "acc" && word(line.missing)) || DASH])])),
+  };
+
   function cellOf(id, line) {
-    const own = { role: "cell", class: id };
-    const named = (name, ...content) => el("td", { ...own, "data-name": name }, content);
-    if (id === "place") return named("Place", line.place ? String(line.place) : "");
-    if (id === "where") {
-      const place = placeOf(line);
-      const badge = dead(line) ? el("span", { class: "badge" }, `not counted: ${word(place.state)}`) : null;
-      return el("td", { ...own, class: "where left" }, word(place.a), el("span", { class: "aside" }, `${word(place.b)}, ${word(place.d)}`), badge);
+    if (id !== "where") {
+      const [name, ...content] = CELLS[id](line);
+      return el("td", { role: "cell", class: id, "data-name": name }, content);
     }
-    if (id === "seed") return named("Seed", String(data.cells[line.c].seed));
-    if (id === "cost") return named("Cost", line.cost ? line.cost[1] : DASH);
-    if (id === "rank") return named("Rank", line.rank ? line.rank[1] : DASH);
-    if (id === "ok") return named("Cells", `${line.ok} / ${line.of}`);
-    const value = line[id];
-    const header = SHARES.find(([name]) => name === id)[1];
-    if (!value) return named(header, id === "acc" && word(line.missing) ? word(line.missing) : DASH);
-    return named(header, value[1], value[2] ? el("span", { class: "aside" }, value[2]) : null);
+    const place = placeOf(line);
+    const badge = dead(line) ? el("span", { class: "badge" }, `not counted: ${word(place.state)}`) : null;
+    return el("td", { role: "cell", class: "where left" }, word(place.a), el("span", { class: "aside" }, `${word(place.b)}, ${word(place.d)}`), badge);
   }
 
   function lineOf(row, visible) {
@@ -373,14 +362,14 @@
   }
 
   function section(track, rows) {
-    const told = data.tracks[track];
-    const selection = choice.selection || told.judged;
-    const offered = told.selections.includes(selection);
-    const why = selection === told.judged && selection !== "validation" && word(told.why) ? `; judged by default, since ${word(told.why)}` : "";
+    const known = data.tracks[track];
+    const selection = choice.selection || known.judged;
+    const offered = known.selections.includes(selection);
+    const why = selection === known.judged && selection !== "validation" && word(known.why) ? `; judged by default, since ${word(known.why)}` : "";
     const node = el("section", { class: "track", "aria-labelledby": `track-${track}` },
-      el("h2", { id: `track-${track}` }, `Track: ${word(told.title)}`),
+      el("h2", { id: `track-${track}` }, `Track: ${word(known.title)}`),
       el("p", { class: "quiet" }, `Selection: ${word(data.selections[selection])}${why}.`));
-    const empty = !offered ? `This track has no ${selection} selection: ${word(told.why) || "its defenders hold nothing to validate on"}.`
+    const empty = !offered ? `This track has no ${selection} selection: ${word(known.why) || "its defenses have nothing to validate on"}.`
       : shown() === "means" && !data.scenarios.some((place) => place.implanted) ? word(data.nothing)
         : "No line of this track passes the filters.";
     if (!rows.length) {
@@ -417,8 +406,8 @@
       : { means: `Percent: means over all implanted scenarios, 95 % intervals in brackets; ${word(data.counted)}.`,
         places: "Percent, each scenario by itself: means and sample deviations over its seeds.",
         cells: "Percent, every attacked model by itself: one seed, no interval." }[choice.view];
-    const said = compared ? `${words} ${rows.length} ${rows.length === 1 ? "line" : "lines"}.` : "";
-    if (status.textContent !== said) status.textContent = said;
+    const line = compared ? `${words} ${rows.length} ${rows.length === 1 ? "line" : "lines"}.` : "";
+    if (status.textContent !== line) status.textContent = line;
     status.classList.toggle("notice", partial());
   }
 
@@ -426,10 +415,12 @@
 
   function filters() {
     const distinct = (key) => [...new Set(data.scenarios.map((place) => word(place[key])))];
-    const pick = (id, label, pairs) => el("label", {}, label, el("select", { id: `filter-${id}`, change: (event) => {
+    const choose = (id) => (event) => {
       choice[id] = event.target.value;
       filter();
-    } }, pairs.map(([value, words]) => el("option", { value, selected: value === choice[id] }, words))));
+    };
+    const options = (pairs, chosen) => pairs.map(([value, words]) => el("option", { value, selected: value === chosen }, words));
+    const pick = (id, label, pairs) => el("label", {}, label, el("select", { id: `filter-${id}`, change: choose(id) }, options(pairs, choice[id])));
     const each = (label, values) => [["", label], ...values.map((value) => [value, value])];
     document.getElementById("filters").replaceChildren(...(compared ? [
       pick("view", "Show", Object.entries(VIEWS)),
@@ -439,22 +430,18 @@
       pick("backbone", "Backbone", each("all", distinct("b"))),
       pick("attack", "Attack", each("all", distinct("a"))),
       pick("role", "Entries", [["", "all"], ["defense", "defenses"], ["control", "controls"]]),
-      el("label", {}, "Name contains", el("input", { type: "search", id: "filter-name", value: choice.name, autocomplete: "off", input: (event) => {
-        choice.name = event.target.value;
-        filter();
-      } }))] : []),
+      el("label", {}, "Name contains",
+        el("input", { type: "search", id: "filter-name", value: choice.name, autocomplete: "off", input: choose("name") }))] : []),
       el("label", {}, "Colours", el("select", { id: "theme", change: (event) => {
         if (event.target.value) document.documentElement.dataset.theme = event.target.value;
         else delete document.documentElement.dataset.theme;
-      } }, [["", "as the system"], ["light", "light"], ["dark", "dark"]].map(([value, words]) => el("option", { value }, words)))),
+      } }, options([["", "as the system"], ["light", "light"], ["dark", "dark"]], document.documentElement.dataset.theme ?? ""))),
       compared ? el("button", { type: "button", class: "plain", id: "reset", click: () => {
-        const theme = document.documentElement.dataset.theme ?? "";
         Object.assign(choice, start);
         all.clear();
         table.setSorting([]);
         table.setRowSelection({});
         filters();
-        document.getElementById("theme").value = theme;
         filter();
         document.getElementById("reset").focus();
       } }, "Reset") : "",

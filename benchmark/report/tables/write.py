@@ -11,24 +11,14 @@ from pathlib import Path
 import pandas as pd
 
 from benchmark.analysis import published, rank_tests, stats
+from benchmark.report import words
 from benchmark.report.tables import boards, details
 from benchmark.report.text import csv_text, markdown, plain, slug
-from benchmark.report.words import (
-    GATE_WORDS,
-    GIVEN_NOTES,
-    NOTHING,
-    SELECTION_WORDS,
-    caption,
-    defined,
-    gate_words,
-    paired_words,
-    rank_words,
-)
 from benchmark.storage.files import write_text
 
 __all__ = ["write_tables"]
 
-_NOTES = f"{defined()} Poisoned samples replace clean ones."
+_NOTES = f"{words.defined()} Poisoned samples replace clean ones."
 _PROTOCOL_NOTES = (
     "Percent: mean ± sample standard deviation over all seeds. Frozen: the triggered test set was made once, on the undefended "
     "model. Recraft: made again on the defended one, as an attacker who has it can. Every other table shows *frozen*."
@@ -101,15 +91,15 @@ class _Tables:
         board = stats.leaderboard(rows, track, selection)
         whole = rows is self.rows
         title = self.title if whole else f"{self.title}, without attacks that cost ACC"
-        words = caption(rows, title, track, selection)
+        about_it = words.caption(rows, title, track, selection)
         tested = whole and len(board) and selection not in stats.HINDSIGHT
-        tests = markdown(rank_words(rows, track, selection)) if tested else ""
+        tests = markdown(words.rank_words(rows, track, selection)) if tested else ""
         shown = boards.leaderboard_markdown(board, track)
-        self.page(name, f"leaderboard, {track}, {about}", shown, tests, markdown(words), markdown(_NOTES))
+        self.page(name, f"leaderboard, {track}, {about}", shown, tests, markdown(about_it), markdown(_NOTES))
         self.put(f"{name}.csv", boards.leaderboard_csv(board, rows, track, selection))
         if whole:
-            notes = f"{words} {_NOTES} The lower block holds the reference and the controls, which are not ranked."
-            table = f"% {NOTHING}\n" if board.empty else boards.leaderboard_table(board, track).latex(notes, name)
+            notes = f"{about_it} {_NOTES} The lower block holds the reference and the controls, which are not ranked."
+            table = f"% {words.NOTHING}\n" if board.empty else boards.leaderboard_table(board, track).latex(notes, name)
             self.put(f"{name}.tex", table)
 
     def selection(self, track: str, selection: str) -> None:
@@ -121,7 +111,7 @@ class _Tables:
             "*adversarial* are in no mean and no rank."
         )
         self.page(f"attacks-{name}", f"every attack, {about}", intro, details.attacks_markdown(self.rows, track, selection),
-                  markdown(caption(self.rows, self.title, track, selection)), markdown(_NOTES))  # fmt: skip
+                  markdown(words.caption(self.rows, self.title, track, selection)), markdown(_NOTES))  # fmt: skip
         protocols = details.protocols_markdown(self.rows, track, selection)
         if protocols:
             self.page(f"protocols-{name}", f"triggers that need the attacked model, {about}", _PROTOCOL_NOTES, protocols)
@@ -134,17 +124,17 @@ class _Tables:
         quiet = stats.stealthy(rows)
         if 0 < stats.scenarios(quiet)["implanted"].sum() < stats.scenarios(rows)["implanted"].sum():
             self.leaderboard(quiet, track, judged, f"leaderboard-{name}-{judged}-stealthy", f"{judged}, stealthy attacks only")
-        words = caption(rows, f"{plain(self.title)}: what the defender was given", track, judged)
+        about = words.caption(rows, f"{plain(self.title)}: what the defender was given", track, judged)
         table = boards.given_table(rows, track)
-        self.page(f"given-{name}", f"what the defender was given, {track}", table.markdown(), markdown(words),
-                  markdown(GIVEN_NOTES))  # fmt: skip
+        self.page(f"given-{name}", f"what the defender was given, {track}", table.markdown(), markdown(about),
+                  markdown(words.GIVEN_NOTES))  # fmt: skip
         self.put(f"given-{name}.csv", boards.given_csv(rows, track))
-        self.put(f"given-{name}.tex", table.latex(f"{words} {GIVEN_NOTES}", f"given-{name}"))
+        self.put(f"given-{name}.tex", table.latex(f"{about} {words.GIVEN_NOTES}", f"given-{name}"))
         self.paired(track, judged)
         isolated = stats.detectors(rows, track)
         if len(isolated):
             self.page(f"detectors-{name}", f"isolated samples, {track}", markdown(_DETECTOR_NOTES),
-                      details.detectors_markdown(isolated, track), f"{gate_words(rows)}.")  # fmt: skip
+                      details.detectors_markdown(isolated, track), f"{words.gate_words(rows)}.")  # fmt: skip
             self.put(f"detectors-{name}.csv", csv_text(isolated.assign(track=track)[["track", *isolated.columns]]))
 
     def paired(self, track: str, judged: str) -> None:
@@ -153,15 +143,16 @@ class _Tables:
         if found.empty:
             self.page(name, title, _WITHOUT_PAIRS)
             return
-        about = f"Control: {found['control'].iloc[0]}. Selection: {SELECTION_WORDS.get(judged, judged)}. {gate_words(self.rows)}."
-        self.page(name, title, markdown(about), details.paired_markdown(found), paired_words(found), _PAIRED_NOTES)
+        selection = words.SELECTION_WORDS.get(judged, judged)
+        about = f"Control: {found['control'].iloc[0]}. Selection: {selection}. {words.gate_words(self.rows)}."
+        self.page(name, title, markdown(about), details.paired_markdown(found), words.paired_words(found), _PAIRED_NOTES)
         self.put(f"{name}.csv", csv_text(found.assign(track=track)[["track", *found.columns]]))
 
     def matrix(self) -> None:
         """What does not belong to one track."""
         rows = self.rows
         self.put("attack-validity.csv", csv_text(rows[rows["attack"] != stats.NO_ATTACK].drop_duplicates(stats.WORLD)[_VALIDITY]))
-        gate = f"The undefended models. Gate: {GATE_WORDS}. Only implanted scenarios enter a rank or a mean. {gate_words(rows)}."
+        gate = f"The undefended models. Gate: {words.GATE_WORDS}. Only implanted scenarios enter a rank or a mean. {words.gate_words(rows)}."
         self.page("attack-validity", "did the attacks work?", gate, details.validity_markdown(rows))
         self.page("selection-gap", "what choosing with the test set is worth", _GAP_NOTES, details.gaps_markdown(rows))
         gaps = [found.assign(track=track)[["track", *found.columns]] for track in stats.tracks(rows)

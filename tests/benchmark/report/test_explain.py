@@ -38,19 +38,19 @@ def told(*rows: Row, curves: pd.DataFrame = CURVES, only: str = "defense=anp") -
 
 def test_the_scenario_is_explained_by_its_figures() -> None:
     text = told(ROW)
-    assert "implanted: ASR 99.0 (at least 50), of which the poison explains 97.0 points (at least 50; the twin" in text
+    assert "implanted: ASR 99.0 (at least 50), 97.0 points above the benign twin's 2.0 (at least 50); one seed" in text
     assert "It counts." in text
-    assert "It costs 1.0 points of ACC, surely more than 0.6." in text
+    assert "It costs 1.0 points of ACC, with 95 % confidence more than 0.6." in text
     assert "It costs no ACC." in told(replace(ROW, acc_undefended=0.98))
     assert "It costs 1.0 points of ACC, which may be chance." in told(replace(ROW, acc_loss_se=0.02))
 
 
 def test_a_scenario_that_does_not_count_says_why() -> None:
     twin = replace(ROW, asr_benign=0.9, effect=0.09, implanted=False)
-    assert "adversarial: the benign twin answers the trigger, too: its ASR is 90.0, above 20" in told(twin)
+    assert "adversarial: the trigger works on the benign twin, too: its ASR is 90.0, above 20" in told(twin)
     assert "never ranked" in told(twin)
     old = replace(ROW, asr_benign=math.nan, effect=math.nan)
-    assert "what the benign twin answers was not measured" in told(old)
+    assert "the ASR of the benign twin was not measured" in told(old)
     costly = replace(ROW, acc_undefended=0.88)
     assert "implanted, costs ACC" in told(costly)
 
@@ -58,18 +58,18 @@ def test_a_scenario_that_does_not_count_says_why() -> None:
 def test_the_choice_is_walked_through() -> None:
     text = told(ROW)
     assert "validation (ranked): The published default (dial 0.2, knob 0.4) loses +71.4 points (standard error 5.9)" in text
-    assert "Stepped on to a gentler knob: dial 0.35, knob 0.1 loses +1.7 points (standard error 1.7)" in text
+    assert "Weakened to another knob: dial 0.35, knob 0.1 loses +1.7 points (standard error 1.7)" in text
     same = replace(ROW, knob=0.4, dial=0.2)
-    assert "within 4: it is taken as it is" in told(same)
+    assert "within 4: it is chosen" in told(same)
     kept = replace(ROW, kept=True, knob=math.nan, dial=math.nan, mark="no change")
-    assert "No gentler setting stays within 4, so the untouched model is kept." in told(kept)
+    assert "No weaker setting stays within 4, so the untouched model is kept." in told(kept)
     assert "Mark: no change." in told(kept)
 
 
 def test_every_rule_has_words_of_its_own() -> None:
     words = {
         "default": "The published default: dial 0.35, knob 0.1.", "strongest": "The strongest of those within 4 points",
-        "canary": "It leaves the canaries an ASR of 30.0 (mean), from 97.0.", "oracle": "the highest RA of 3 candidates",
+        "canary": "The mean ASR of the canaries falls from 97.0 to 30.0.", "oracle": "the highest RA of 3 candidates",
         "leaky": "the lowest ASR among those that keep 90 % of the ACC",
     }  # fmt: skip
     text = told(*(replace(ROW, selection=rule) for rule in words))

@@ -19,14 +19,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 
 from benchmark.analysis import stats
 from benchmark.present import draw_page
-from benchmark.report import page, words
-from benchmark.report.charts import trigger_gallery
+from benchmark.report import page, page_data, words
 from benchmark.report.tables import boards
-from benchmark.report.text import plain
+from benchmark.report.text import plain, slug
 from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON
 from benchmark.storage.rows import Curve, Key, Row, Timing, frame, write
 
@@ -86,7 +86,7 @@ def frames(rows: list[Row]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
 
 def made(rows: list[Row], **more: Any) -> dict[str, Any]:
     """The page's contents with the words in their places: lines carry names instead of numbers, and facts as dicts."""
-    found = json.loads(json.dumps(page.contents(*frames(rows), "title", **more)))
+    found = json.loads(json.dumps(page_data.contents(*frames(rows), "title", **more)))
     words = found["words"]
 
     def told(numbers: list[int]) -> dict[str, str]:
@@ -189,7 +189,7 @@ def test_lines_by_scenario_by_hand() -> None:
     assert (line["rank"], line["ok"], line["of"]) == ([1.0, "1"], 3, 3)
     assert lines["weak", "digits", "other", "badnets"]["rank"] == [2.0, "2"]
     assert lines["random", "digits", "other", "badnets"]["rank"] is None
-    assert line["facts"]["Poisoning rate"] == "10 %, really 9.9 %"
+    assert line["facts"]["Poisoning rate"] == "10 % nominal, 9.9 % realised"
     assert line["facts"]["Gate"] == "implanted"
     # Means of the leaderboard are the means of these over implanted scenarios, ranks too.
     for mean in found["means"]:
@@ -209,10 +209,10 @@ def test_what_did_not_implant_is_shown_marked_and_in_no_mean() -> None:
              for how in stats.SELECTIONS]  # fmt: skip
     found = made(rows)
     gates = {found["words"][place["a"]]: place for place in found["scenarios"]}
-    assert (gates["dud"]["implanted"], found["words"][gates["dud"]["state"]]) == (False, "not implanted (ASR 3.0, the twin's 1.0)")
-    assert (gates["wanet"]["implanted"], found["words"][gates["wanet"]["state"]]) == (True, "implanted (ASR 80.0, the twin's 1.0)")
+    assert (gates["dud"]["implanted"], found["words"][gates["dud"]["state"]]) == (False, "not implanted (ASR 3.0, benign twin 1.0)")
+    assert (gates["wanet"]["implanted"], found["words"][gates["wanet"]["state"]]) == (True, "implanted (ASR 80.0, benign twin 1.0)")
     assert (gates["noise"]["implanted"], found["words"][gates["noise"]["state"]]) == (
-        False, "adversarial (ASR 100.0, the twin's 90.0)"
+        False, "adversarial (ASR 100.0, benign twin 90.0)"
     )  # fmt: skip
     lines = {(line["entry"], line["place"][2]): line for line in found["places"] if line["s"] == "validation"}
     assert lines["good", "wanet"]["ra"][0] == pytest.approx((0.75 + 0.763 + 0.89) / 3, abs=1e-6)
@@ -252,10 +252,10 @@ def test_a_cell_says_once_what_all_its_selections_share() -> None:
     (cell,) = made(rows)["cells"]
     assert cell["facts"] == {
         "Preset": "cpu", "Pruned / units": "10 / 100", "DER": "50.0",
-        "ASR / RA, trigger computed again": "25.0 / 50.0", "Took from what it was granted": "model + clean",
+        "ASR / RA, trigger computed again": "25.0 / 50.0", "Used of what it was granted": "model + clean",
         "Clean labelled images": "40", "Undefended ACC / ASR / RA": "95.0 / 100.0 / 0.0", "ACC of the benign twin": "96.0",
         "ASR of the benign twin": "1.0",
-        "Poisoning rate": "10 %, really 9.9 %", "Labels": "all-to-one, target 0", "Note": "a note", "Gate": "implanted",
+        "Poisoning rate": "10 % nominal, 9.9 % realised", "Labels": "all-to-one, target 0", "Note": "a note", "Gate": "implanted",
         "Seconds; peak memory": "2 s; 512 MiB, on the machine that ran it", "Cell": "netbadnets0good",
     }  # fmt: skip
     assert {how: own["facts"]["dASR"] for how, own in cell["by"].items()} == {
@@ -268,7 +268,7 @@ def test_a_cell_says_once_what_all_its_selections_share() -> None:
 
 def test_curves_run_along_the_dial() -> None:
     found = standard()
-    curves = [cell["curve"] for cell in found["cells"] if "curve" in cell]
+    curves = [cell["curve"] for cell in found["cells"] if cell["curve"]]
     assert len(curves) == 16  # two entries with a dial, eight worlds
     assert found["words"][curves[0]["name"]] == "share pruned"
     assert [point[0] for point in curves[0]["points"]] == [0.0, 0.25, 0.5, 0.75, 1.0]
@@ -283,7 +283,7 @@ def test_settings_of_a_line() -> None:
     assert told["Gate"] == "3 of 4 scenarios implanted, 1 not implanted"
     assert told["Seconds, median; peak memory"] == "2 s; 512 MiB, on the machine that ran it"
     assert told["RA below the oracle's, validation"] == "0.0 [0.0, 0.0] points"
-    assert "the published default, stepped back" in told["Selection"]
+    assert "validation (the published default; where it loses more" in told["Selection"]
 
 
 def test_tracks_stand_apart_and_say_how_they_are_judged() -> None:
@@ -386,8 +386,8 @@ def test_the_library_is_the_one_named() -> None:
 
 
 def test_a_wheel_carries_every_asset() -> None:
-    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["benchmark"]
-    package = ROOT / "benchmark"
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["benchmark.report"]
+    package = ROOT / "benchmark" / "report"
     carried = {path for pattern in patterns for path in package.glob(pattern)}
     assert set(ASSETS.iterdir()) <= carried
 
@@ -434,30 +434,29 @@ def test_committed_pages_are_small_and_speak_of_their_rows(path: Path) -> None:
 # -- pictures ------------------------------------------------------------------------------------------------------------------
 
 
-def gallery(folder: Path, names: list[str]) -> None:
-    clean = np.zeros((4, 1, 8, 8), dtype=np.uint8)
-    clean[:, :, :2] = 200  # a bright band along the top
-    triggered = clean.copy()
-    triggered[..., -2:, -2:] = 255
-    trigger_gallery([(name, clean, triggered) for name in names], folder / "plots" / "triggers")
+def draw_trigger(folder: Path, attack: str) -> None:
+    """A picture as :func:`benchmark.report.charts.trigger_pictures` writes it."""
+    about = PngInfo()
+    about.add_itxt("Title", attack)
+    about.add_itxt("Description", f"difference {TIMES} 1")
+    path = folder / "plots" / "triggers" / f"{slug(attack)}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (16, 24), 90).save(path, pnginfo=about)
 
 
-def test_pictures_come_from_the_gallery_upright(tmp_path: Path) -> None:
-    long = "an attack with a name that is longer than its panel is wide"
-    gallery(tmp_path, ["badnets", long, "elsewhere"])
-    found = page.pictures(tmp_path / "plots" / "triggers.svg", ["badnets", "wanet", long])
-    assert [one.attack for one in found] == ["badnets", long]
+def test_pictures_are_found_by_their_title(tmp_path: Path) -> None:
+    odd = "an attack / with an odd name"
+    for attack in ("badnets", odd, "elsewhere"):
+        draw_trigger(tmp_path, attack)
+    found = page.pictures(tmp_path / "plots" / "triggers", ["badnets", "wanet", odd])
+    assert [one.attack for one in found] == ["badnets", odd]
     assert found[0].difference == f"difference {TIMES} 1"
-    pixels = np.asarray(Image.open(io.BytesIO(found[0].image)).convert("L"))
-    assert pixels[3, 3] == 200  # first row, clean: the band is at the top
-    assert pixels[pixels.shape[0] // 3 - 12, 3] == 0
-    assert page.pictures(tmp_path / "none.svg", ["badnets"]) == []
-    (tmp_path / "broken.svg").write_text("<svg")
-    assert page.pictures(tmp_path / "broken.svg", ["badnets"]) == []
+    assert found[0].image == (tmp_path / "plots" / "triggers" / "badnets.png").read_bytes()
+    assert page.pictures(tmp_path / "none", ["badnets"]) == []
 
 
 def test_an_attack_at_another_rate_shows_the_same_trigger(tmp_path: Path) -> None:
-    gallery(tmp_path, ["badnets"])
+    draw_trigger(tmp_path, "badnets")
     (tmp_path / "matrix.toml").write_text(
         '[[attack]]\nname = "badnets"\nrate = 0.1\n\n[[attack]]\nname = "badnets"\nlabel = "wanet"\nrate = 0.01\n\n'
         '[[attack]]\nname = "badnets"\nlabel = "dud"\nsize = 5\n'

@@ -16,10 +16,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from benchmark.analysis import stats
 from benchmark.report import page
-from benchmark.report.charts import trigger_gallery
 from benchmark.storage.rows import Curve, Key, Row, Timing, frame
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (it comes with the extra 'dev')")
@@ -63,6 +63,16 @@ def rows() -> list[Row]:
     return found
 
 
+def draw_trigger(folder: Path, attack: str) -> None:
+    """A picture as :func:`benchmark.report.charts.trigger_pictures` writes it."""
+    about = PngInfo()
+    about.add_itxt("Title", attack)
+    about.add_itxt("Description", "difference x 1")
+    path = folder / "plots" / "triggers" / f"{attack}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (16, 24), 90).save(path, pnginfo=about)
+
+
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder, table = tmp_path_factory.mktemp("results"), rows()
@@ -72,8 +82,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
                     acc=0.9 - step / 10, asr=0.8 - step / 8, ra=step / 10, val_acc=0.9)
               for key in keys if key["defense"] in ("good", "weak") for step in range(5)]  # fmt: skip
     timings = [Timing(**key, seconds=1.0, peak_mib=9.0, victim_seconds=2.0) for key in keys]
-    clean = np.full((2, 1, 8, 8), 90, dtype=np.uint8)
-    trigger_gallery([(name, clean, clean + 50) for name in ("badnets", "wanet")], folder / "plots" / "triggers")
+    for name in ("badnets", "wanet"):
+        draw_trigger(folder, name)
     return page.write_page(folder, frame(table), frame(curves), frame(timings), "Tiny & <small>").as_uri()
 
 
@@ -322,7 +332,7 @@ def test_a_matrix_without_defenses_shows_its_attacked_models(tab: Any, address: 
     tab.get(page.write_page(tmp_path, frame(table), no_curves, no_timings, "attacks").as_uri())
     assert "No defense was run in this matrix" in tab.find_element(By.ID, "boards").text
     scenarios = tab.find_element(By.ID, "scenarios")
-    assert "not counted: not implanted (ASR 3.0, the twin's 1.0)" in scenarios.text
+    assert "not counted: not implanted (ASR 3.0, benign twin 1.0)" in scenarios.text
     assert len(scenarios.find_elements(By.CSS_SELECTOR, "img")) == 2
     assert tab.find_elements(By.ID, "filter-view") == []
     assert tab.find_element(By.ID, "theme").is_displayed()
