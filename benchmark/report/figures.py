@@ -28,8 +28,8 @@ class Mark:
     """How one series is drawn, and its sample in the key.
 
     Attributes:
-        colour: "" = that of the row's look. marker, size: as matplotlib's. hollow: white inside. stroke: "" = points are not joined.
-        kind: of a series of dots: a marker with a line for its interval; a bar from 0; a grey box over the interval; a hatched area.
+        colour: "" = that of the row's look. marker, size: as matplotlib's. hollow: white inside. stroke: "" = unjoined points.
+        kind: of dots: ``marker`` with a line for its interval; ``bar`` from 0; ``band``: a box over the interval; ``hatch``.
         lane: of a series of dots: rows below the middle of the name; None = the series of a name lie side by side.
         printed: its values are written beside it. words: in the key; "" = the series' label.
     """
@@ -57,7 +57,7 @@ class Series:
 
     Attributes:
         about: the entry it belongs to, so that it keeps its look; None = by position. control: grey, whatever its entry.
-        aside: dotted grey, for what is no score. mark: how it is drawn, instead of all this. arrow: from its first point to its last.
+        aside: dotted grey, for what is no score. mark: how it is drawn, instead of all this. arrow: from first to last point.
     """
 
     label: str

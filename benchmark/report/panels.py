@@ -37,7 +37,6 @@ __all__ = ["Cell", "Looks", "area_style", "cells_of", "line_style"]
 
 Looks = Mapping[tuple[str, str], Look]
 _NOTHING = Interval(math.nan, math.nan, math.nan)
-_ALARM = "#B00020"
 
 
 class Cell(NamedTuple):
@@ -65,7 +64,8 @@ def line_style(mark: Mark) -> dict[str, Any]:
 def area_style(mark: Mark) -> dict[str, Any]:
     if mark.kind == "hatch":
         return {"facecolor": "#F1F1F1", "edgecolor": "#BBBBBB", "hatch": "////", "linewidth": 0}
-    return {"facecolor": mark.colour, "edgecolor": "#A8A8A8" if mark.kind == "band" else "none", "linewidth": 0.6, "alpha": mark.alpha}
+    edge = "#A8A8A8" if mark.kind == "band" else "none"
+    return {"facecolor": mark.colour, "edgecolor": edge, "linewidth": 0.6, "alpha": mark.alpha}
 
 
 def _percent(axes: Axes, which: str, floor: int = 0) -> None:
@@ -123,9 +123,10 @@ def _line_marks(figure: Lines, known: Looks) -> dict[str, Mark]:
                 other = mixed and series.about is None
                 look = _look(series, len(COLOURS) - 1 - position if other else position, known)
                 used = sum(mark.colour == look.colour for mark in found.values())
-                stroke = DOTTED if series.aside else DASHED if other else ("-", STROKES[3] if mixed else DASHED, DOTTED)[min(used, 2)]
-                found[series.label] = Mark(look.colour, look.marker if marked else "", 8 if look.marker == "*" else 5, stroke=stroke,
-                                           alpha=0.9)  # fmt: skip
+                strokes = ("-", STROKES[3] if mixed else DASHED, DOTTED)
+                stroke = DOTTED if series.aside else DASHED if other else strokes[min(used, 2)]
+                size, marker = 8 if look.marker == "*" else 5, look.marker if marked else ""
+                found[series.label] = Mark(look.colour, marker, size, stroke=stroke, alpha=0.9)
     flat = dict.fromkeys(label for panel in figure.panels for label, _ in panel.flat)
     return found | {label: Mark("#777777", stroke=STROKES[1 + place % 3], width=1.1) for place, label in enumerate(flat)}
 
@@ -197,54 +198,73 @@ def _dot(axes: Axes, mark: Mark, part: Interval, y: float, thick: float, panel: 
     if mark.kind == "marker":
         axes.plot(value, y, clip_on=False, zorder=4, **line_style(mark))
     if mark.printed:
-        _beside(axes, np.nanmax([value, high, start]), y, f"{value:.{1 if panel.unit == 100 else 3}{'f' if panel.unit == 100 else 'g'}}")
+        _beside(axes, np.nanmax([value, high, start]), y, f"{value:.1f}" if panel.unit == 100 else f"{value:.3g}")
 
 
-def _beside(axes: Axes, x: float, y: float, text: str, colour: str = "#333333", *, bold: bool = False) -> None:
+def _beside(axes: Axes, x: float, y: float, text: str, colour: str = "#333333") -> None:
     axes.annotate(text, (x, y), (4, 0), textcoords="offset points", va="center", fontsize=7.5, color=colour,
-                  fontweight="bold" if bold else "normal", zorder=5, annotation_clip=False)  # fmt: skip
+                  fontweight="bold" if len(text) == 1 and text != "0" else "normal", zorder=5, annotation_clip=False)  # fmt: skip
 
 
-def _dots_panel(axes: Axes, panel: DotPanel, marks: Mapping[str, Mark]) -> None:
-    count, series = len(panel.names), dict(panel.series)
+def _dots_axes(axes: Axes, panel: DotPanel) -> None:
     if panel.log:
         _log(axes)
     if panel.signed:
-        _signed(axes, "x", (value for parts in series.values() for part in parts for value in part))
+        _signed(axes, "x", (value for _, parts in panel.series for part in parts for value in part))
     elif panel.limits is None:
         _percent(axes, "x")
     else:
         axes.set_xlim(*panel.limits)
         axes.grid(axis="x")
-    axes.set(xlabel=plain(panel.xlabel), ylim=(count - 0.4, -0.6))
-    axes.set_yticks(range(count), panel.names)
+    axes.set(xlabel=plain(panel.xlabel), ylim=(len(panel.names) - 0.4, -0.6))
+    axes.set_yticks(range(len(panel.names)), panel.names)
     axes.tick_params(axis="y", length=0)
-    axes.annotate(panel.subtitle, (0, 1), (0, 6), xycoords="axes fraction", textcoords="offset points", fontsize=8.5,
-                  color=_ALARM if panel.alarm else "#333333").set_in_layout(False)  # fmt: skip
-    beside = list(dict.fromkeys(label for label in series if marks[label].lane is None))
-    for row in range(count) if not beside else range(count - 1):
-        axes.axhline(row if not beside else row + 0.5, color="#E9E9E9", linewidth=0.7, zorder=0)
+    colour, weight = ("#B00020", "bold") if panel.alarm else ("#333333", "normal")
+    axes.annotate(panel.subtitle, (0, 1), (0, 6), xycoords="axes fraction", textcoords="offset points", fontsize=8.5, color=colour,
+                  fontweight=weight).set_in_layout(False)  # fmt: skip
+
+
+def _dots_panel(axes: Axes, panel: DotPanel, marks: Mapping[str, Mark]) -> None:
+    _dots_axes(axes, panel)
+    count, series = len(panel.names), dict(panel.series)
+    beside = [label for label in series if marks[label].lane is None]
+    one_lane = all(mark.lane == 0 for mark in marks.values())
+    for row in range(count if one_lane else count - 1):
+        axes.axhline(row if one_lane else row + 0.5, color="#E3E3E3", linewidth=0.7, zorder=0)
     for row in panel.hatched:
         axes.axhspan(row - 0.5, row + 0.5, zorder=0, **area_style(Mark(kind="hatch")))
     for label, mark in reversed(list(marks.items())):  # the first lies on top
-        lane = mark.lane if mark.lane is not None else (0.8 * ((beside.index(label) + 0.5) / len(beside) - 0.5) if label in beside else 0)
+        lane = (beside.index(label) + 0.5) / len(beside) * 0.8 - 0.4 if label in beside else mark.lane or 0.0
+        thick = 0.3 if mark.kind == "band" else 0.76 / max(1, len(beside))
         for row in range(count):
-            own = mark if mark.colour else replace(mark, colour=panel.looks[row][0], marker=mark.marker or panel.looks[row][1])
-            faded = replace(own, alpha=0.4) if row in panel.hatched and mark.kind == "bar" else own
+            own = _in_row(mark, panel, row)
             part = series[label][row] if label in series else _NOTHING
             if not (math.isnan(part.mean) and math.isnan(part.low)):
-                _dot(axes, faded, part, row + lane, 0.76 / max(1, len(beside)), panel)
-            values = panel.points.get(label, ((),) * count)[row]
-            small = replace(own, colour="#111111", marker=".", size=5) if mark.kind == "bar" else replace(own, size=0.55 * own.size)
-            if len(values) > (label in series):
-                shown = small if label in series else own
-                axes.plot([panel.unit * value for value in values], [row + lane] * len(values), clip_on=False, zorder=5,
-                          **line_style(replace(shown, stroke="")))  # fmt: skip
-            if (label, row) in panel.letters:
-                _beside(axes, max(0, axes.get_xlim()[0]), row + lane, panel.letters[label, row], own.colour, bold=True)
+                _dot(axes, own, part, row + lane, thick, panel)
+            values = [panel.unit * value for value in (panel.points[label][row] if label in panel.points else ())]
+            _seeds(axes, own, values, row + lane, several=label in series)
+            letter = panel.letters.get((label, row), "")
+            if letter:
+                _beside(axes, max(0, axes.get_xlim()[0]), row + lane, letter, own.colour if len(letter) == 1 else "#777777")
     for place, joined in enumerate(panel.joined):
-        axes.plot([axes.get_xlim()[1] * (1 + 0.02 * place)] * len(joined), joined, color="#111111", linewidth=2.5, marker="o", markersize=4,
-                  clip_on=False)  # fmt: skip
+        x = axes.get_xlim()[1] * (1 + 0.02 * place)
+        axes.plot([x] * len(joined), joined, color="#111111", linewidth=2.5, marker="o", markersize=4, clip_on=False)
+
+
+def _in_row(mark: Mark, panel: DotPanel, row: int) -> Mark:
+    """A mark as it is drawn for one name: in the look of the name where it has none of its own, paler where it is not counted."""
+    if not mark.colour:
+        colour, marker = panel.looks[row]
+        star = 1.5 if marker == "*" and not mark.marker else 1.0
+        return replace(mark, colour=colour, marker=mark.marker or marker, size=star * mark.size)
+    return replace(mark, alpha=0.4) if row in panel.hatched and mark.kind == "bar" else mark
+
+
+def _seeds(axes: Axes, mark: Mark, values: Sequence[float], y: float, *, several: bool) -> None:
+    """The points of a series; small, and only if there are two, where it has a mean (``several``)."""
+    small = replace(mark, colour="#111111", marker=".", size=5) if mark.kind == "bar" else replace(mark, size=0.5 * mark.size)
+    if len(values) > several:
+        axes.plot(values, [y] * len(values), clip_on=False, zorder=5, **line_style(replace(small if several else mark, stroke="")))
 
 
 def _dots(figure: Dots) -> tuple[list[Cell], Key]:
@@ -252,10 +272,14 @@ def _dots(figure: Dots) -> tuple[list[Cell], Key]:
     cells = []
     for panel in figure.panels:
         named = replace(panel, names=tuple(name if "\n" in name else wrapped(plain(name), 62, 1) for name in panel.names))
-        height = 0.2 + (figure.row or 0.15 + 0.06 * len(panel.series)) * len(panel.names)
-        cells.append(Cell(panel.title, figure.width, height, partial(_dots_panel, panel=named, marks=marks), 13 * bool(panel.subtitle)))
-    key = {mark.words or plain(label): mark if mark.colour else replace(mark, colour=COLOURS[0], marker=mark.marker or "D")
-           for label, mark in marks.items()}  # fmt: skip
+        lane = 0.15 if any(marks[label].printed for label, _ in panel.series) else 0.06
+        height = 0.2 + (figure.row or 0.15 + lane * len(panel.series)) * len(panel.names)
+        paint = partial(_dots_panel, panel=named, marks=marks)
+        cells.append(Cell(panel.title, figure.width, height, paint, 13 * bool(panel.subtitle)))
+    key: dict[str, Mark] = {}
+    for label, mark in marks.items():
+        shown = mark if mark.colour else replace(mark, colour=COLOURS[0], marker=mark.marker or "D")
+        key.setdefault(mark.words or plain(label), shown)
     return cells, (*(key.items() if len(key) > 1 else ()), *figure.key)
 
 
@@ -297,7 +321,7 @@ def cells_of(figure: Figure, known: Looks) -> tuple[list[Cell], Key]:
     if isinstance(figure, Dots):
         return _dots(figure)
     if isinstance(figure, Heat):
-        return [Cell(panel.title, 0.78 * len(panel.columns), 0.33 * len(panel.names), partial(_heat_panel, panel=panel, figure=figure))
-                for panel in figure.panels], figure.key  # fmt: skip
+        return [Cell(panel.title, 0.78 * len(panel.columns), 0.33 * len(panel.names),
+                     partial(_heat_panel, panel=panel, figure=figure)) for panel in figure.panels], figure.key  # fmt: skip
     return [Cell(title, figure.width, figure.height, partial(_picture, caption=caption, image=image, names=figure.names))
             for title, caption, image in figure.panels], ()  # fmt: skip

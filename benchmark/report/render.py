@@ -1,6 +1,6 @@
-"""The one place that draws: figures (:mod:`benchmark.report.figures`) -> PNG for reading and SVG for papers, the same bytes each time.
+"""Figures (:mod:`benchmark.report.figures`) -> PNG for reading and SVG for papers, the same bytes each time.
 
-Panes have their sizes in inches. Matplotlib's constrained layout finds the room for ticks, titles and labels, and the page grows
+Panels have their sizes in inches. Matplotlib's constrained layout finds the room for ticks, titles and labels, and the page grows
 around it; the title is above, the key and the note are below.
 """
 
@@ -12,6 +12,7 @@ import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,8 +83,8 @@ def _drawcells_of(page: Sheet, cells: Sequence[Cell], columns: int) -> list[Axes
         axes = page.add_subplot(grid[row, column])
         cell.paint(axes)
         # A title may reach over neighbours that have none.
-        room = next((number for number, other in enumerate(rows[row][column + 1 :], 1) if other.title), columns - column) * cell.width
-        title = "\n".join(wrapped(plain(line), int(12.3 * room), 2) for line in cell.title.split("\n"))
+        room = next((number for number, other in enumerate(rows[row][column + 1 :], 1) if other.title), columns - column)
+        title = "\n".join(wrapped(plain(line), int(12.3 * room * cell.width), 2) for line in cell.title.split("\n"))
         axes.set_title(title, pad=6 + cell.pad)
         found.append(axes)
     repeated = [bool(place % columns) and _up(axes) == _up(found[place - 1]) for place, axes in enumerate(found)]
@@ -107,7 +108,7 @@ def _legend(page: Sheet, key: Key, bottom: float) -> float:
     for words, mark in key:
         text = wrapped(plain(words), 60, 1)
         if mark is not None and mark.kind == "marker":
-            handles.append(Line2D([], [], label=text, **line_style(mark)))
+            handles.append(Line2D([], [], label=text, **line_style(replace(mark, size=min(mark.size, 10)))))
         else:
             handles.append(Patch(label=text, **area_style(mark or Mark("white"))))
     dashed = any(mark is not None and mark.stroke not in ("", "-") for _, mark in key)
@@ -151,7 +152,7 @@ def sheet(figure: Figure, title: str, known: Looks | None = None) -> Sheet:
     columns = min(figure.columns, len(cells))
     wide = columns * cells[0].width
     tall = sum(max(cell.height for cell in cells[start : start + columns]) for start in range(0, len(cells), columns))
-    page = Sheet(figsize=(max(_MIN_WIDTH, wide + 2), tall * 1.3 + 2), dpi=_DPI, layout="constrained")
+    page = Sheet(figsize=(max(_MIN_WIDTH, wide + 2), tall * 1.3 + 2 + 0.25 * len(key)), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(page)
     axes = _drawcells_of(page, cells, columns)
     if isinstance(figure, Heat):
@@ -164,9 +165,12 @@ def sheet(figure: Figure, title: str, known: Looks | None = None) -> Sheet:
     boxes = [one.get_position() for one in axes]
     width += wide - width * sum(box.width for box in boxes[:columns])
     height += tall - height * sum(box.height for box in boxes[::columns])
-    page.set_size_inches(max(_MIN_WIDTH, width), height)
+    page.set_size_inches(round(max(_MIN_WIDTH, width), 2), round(height, 2))
     _surround(page, title, figure.note, key)
     page.set_layout_engine("none")
+    for one in page.axes:  # the solver's last digits differ from run to run
+        box = one.get_position()
+        one.set_position((round(box.x0, 6), round(box.y0, 6), round(box.width, 6), round(box.height, 6)))
     return page
 
 
@@ -186,7 +190,7 @@ def draw(figure: Figure, title: str, stem: Path, known: Looks | None = None, *, 
         picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
         if colours is not None:
             # Not the default method, which gives rare colours, such as those of single markers, to their neighbours.
-            picture = picture.quantize(colours, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+            picture = picture.quantize(colours, method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
         png, svg = io.BytesIO(), io.StringIO()
         picture.save(png, "PNG", optimize=True)
         page.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from benchmark.analysis.intervals import Interval
+from benchmark.report import boards, render, style
 from benchmark.report import charts as plots
-from benchmark.report import render, style
 from benchmark.report.figures import DotPanel, Dots, Lines, Mark, Panel, Series
 from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON
 from benchmark.storage.rows import Curve, Row, Timing, frame
@@ -108,7 +108,7 @@ def test_the_board_by_hand():
         *entry("never", (np.nan, np.nan), oracle=np.nan, **off), *entry("none", (0.0, 0.0)), *entry("random", (0.1, 0.1)),
         *entry("clever", (0.4, 0.4), "model"), *entry("none", (0.0, 0.0), "model"), *entry("random", (0.2, 0.2), "model"),
     ])  # fmt: skip
-    (one, mine), (two, other), (three, rest) = plots._boards(rows)
+    (one, mine), (two, other), (three, rest) = boards._boards(rows)
     assert [one, two] == ["model+clean, chosen by validation", "model, chosen by default"]
     assert "not competing" in three
     assert list(mine["defense"]) == ["strong", "weak", "never"]
@@ -118,13 +118,13 @@ def test_the_board_by_hand():
     assert list(mine["asr"][:2]) == pytest.approx([0.35, 0.75])
     assert list(mine["asr_oracle"][:2]) == pytest.approx([0.15, 0.05])
     assert list(mine["ra_oracle"][:2]) == pytest.approx([0.8, 0.9])
-    figure = plots._leaderboard(rows)
+    figure = boards.leaderboard(rows)
     assert isinstance(figure, Dots)
     assert [text for panel in figure.panels for text in panel.letters.values()] == ["refused everywhere"]
-    assert plots._leaderboard(rows[rows["defense"].isin(["none", "random"])]) is None
-    assert plots._leaderboard(rows.assign(asr_undefended=0.3)) is None
+    assert boards.leaderboard(rows[rows["defense"].isin(["none", "random"])]) is None
+    assert boards.leaderboard(rows.assign(asr_undefended=0.3)) is None
     idle = rows.assign(mark=["no change" if name == "weak" else "" for name in rows["defense"]])
-    assert plots._leaderboard(idle).panels[0].names == ("strong", "weak: no change", "never")
+    assert boards.leaderboard(idle).panels[0].names == ("strong", "weak: no change", "never")
 
 
 def test_second_run_writes_the_same_bytes_and_touches_nothing(drawn):
@@ -146,9 +146,9 @@ def test_no_date_and_no_version_inside(drawn):
 def test_a_png_has_at_most_128_colours_and_keeps_those_of_single_markers(drawn):
     for path in drawn[1]:
         if path.suffix == ".png":
-            picture = Image.open(path)
-            assert picture.mode == "P"
-            assert len(picture.getcolors()) <= 128
+            with Image.open(path) as picture:
+                assert picture.mode == "P"
+                assert len(picture.getcolors()) <= 128
     board = Image.open(next(path for path in drawn[1] if path.name == "leaderboard.png")).convert("RGB")
     found = {colour for _, colour in board.getcolors(4096)}
     assert {mpl.colors.to_hex(np.array(colour) / 255).upper() for colour in found} >= set(style.METRIC_COLOURS.values())
@@ -167,7 +167,7 @@ def words(figure: Dots | Lines) -> list[str]:
 
 def test_heat_map_cells_by_hand_and_marks():
     rows, _, _ = world()
-    figure = plots._heatmap(rows, "model+clean", "ra")
+    figure = boards.heatmap(rows, "model+clean", "ra")
     (panel,) = figure.panels
     # rows of the panel: undefended, the dial, random; columns in matrix order
     assert panel.texts.T.ravel().tolist() == ["0", "50*", "10", "0", "50", "10"]
@@ -186,19 +186,19 @@ def test_heat_map_letters_for_what_is_missing():
     rows, _, _ = world()
     rows = rows[~((rows["defense"] == "random") & (rows["attack"] == "badnets"))]
     rows.loc[rows["defense"].str.startswith("dial"), "status"] = "refused"
-    figure = plots._heatmap(rows, "model+clean", "asr")
+    figure = boards.heatmap(rows, "model+clean", "asr")
     assert figure.panels[0].texts[:, 0].tolist() == ["95", "R", "n"]
     assert words(figure)[1:] == ["R = refused", "n = not run"]
 
 
 def test_all_seeds_are_drawn_and_no_row_without_an_attack():
     rows = frame([*(row("badnets", seed, "good", 0.1 * seed, implanted=seed > 0) for seed in range(3)), row("none", 0, "good")])
-    assert sorted(plots._attacked(rows)["seed"]) == [0, 1, 2]
+    assert sorted(boards.attacked_of(rows)["seed"]) == [0, 1, 2]
 
 
 def test_costly_attacks_are_starred_and_the_twin_is_drawn():
     rows = frame([row("dear", seed, "none", acc_undefended=0.85, asr_benign=0.1) for seed in (0, 1)] + [row("cheap", 0, "none")])
-    (panel,) = plots._attacks(rows).panels
+    (panel,) = boards.undefended(rows).panels
     assert panel.names == ("dear*", "cheap")
     series = dict(panel.series)
     assert [[part.mean for part in series[name]] for name in ("acc_benign", "asr_benign")] == [
@@ -210,7 +210,7 @@ def test_costly_attacks_are_starred_and_the_twin_is_drawn():
 def test_dial_mean_interpolates_on_the_common_range():
     first = pd.DataFrame({"dial": [0.0, 1.0], "ra": [0.0, 1.0]})
     second = pd.DataFrame({"dial": [0.5, 1.5], "ra": [0.5, 0.5]})
-    grid, mean = plots._dial_mean([first, second], "ra")
+    grid, mean = boards._dial_mean([first, second], "ra")
     assert grid.tolist() == [0.5, 1.0]
     assert mean == pytest.approx([0.5, 0.75])
 
@@ -218,17 +218,17 @@ def test_dial_mean_interpolates_on_the_common_range():
 def test_axes_of_shares_are_honest():
     rows, _, _ = world()
     with render.style():
-        low, high = render.sheet(plots._scatter(rows.assign(acc=0.45), "model+clean"), "t").axes[0].get_ylim()
+        low, high = render.sheet(boards.scatter(rows.assign(acc=0.45), "model+clean"), "t").axes[0].get_ylim()
         assert low <= 0
         assert high >= 100
-        assert plots._scatter(rows, "model+clean").panels[0].ylabel == "ACC in % (from 80 %)"
-        bars = render.sheet(plots._attacks(rows), "t").axes[0].containers
+        assert boards.scatter(rows, "model+clean").panels[0].ylabel == "ACC in % (from 80 %)"
+        bars = render.sheet(boards.undefended(rows), "t").axes[0].containers
         assert {bar.get_x() for container in bars for bar in container} == {0}
 
 
 def test_no_attack_is_lost_where_there_are_many():
     rows = frame([row(f"attack {number}", 0, "none") for number in range(16)])
-    (panel,) = plots._attacks(rows).panels
+    (panel,) = boards.undefended(rows).panels
     assert panel.title == "digits, net"
     assert panel.names == tuple(f"attack {number}" for number in range(16))
 
@@ -285,14 +285,14 @@ def test_dials_name_only_the_selections_a_track_is_shown_under():
     rows, curves, _ = world()
     blind = (rows["selection"] == "validation") & rows["defense"].str.startswith("dial")
     rows.loc[blind, ["status", "reason"]] = ["refused", NOTHING_TO_VALIDATE_ON]
-    assert words(plots._dials(rows, curves, "model+clean"))[-2:] == ["default", "oracle"]
+    assert words(boards.dials(rows, curves, "model+clean"))[-2:] == ["default", "oracle"]
 
 
 @pytest.mark.parametrize("columns", [1, 3, 4])
 @pytest.mark.parametrize("name", ["x", "nearest-class-mean on poisoned, no labels", "n" * 60])
 def test_legends_titles_and_notes_stay_within_the_page(columns, name):
     key = tuple((text, Mark(marker="o")) for text in [name, "short", *[name] * 14])
-    panel = Panel(name, "x", "y", (Series("", (0.0, 1.0), (style_interval(), style_interval()), mark=Mark(stroke="-")),))
+    panel = Panel(name[:30].replace("n" * 30, "n" * 20), "x", "y", (Series("", (0.0, 1.0), (half(), half()), mark=Mark(stroke="-")),))
     with render.style():
         page = render.sheet(Lines((panel,) * columns, columns, "A note. " * 60, key), "title " * 20)
         width, height = page.bbox.width, page.bbox.height
@@ -302,12 +302,12 @@ def test_legends_titles_and_notes_stay_within_the_page(columns, name):
     assert not any(one.overlaps(other) for place, one in enumerate(boxes) for other in boxes[:place])
 
 
-def style_interval() -> Interval:
+def half() -> Interval:
     return Interval(0.5, 0.4, 0.6)
 
 
 def test_words_that_the_neighbour_has_are_written_once():
-    panel = DotPanel("", "RA in %", ("one", "two"), (("ra", (style_interval(),) * 2),))
+    panel = DotPanel("", "RA in %", ("one", "two"), (("ra", (half(),) * 2),))
     with render.style():
         page = render.sheet(Dots((panel, panel, panel, panel), "", 2), "t")
     assert [axes.get_xlabel() for axes in page.axes] == ["", "", "RA in %", "RA in %"]
@@ -319,7 +319,7 @@ def test_long_names_of_controls_are_told_apart_in_the_scatter_legend():
     rows = frame([row("badnets", 0, name, 0.3, control=name != "good") for name in ("good", "none", *long)]
                  + [row("wanet", 0, "good", 0.3, asr_undefended=0.3)])  # fmt: skip
     with render.style():
-        page = render.sheet(plots._scatter(rows, "model+clean"), "t")
+        page = render.sheet(boards.scatter(rows, "model+clean"), "t")
     legend = [text.get_text() for text in page.legends[0].get_texts()]
     assert legend == ["undefended", "good", *long, "attack not implanted or adversarial: not counted"]
     assert {text.get_text() for axes in page.axes for text in axes.texts} == {""}  # arrows; nothing is written over the points
@@ -368,12 +368,14 @@ def test_gallery_states_its_amplification(tmp_path):
         path.read_bytes() for path in plots.trigger_gallery([gallery_item(1, 3), gallery_item(1, 0)], tmp_path / "triggers")
     ] == before
     assert np.asarray(Image.open(written[0]).convert("L")).std() > 10
-    assert Image.open(written[0]).mode == "RGB"
+    with Image.open(written[0]) as picture:
+        assert picture.mode == "RGB"
 
 
 def test_a_trigger_picture_holds_the_pixels_and_says_what_it_shows(tmp_path):
     (path,) = plots.trigger_pictures([gallery_item(3, 60)], tmp_path)
     picture = Image.open(path)
+    picture.load()
     assert picture.text == {"Title": "peak 60", "Description": "difference \N{MULTIPLICATION SIGN} 2"}
     scale = picture.width // 17
     assert picture.size == (17 * scale, 26 * scale)  # two images of 8 x 8, a gap of one; three rows, two gaps
