@@ -28,6 +28,7 @@ from scipy.stats import binomtest
 
 from benchmark.storage import rows as files
 from benchmark.run.cell import cell_key
+from benchmark.run.compare import points_apart
 from benchmark.settings.matrix import Cell, Matrix, load_matrix, settings_hash
 from benchmark.run.progress import notes
 from benchmark.storage.rows import Row, Timing, text_of
@@ -284,13 +285,12 @@ def _show(checked: Sequence[Checked], exact: bool, tolerance: float, console: Co
 def _moved(checked: Sequence[Checked], console: Console) -> None:
     """How far ACC and ASR of the drawn rows lie apart."""
     for name in ("acc", "asr"):
-        pairs = [(float(one.committed[name]), float(one.again[name])) for one in checked]
-        apart = [abs(there - here) for there, here in pairs if not math.isnan(there - here)]
-        if apart:
-            half, most = 100 * np.quantile(apart, (0.5, 0.9))
+        apart = points_apart([float(one.committed[name]) for one in checked], [float(one.again[name]) for one in checked])
+        if len(apart):
+            half, most = np.quantile(apart, (0.5, 0.9))
             console.print(
                 f"{name.upper()}: {half:.1f} points apart in the median row, at most {most:.1f} in nine of ten, "
-                f"at most {100 * max(apart):.1f} in any",
+                f"at most {apart.max():.1f} in any",
                 highlight=False,
             )
 
