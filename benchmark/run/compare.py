@@ -43,17 +43,17 @@ class Comparison:
     inside: int
 
     def lines(self, folder: Path) -> list[str]:
-        """What a person is told; ``folder``: of the committed rows."""
+        """The comparison in plain lines; ``folder``: of the committed rows."""
         unknown = f"{self.unknown} rows have other settings or images than those in {folder}"
         if not self.rows:
             return [f"not compared: all {unknown}"]
-        said = [f"compared with {folder}: {self.identical} of {self.rows} rows are identical"]
+        lines = [f"compared with {folder}: {self.identical} of {self.rows} rows are identical"]
         if self.identical < self.rows:
             apart = ", ".join(f"{name.upper()} {half:.1f} / {most:.1f}" for name, (half, most) in self.apart.items())
-            said.append(f"the other {self.rows - self.identical} differ by (median / at most, in points): {apart}")
+            lines.append(f"the other {self.rows - self.identical} differ by (median / at most, in points): {apart}")
         if self.entries:
-            said.append(f"{self.inside} of {self.entries} leaderboard entries: mean RA inside the committed 95 % interval")
-        return [*said, unknown] if self.unknown else said
+            lines.append(f"{self.inside} of {self.entries} leaderboard entries: mean RA inside the committed 95 % interval")
+        return [*lines, unknown] if self.unknown else lines
 
 
 def points_apart(committed: Sequence[float], fresh: Sequence[float]) -> np.ndarray:
