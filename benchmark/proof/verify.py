@@ -27,6 +27,7 @@ from rich.table import Table
 from scipy.stats import binomtest
 
 from benchmark.analysis.stats import ENTRY, SCENARIO
+from benchmark.run.compare import points_apart
 from benchmark.run.keys import cell_key
 from benchmark.run.progress import notes
 from benchmark.run.session import manifest as manifest_of
@@ -289,13 +290,12 @@ def _show(checked: Sequence[Checked], exact: bool, tolerance: float, console: Co
 def _moved(checked: Sequence[Checked], console: Console) -> None:
     """Prints the differences in ACC and ASR between both versions of the rows."""
     for name in ("acc", "asr"):
-        pairs = [(float(one.committed[name]), float(one.again[name])) for one in checked]
-        apart = [abs(there - here) for there, here in pairs if not math.isnan(there - here)]
-        if apart:
-            half, most = 100 * np.quantile(apart, (0.5, 0.9))
+        apart = points_apart([float(one.committed[name]) for one in checked], [float(one.again[name]) for one in checked])
+        if len(apart):
+            half, most = np.quantile(apart, (0.5, 0.9))
             console.print(
                 f"{name.upper()}: {half:.1f} points apart in the median row, at most {most:.1f} in nine of ten, "
-                f"at most {100 * max(apart):.1f} in any",
+                f"at most {apart.max():.1f} in any",
                 highlight=False,
             )
 

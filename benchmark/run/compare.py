@@ -31,7 +31,7 @@ class Comparison:
         unknown: fresh rows without a counterpart: their settings or images are others.
         apart: for ``acc``, ``asr`` and ``ra`` the median and the largest distance in percentage points, over the rows that are not
             identical; NaN where none of them has the value.
-        entries: defenses and controls of the leaderboards that have a committed 95 % interval of RA, over the compared cells.
+        entries: defenses and controls of the leaderboards that were run whole and have a committed 95 % interval of RA.
         inside: those of them whose fresh mean RA lies inside it.
     """
 
@@ -43,17 +43,17 @@ class Comparison:
     inside: int
 
     def lines(self, folder: Path) -> list[str]:
-        """What a person is told; ``folder``: of the committed rows."""
+        """The comparison in plain lines; ``folder``: of the committed rows."""
         unknown = f"{self.unknown} rows have other settings or images than those in {folder}"
         if not self.rows:
             return [f"not compared: all {unknown}"]
-        said = [f"compared with {folder}: {self.identical} of {self.rows} rows are identical"]
+        lines = [f"compared with {folder}: {self.identical} of {self.rows} rows are identical"]
         if self.identical < self.rows:
             apart = ", ".join(f"{name.upper()} {half:.1f} / {most:.1f}" for name, (half, most) in self.apart.items())
-            said.append(f"the other {self.rows - self.identical} differ by (median / at most, in points): {apart}")
+            lines.append(f"the other {self.rows - self.identical} differ by (median / at most, in points): {apart}")
         if self.entries:
-            said.append(f"{self.inside} of {self.entries} leaderboard entries: mean RA inside the committed 95 % interval")
-        return [*said, unknown] if self.unknown else said
+            lines.append(f"{self.inside} of {self.entries} leaderboard entries: mean RA inside the committed 95 % interval")
+        return [*lines, unknown] if self.unknown else lines
 
 
 def points_apart(committed: Sequence[float], fresh: Sequence[float]) -> np.ndarray:
@@ -83,8 +83,7 @@ def compare_rows(fresh: pd.DataFrame, committed: pd.DataFrame) -> Comparison:
     for name in METRICS:
         points = points_apart(there.loc[~same, name].to_list(), here.loc[~same, name].to_list())
         apart[name] = (float(np.median(points)), float(points.max())) if len(points) else (float("nan"), float("nan"))
-    cells = set(here["cell"])
-    entries, inside = _inside(*(table[table["cell"].isin(cells)] for table in (fresh, committed)))
+    entries, inside = _inside(here, committed)
     return Comparison(len(shared), int(same.sum()), len(fresh) - len(shared), apart, entries, inside)
 
 
@@ -92,16 +91,19 @@ def _inside(fresh: pd.DataFrame, committed: pd.DataFrame) -> tuple[int, int]:
     """How many leaderboard entries have a committed interval of RA, and in how many of them the fresh mean lies inside it.
 
     Each entry counts once, in the first track that shows it, under the selection that the track is judged by. Means are taken over
-    the scenarios that are implanted in the committed rows, so that both are means of the same thing.
+    the scenarios that are implanted in the committed rows, so that both are means of the same thing; an entry that was run in part
+    is left out.
     """
     committed = stats.implanted_worlds(committed)
     fresh = fresh[fresh["cell"].isin(set(committed["cell"]))]
+    lacking = committed[~committed["cell"].isin(set(fresh["cell"]))]
+    partial = set(lacking[[*stats.ENTRY, "track"]].itertuples(index=False, name=None))
     inside: dict[tuple[str, ...], bool] = {}
     for track in stats.tracks(committed):
         selection = stats.headline(committed, track)
         there, here = (_entries(table, track, selection) for table in (committed, fresh))
         for entry, groups in there.items():
-            if entry in inside:
+            if entry in inside or entry in partial:
                 continue
             interval = intervals.interval(groups)
             if not np.isnan(interval.low):

@@ -39,7 +39,7 @@ __all__ = [
 ]  # fmt: skip
 
 ATTEMPTS = 3
-"""How often a stage is tried when the process that runs it dies (out of memory, say)."""
+"""How often a stage is tried when the process that runs it dies (out of memory, for example)."""
 SHARING = 3
 """Processes that share a GPU by default: at the literature's batch of 128 a single one spends about as long on issuing kernels as
 the GPU on running them (an estimate; ``benchmark.proof.throughput`` measures what sharing gives)."""
@@ -58,7 +58,7 @@ class Failure:
 
 
 class StageError(RuntimeError):
-    """A stage raised; the message says why in one line. One cell's failure does not end the others."""
+    """A stage raised; the message is the reason in one line. One cell's failure does not end the others."""
 
 
 class Watcher(Protocol):
@@ -91,7 +91,7 @@ class Schedule:
 
     Args:
         stages: what to run. A stage waits for those of its ``after`` that are among them; the others are cached.
-        watcher: is told of failures.
+        watcher: gets notes of failures.
     """
 
     def __init__(self, stages: Sequence[Stage], watcher: Watcher) -> None:
@@ -228,7 +228,7 @@ def work(key: str) -> bool:
     put("started")
     ended = "finished"
     try:
-        with hearing(_seldom(lambda done, total: put("epoch", done, total))):
+        with hearing(_throttled(lambda done, total: put("epoch", done, total))):
             stage.run(state["store"], state["cache"])
     except BadInput:
         raise
@@ -244,17 +244,17 @@ def work(key: str) -> bool:
     return False
 
 
-def _seldom(report: Callable[[int, int], None]) -> Callable[[int, int], None]:
+def _throttled(report: Callable[[int, int], None]) -> Callable[[int, int], None]:
     """``report``, called once in :data:`EPOCHS` seconds at most."""
     last = -EPOCHS
 
-    def heard(done: int, total: int) -> None:
+    def throttled(done: int, total: int) -> None:
         nonlocal last
         if time.monotonic() - last >= EPOCHS:
             last = time.monotonic()
             report(done, total)
 
-    return heard
+    return throttled
 
 
 def _device_lost() -> bool:
@@ -311,7 +311,7 @@ def run_stages(
         plan: what other processes make again from the matrix file.
         store: folder of the store.
         cache: folder of decoded images.
-        watcher: is told of the progress.
+        watcher: gets the progress.
         processes: stages at once; one is run in this process.
 
     Raises:

@@ -44,7 +44,7 @@ LOOK = 5.0
 """Seconds between two looks at how large the cluster is."""
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # what raylets say of workers that died: the progress display says it in one line
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # messages of raylets about workers that died: the progress display has a line for them
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # or Ray warns that this will be its default
 }
 
@@ -54,7 +54,7 @@ QUIET = {
 
 def _carrier() -> Callable[..., Iterator[tuple[Any, ...]]]:
     def stage(job: Mapping[str, Any], key: str) -> Iterator[tuple[Any, ...]]:
-        # A function inside a function travels by value: a node that cannot import the project must still be able to say so.
+        # A function inside a function travels by value: a node that cannot import the project must still be able to report that.
         import os
         import socket
 
@@ -84,13 +84,13 @@ def attend(job: Mapping[str, Any], key: str) -> Iterator[tuple[Any, ...]]:
         yield "unfit", why
         return
     state = executors.state
-    # What was initialised on one GPU goes on there, whatever Ray says afterwards.
+    # What was initialised on one GPU goes on there, whatever Ray assigns afterwards.
     if state["lost"] or (job["gpus"] and _entered["gpu"] != os.environ.get(GPU)):
         _leave()
         yield "left", ""
         return
-    told: list[executors.News] = []
-    state["news"].told = told
+    news: list[executors.News] = []
+    state["news"].items = news
     ended, why = "done", ""
     try:
         if executors.work(key):
@@ -101,7 +101,7 @@ def attend(job: Mapping[str, Any], key: str) -> Iterator[tuple[Any, ...]]:
         ended, why = "bad input", str(error)
     if state["lost"]:
         _leave()
-    yield ended, why, [item.text for item in told if item.what == "note"], arithmetic()
+    yield ended, why, [item.text for item in news if item.what == "note"], arithmetic()
 
 
 def _leave() -> None:
@@ -109,14 +109,14 @@ def _leave() -> None:
     threading.Timer(1.0, os._exit, (1,)).start()
 
 
-class _Told:
+class _Kept:
     """In place of the queue in a worker: notes are sent when the stage ends."""
 
     def __init__(self) -> None:
-        self.told: list[executors.News] = []
+        self.items: list[executors.News] = []
 
     def put(self, item: executors.News) -> None:
-        self.told.append(item)
+        self.items.append(item)
 
 
 _entered: dict[str, Any] = {}
@@ -138,7 +138,7 @@ def _enter(job: Mapping[str, Any]) -> str:
         os.environ[GPU] = ""
     _entered.setdefault("gpu", os.environ.get(GPU))
     try:
-        executors.enter(job["matrix"], job["fingerprints"], job["store"], job["cache"], _Told(), os.getppid())
+        executors.enter(job["matrix"], job["fingerprints"], job["store"], job["cache"], _Kept(), os.getppid())
     except BadInput as error:
         return str(error)
     for name, here in sources(loaded=True).items():
@@ -204,7 +204,7 @@ class Cluster:
             plan: what every worker makes again from the matrix file.
             store: folder of the store.
             cache: folder of decoded images.
-            watcher: is told of the progress.
+            watcher: gets the progress.
             used: receives what the workers compute with (see :func:`benchmark.storage.machine.arithmetic`), values joined by
                 semicolons where they differ.
 

@@ -59,7 +59,7 @@ class Stage:
     def run(self, store: Store, cache: Path) -> None:
         """Computes and stores the outcome; does nothing when it is cached.
 
-        What is computed outside a training (scores, estimates, searches) is as precise as the victim's recipe says.
+        What is computed outside a training (scores, estimates, searches) has the precision of the victim's recipe.
 
         Raises:
             Busy: another process is computing it, and ``store`` is not patient.
@@ -141,7 +141,7 @@ class Plan:
         return [extractor_key(one, scenario, self.fingerprint(scenario)) for one in extractors if one.reads != "nothing"]
 
     def _features(self, scenario: Scenario) -> list[str]:
-        """Key of the extractor that a victim on given features stands on; nothing where it is trained end to end."""
+        """Key of the extractor whose features a victim is given; nothing where it is trained end to end."""
         return self._extractor_keys([scenario.frozen.extractor], scenario) if scenario.frozen else []
 
     def _victim(self, key: str, scenario: Scenario) -> Stage:

@@ -31,20 +31,20 @@ def notes(console: Console) -> Callable[[str], None]:
 
 @dataclass
 class _Running:
-    """A stage that a worker is running; ``done`` of ``total`` epochs of its training had ended at time ``heard``."""
+    """A stage that a worker is running; ``done`` of ``total`` epochs of its training had ended at time ``reported``."""
 
     label: str
     kind: str
     since: float
     done: int = 0
     total: int = 0
-    heard: float = 0.0
+    reported: float = 0.0
 
     def left(self) -> float | None:
-        """Estimated seconds to its end; None where no epochs tell. A defense may train several times, so its epochs do not."""
+        """Estimated seconds to its end; None where it is unknown. A defense may train several times, so its epochs do not count."""
         if not self.done or self.kind == "defended":
             return None
-        return max((self.heard - self.since) / self.done * self.total - (time.monotonic() - self.since), 0.0)
+        return max((self.reported - self.since) / self.done * self.total - (time.monotonic() - self.since), 0.0)
 
     def words(self) -> str:
         """The label, and how far it is."""
@@ -112,7 +112,7 @@ class RunProgress:
     def epoch(self, worker: int, done: int, total: int) -> None:
         if worker in self.now:
             stage = self.now[worker]
-            stage.done, stage.total, stage.heard = done, total, time.monotonic()
+            stage.done, stage.total, stage.reported = done, total, time.monotonic()
 
     def finished(self, worker: int, label: str, kind: str) -> None:
         stage = self.now.pop(worker, None)
@@ -138,7 +138,7 @@ class RunProgress:
         return "; ".join(parts)
 
     def left(self, kind: str) -> float | None:
-        """Estimated seconds of one process for the stages of a kind that have not finished; None while none of them tells."""
+        """Estimated seconds of one process for the stages of a kind that have not finished; None while it is unknown."""
         running = [stage for stage in list(self.now.values()) if stage.kind == kind]
         known = [time.monotonic() - stage.since + left for stage in running if (left := stage.left()) is not None]
         if self.counts[kind]:

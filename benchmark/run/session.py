@@ -201,8 +201,8 @@ def _datasets(matrix: Matrix, cache: Path, console: Console) -> dict[str, Datase
     for scenario in matrix.scenarios:
         key = canonical(scenario.dataset)
         if key not in found:
-            say = functools.partial(console.print, style="dim", highlight=False, markup=False)
-            found[key] = load(scenario.dataset, cache, say)
+            report = functools.partial(console.print, style="dim", highlight=False, markup=False)
+            found[key] = load(scenario.dataset, cache, report)
     return found
 
 
@@ -311,7 +311,7 @@ class _Session:
                 )
             changed = files.write(folder, rows, curves, timings)
             write_text(folder / "matrix.toml", matrix.settings)
-            for name, _ in matrix.plugins:  # without them nobody else could read the settings beside them
+            for name, _ in matrix.plugins:  # the settings beside them cannot be read without them
                 write_bytes(folder / "plugins" / name, (matrix.path.parent / name).read_bytes())
             made = manifest(matrix, self.datasets, used)
             write_text(folder / "manifest.json", json.dumps(made, indent=2, sort_keys=True) + "\n")
@@ -351,7 +351,7 @@ def _used(executor: Executor, used: dict[str, str], folder: Path) -> dict[str, s
 
 
 def manifest(matrix: Matrix, datasets: Mapping[str, Dataset], used: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """What somebody needs to get the same rows: settings, versions, data, and the arithmetic ``used`` (by default this process's).
+    """What is needed to get the same rows: settings, versions, data, and the arithmetic ``used`` (by default this process's).
     No dates, no host."""
     used = used or arithmetic()
     return {

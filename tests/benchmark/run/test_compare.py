@@ -55,11 +55,13 @@ def test_what_differs_is_measured_on_the_rows_that_differ(committed: pd.DataFram
     )
 
 
-def test_a_part_of_the_matrix_is_compared_with_the_same_part(committed: pd.DataFrame) -> None:
+def test_of_a_part_of_the_matrix_the_entries_that_are_whole_are_compared(committed: pd.DataFrame) -> None:
     part = compare_rows(committed[committed["defense"] == "b"], committed)
     assert (part.rows, part.identical, part.entries, part.inside) == (3, 3, 1, 1)
-    one_seed = compare_rows(committed[committed["seed"] == 0], committed)
-    assert (one_seed.rows, one_seed.entries) == (2, 0), "one seed has no interval"
+    two_seeds = compare_rows(committed[committed["seed"] < 2], committed)
+    assert (two_seeds.rows, two_seeds.entries) == (4, 0), "no entry is whole"
+    one_seed = committed[committed["seed"] == 0]
+    assert compare_rows(one_seed, one_seed).entries == 0, "one seed has no interval"
 
 
 def test_rows_of_other_settings_are_counted_and_not_compared(committed: pd.DataFrame) -> None:
