@@ -120,7 +120,7 @@ def console_leaderboard(rows: pd.DataFrame) -> list[Screen]:
             title=Text(f"{plain(track_words(track))}: {judged} selection"), title_justify="left",
             caption=Text(NOTHING if board.empty else gate_words(rows)), caption_justify="left",
         )  # fmt: skip
-        # Only the defense may shrink: place and scope tell apart entries of the same name.
+        # Only the defense may shrink: place and scope distinguish entries of the same name.
         for name in ("#", "defense", "scope", "ACC", "ASR", "RA", "dACC", "cost"):
             screen.add_column(name, justify="left" if name in ("defense", "scope") else "right", no_wrap=name != "defense",
                               overflow="fold")  # fmt: skip
