@@ -141,7 +141,7 @@ def _fingerprint(folder: Path) -> str:
 
 
 def present(folder: Path, matrix: Any, *, cache: Path, console: Console, track: bool) -> None:
-    """Everything after the rows. Where rows and drawing code are what they were, pictures are left as they stand."""
+    """Everything after the rows. Pictures are left alone where rows and drawing code are unchanged."""
     stamp = cache / "drawn" / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.txt"
     made_of = _fingerprint(folder)
     drawn = [folder / "README.md", folder / "leaderboard.html", folder / "plots", folder / "tables"]
@@ -266,7 +266,7 @@ def catalogue(console: Console) -> None:
     table("attacks", [(cls.name, head(cls)) for cls in ATTACKS])
     table("defenses", [(cls.name + (" (control)" if cls.control else ""), head(cls)) for cls in DEFENSES])
     # The first sentence of the class, without what it cites in brackets.
-    told = [(cls.name, re.split(r"\. | \(|\.$", " ".join((cls.__doc__ or "").split()))[0]) for cls in EXTRACTORS]
-    table("extractors", told)
+    extractors = [(cls.name, re.split(r"\. | \(|\.$", " ".join((cls.__doc__ or "").split()))[0]) for cls in EXTRACTORS]
+    table("extractors", extractors)
     table("presets", [(name, ", ".join(["paper", *known])) for name, known in presets().items()])
     table("tracks", [(track.name, track.title) for track in TRACKS])

@@ -16,23 +16,10 @@ import numpy as np
 import pandas as pd
 
 from benchmark.analysis import intervals, stats
+from benchmark.report import words
 from benchmark.report.style import looks
 from benchmark.report.tables import boards
-from benchmark.report.text import DASH, number_text, percent_text, plain
-from benchmark.report.words import (
-    GIVEN_NOTES,
-    GLOSSARY,
-    NOTHING,
-    SELECTION_WORDS,
-    distinct,
-    gate_words,
-    mark_words,
-    setting_words,
-    state_words,
-    target_words,
-    track_words,
-    units_text,
-)
+from benchmark.report.text import DASH, number_text, percent_text, plain, signed_percent
 from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON
 
 __all__ = ["Picture", "contents"]
@@ -111,7 +98,6 @@ def _clock(clock: Mapping[Any, Any] | None) -> str:
     return f"{number_text(float(clock['seconds']))} s; {number_text(float(clock['peak_mib']))} MiB, on the machine that ran it"
 
 
-_signed = partial(percent_text, signed=True)
 _POINTS = "{} points"
 
 
@@ -120,7 +106,7 @@ def _with_deltas(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _joined(lines: Iterable[Mapping[Any, Any]], name: str, between: str = "; ") -> str:
-    return distinct((line[name] for line in lines), between)
+    return words.distinct((line[name] for line in lines), between)
 
 
 # -- the parts of the page -----------------------------------------------------------------------------------------------------
@@ -130,7 +116,7 @@ class _Matrix(NamedTuple):
     """What all parts share: the rows, and the numbers by which the page calls tracks, entries, scenarios and cells."""
 
     rows: pd.DataFrame
-    words: _Words
+    texts: _Words
     tracks: dict[str, int]
     entries: dict[Entry, int]
     scenarios: dict[Place, int]
@@ -154,16 +140,16 @@ class _Matrix(NamedTuple):
 
 def _scenarios(matrix: _Matrix, found: Sequence[Picture], shared: Mapping[str, str]) -> list[Json]:
     """Every scenario with its gate and its undefended models: means over all seeds, implanted or not, and their spread."""
-    rows, words = matrix.rows, matrix.words
-    gates = {tuple(line[stats.SCENARIO]): state_words(line) for _, line in stats.scenarios(rows).iterrows()}
+    rows, texts = matrix.rows, matrix.texts
+    gates = {tuple(line[stats.SCENARIO]): words.state_words(line) for _, line in stats.scenarios(rows).iterrows()}
     worlds, drawn = rows.drop_duplicates(stats.WORLD), {one.attack: number for number, one in reversed(list(enumerate(found)))}
     lines = []
     for place in matrix.scenarios:
         mine = worlds[(worlds[stats.SCENARIO] == list(place)).all(axis=1)]
         lines.append({
-            **dict(zip("dba", map(words, place), strict=True)), "implanted": matrix.implanted.get(place, False),
-            "state": words(gates.get(place, "no attack")), "picture": drawn.get(shared.get(place[2], place[2])),
-            "rate": words(f"{100 * float(mine['rate'].iloc[0]):g} %"),
+            **dict(zip("dba", map(texts, place), strict=True)), "implanted": matrix.implanted.get(place, False),
+            "state": texts(gates.get(place, "no attack")), "picture": drawn.get(shared.get(place[2], place[2])),
+            "rate": texts(f"{100 * float(mine['rate'].iloc[0]):g} %"),
             "undefended": {name: _spread(mine[f"{name}_undefended"]) for name in ("acc", "asr", "ra")},
             "benign": _spread(mine["acc_benign"]),
         })  # fmt: skip
@@ -171,7 +157,7 @@ def _scenarios(matrix: _Matrix, found: Sequence[Picture], shared: Mapping[str, s
 
 
 def _given(rows: pd.DataFrame, track: str, selection: str) -> dict[Entry, Facts]:
-    """What each entry of a track's field was given, in words."""
+    """What each entry of a track's field was given, in texts."""
     return {
         (line["defense"], line["scope"]): [
             *boards.given(line).items(), ("Cost, of which extractor", _known(line["extractor_epochs"], form=number_text)),
@@ -193,20 +179,20 @@ def _gaps(rows: pd.DataFrame, track: str) -> dict[Entry, Facts]:
 
 def _means(matrix: _Matrix, timings: pd.DataFrame) -> list[Json]:
     """The leaderboards, line by line: means over implanted scenarios as :func:`benchmark.analysis.stats.leaderboard` gives them."""
-    rows, words, lines = matrix.rows, matrix.words, []
+    rows, texts, lines = matrix.rows, matrix.texts, []
     clocks = stats.timing_summary(rows, timings).set_index(["track", *stats.ENTRY]).to_dict("index")
-    counted = gate_words(rows)
+    counted = words.gate_words(rows)
     for track in matrix.tracks:
         gaps, table = _gaps(rows, track), stats.field(rows, track)
         for selection in stats.selections(rows, track):
             given = _given(rows, track, selection)
-            notes = table[table["selection"] == selection].groupby(stats.ENTRY)["note"].agg(lambda found: distinct(found, "; "))
+            notes = table[table["selection"] == selection].groupby(stats.ENTRY)["note"].agg(partial(words.distinct, between="; "))
             for _, line in stats.leaderboard(rows, track, selection).iterrows():
                 entry = (line["defense"], line["scope"])
                 facts = [
-                    ("Selection", SELECTION_WORDS.get(selection, selection)), *given.get(entry, []),
-                    ("Measured in track", line["source"] if line["source"] != track else ""), ("Marks", mark_words(line)),
-                    ("Pruned / units", units_text(line)),
+                    ("Selection", words.SELECTION_WORDS.get(selection, selection)), *given.get(entry, []),
+                    ("Measured in track", line["source"] if line["source"] != track else ""), ("Marks", words.mark_words(line)),
+                    ("Pruned / units", words.units_text(line)),
                     ("dASR", f"{_words_of(_share(line, 'd_asr', signed=True))} points" if line["cells_ok"] else ""),
                     ("DER", _words_of(_share(line, "der")) if line["cells_ok"] else ""), *gaps.get(entry, []),
                     ("Seconds, median; peak memory", _clock(clocks.get((line["source"], *entry)))), ("Note", str(notes[entry])),
@@ -217,7 +203,7 @@ def _means(matrix: _Matrix, timings: pd.DataFrame) -> list[Json]:
                     "rank": _figure(line["rank"], f"{line['rank']:.2f}"),
                     **{name: _share(line, name, signed=signed) for name, signed in _SHARES.items()},
                     "cost": _count(float(line["cost_epochs"])), "ok": int(line["cells_ok"]), "of": int(line["cells"]),
-                    "missing": words(line["missing"]), "facts": words.facts(facts),
+                    "missing": texts(line["missing"]), "facts": texts.facts(facts),
                 })  # fmt: skip
     return lines
 
@@ -255,26 +241,26 @@ def _place(matrix: _Matrix, track: str, place: Place, every: list[Json], rank: f
     """One entry in one scenario; ``every``: its rows there, one per seed."""
     good, bad = ([line for line in every if (line["status"] == "ok") is done] for done in (True, False))
     first, reasons = every[0], [f"{line['status']}: {line['reason'] or 'no reason recorded'}" for line in bad]
-    # Where every seed has the same words, once is enough.
+    # Where every seed has the same texts, once is enough.
     gates = {str(line["gate"]) for line in every}
-    each = distinct((f"seed {line['seed']}: {line['gate']}" for line in every if line["gate"]), "; ")
+    each = words.distinct((f"seed {line['seed']}: {line['gate']}" for line in every if line["gate"]), "; ")
 
     def mean(name: str, of: list[Json] = good) -> float:
         return float(np.mean([line[name] for line in of])) if of else math.nan
 
     facts = [
         ("Preset", _joined(every, "preset", " or ")),
-        ("Pruned / units", units_text({"pruned": mean("pruned"), "units": mean("units")})), ("Marks", _marks(good)),
+        ("Pruned / units", words.units_text({"pruned": mean("pruned"), "units": mean("units")})), ("Marks", _marks(good)),
         ("Measured in track", first["source"] if first["source"] != track else ""), ("Note", _joined(every, "note")),
         ("Poisoning rate", f"{100 * first['rate']:g} % nominal, {percent_text(mean('realised_rate', every))} % realised"),
-        ("Features of the victim", first["features"]), ("Not in the means", distinct(reasons, "; ")),
+        ("Features of the victim", first["features"]), ("Not in the means", words.distinct(reasons, "; ")),
         ("Gate", gates.pop() if len(gates) == 1 else each),
     ]  # fmt: skip
     return {
         "p": matrix.scenarios[place], "rank": _figure(rank, f"{rank:g}"),
         **{name: _spread([line[name] for line in good], signed=signed) for name, signed in _SHARES.items()},
         "cost": _count(mean("cost_epochs")), "ok": len(good), "of": len(every),
-        "missing": matrix.words(_joined(bad, "status", " / ")), "facts": matrix.words.facts(facts),
+        "missing": matrix.texts(_joined(bad, "status", " / ")), "facts": matrix.texts.facts(facts),
         "cells": [matrix.cells[line["cell"]] for line in every],
     }  # fmt: skip
 
@@ -290,19 +276,20 @@ def _marks(lines: Sequence[Json]) -> str:
 
 
 def _cell_facts(line: Json, dial: str, clock: Any) -> Facts:
-    """The settings and everything measured of one cell under one selection, in words."""
+    """The settings and everything measured of one cell under one selection, in texts."""
     done = line["status"] == "ok"
     undefended = " / ".join(percent_text(float(line[f"{name}_undefended"])) for name in ("acc", "asr", "ra"))
     isolated = f"{line['isolated']}; precision {percent_text(line['precision'])} %, recall {percent_text(line['recall'])} %"
     return [
-        ("Selection", SELECTION_WORDS.get(line["selection"], line["selection"])),
+        ("Selection", words.SELECTION_WORDS.get(line["selection"], line["selection"])),
         ("Not measured", "" if done else f"{line['status']}: {line['reason'] or 'no reason recorded'}"),
         ("Preset", line["preset"]), ("Dial", _known(line["dial"], f"{dial or 'dial'}: {{}}", number_text)),
         ("Knob", _known(line["knob"], form=number_text)), ("Mark", _mark(line)),
-        ("Pruned / units", units_text(line) if done else ""), ("ACC on held-out clean images", _known(line["val_acc"], "{} %")),
+        ("Pruned / units", words.units_text(line) if done else ""),
+        ("ACC on held-out clean images", _known(line["val_acc"], "{} %")),
         ("Loss on them, with its standard error",
-         _known(line["val_loss"], f"{{}} ± {percent_text(line['val_loss_se'])} points", _signed)),
-        ("dASR", _known(line["d_asr"], _POINTS, _signed)), ("DER", _known(line["der"])),
+         _known(line["val_loss"], f"{{}} ± {percent_text(line['val_loss_se'])} points", signed_percent)),
+        ("dASR", _known(line["d_asr"], _POINTS, signed_percent)), ("DER", _known(line["der"])),
         ("ASR / RA, trigger computed again", _known(line["asr_recraft"], f"{{}} / {percent_text(line['ra_recraft'])}")),
         ("Used of what it was granted", line["used"]),
         ("Clean labelled images", str(line["clean_images"] or "")), ("Training images", str(line["train_images"] or "")),
@@ -312,12 +299,12 @@ def _cell_facts(line: Json, dial: str, clock: Any) -> Facts:
         ("Undefended ACC / ASR / RA", undefended), ("ACC of the benign twin", _known(line["acc_benign"])),
         ("ASR of the benign twin", _known(line["asr_benign"])),
         ("Poisoning rate", f"{100 * line['rate']:g} % nominal, {percent_text(line['realised_rate'])} % realised"),
-        ("Labels", target_words(line)), ("Note", line["note"]), ("Gate", line["gate"]), ("Seconds; peak memory", _clock(clock)),
-        ("Cell", line["cell"]),
+        ("Labels", words.target_words(line)), ("Note", line["note"]), ("Gate", line["gate"]),
+        ("Seconds; peak memory", _clock(clock)), ("Cell", line["cell"]),
     ]  # fmt: skip
 
 
-def _curve(candidates: Sequence[Json], words: _Words) -> Json | None:
+def _curve(candidates: Sequence[Json], texts: _Words) -> Json | None:
     """A cell's dial as [dial, ACC, ASR, RA] points in its order, at the published setting of its knob; None where it has no two
     positions."""
     published = next((line["knob"] for line in candidates if line["is_default"]), math.nan)
@@ -326,7 +313,7 @@ def _curve(candidates: Sequence[Json], words: _Words) -> Json | None:
     if len({line["dial"] for line in good}) < 2:
         return None
     points = [[float(f"{line['dial']:.6g}"), *(float(f"{line[name]:.4f}") for name in ("acc", "asr", "ra"))] for line in good]
-    return {"name": words(good[0]["dial_name"] or "dial"), "points": points}
+    return {"name": texts(good[0]["dial_name"] or "dial"), "points": points}
 
 
 def _by_cell(table: pd.DataFrame) -> dict[str, list[Json]]:
@@ -339,7 +326,7 @@ def _by_cell(table: pd.DataFrame) -> dict[str, list[Json]]:
 
 def _cells(matrix: _Matrix, curves: pd.DataFrame, timings: pd.DataFrame) -> list[Json]:
     """Every cell: what all its selections share, then what each of them measured."""
-    words, lines, dials = matrix.words, [], _by_cell(curves)
+    texts, lines, dials = matrix.texts, [], _by_cell(curves)
     clocks = timings.drop_duplicates("cell").set_index("cell").to_dict("index")
     for cell, mine in _by_cell(_with_deltas(matrix.rows)).items():
         candidates = dials.get(cell, [])
@@ -352,11 +339,11 @@ def _cells(matrix: _Matrix, curves: pd.DataFrame, timings: pd.DataFrame) -> list
             by[str(line["selection"])] = {
                 **{name: _figure(line[name], percent_text(line[name], signed=signed), "") for name, signed in _SHARES.items()},
                 "cost": _count(float(line["cost_epochs"])), "ok": int(done), "of": 1,
-                "missing": words("" if done else line["status"]),
-                "facts": words.facts(pair for pair in pairs if pair not in common),
+                "missing": texts("" if done else line["status"]),
+                "facts": texts.facts(pair for pair in pairs if pair not in common),
                 **({} if math.isnan(line["dial"]) else {"dial": float(f"{line['dial']:.6g}")}),
             }  # fmt: skip
-        lines.append({"seed": int(mine[0]["seed"]), "facts": words.facts(common), "by": by, "curve": _curve(candidates, words)})
+        lines.append({"seed": int(mine[0]["seed"]), "facts": texts.facts(common), "by": by, "curve": _curve(candidates, texts)})
     return lines
 
 
@@ -366,27 +353,27 @@ def _reading() -> Facts:
         " Intervals are for the whole matrix, so none is shown where a filter leaves a part of the scenarios; there ± is the "
         "sample standard deviation over the seeds of one scenario."
     )
-    terms = {**GLOSSARY, "Intervals": GLOSSARY["Intervals"] + partly}
-    selections = {f"Selection: {name}": words for name, words in SELECTION_WORDS.items()}
-    return [(term, words[0].upper() + words[1:]) for term, words in (terms | selections).items()] + [
-        ("What the defender was given", GIVEN_NOTES)
+    terms = {**words.GLOSSARY, "Intervals": words.GLOSSARY["Intervals"] + partly}
+    selections = {f"Selection: {name}": rule for name, rule in words.SELECTION_WORDS.items()}
+    return [(term, texts[0].upper() + texts[1:]) for term, texts in (terms | selections).items()] + [
+        ("What the defender was given", words.GIVEN_NOTES)
     ]
 
 
 def _tracks(matrix: _Matrix) -> list[Json]:
-    rows, words = matrix.rows, matrix.words
+    rows, texts = matrix.rows, matrix.texts
     blind = set(rows.loc[rows["reason"] == NOTHING_TO_VALIDATE_ON, "track"])
     return [{
-        "name": words(track), "title": words(track_words(track)), "judged": stats.headline(rows, track),
-        "selections": stats.selections(rows, track), "why": words(NOTHING_TO_VALIDATE_ON if track in blind else ""),
+        "name": texts(track), "title": texts(words.track_words(track)), "judged": stats.headline(rows, track),
+        "selections": stats.selections(rows, track), "why": texts(NOTHING_TO_VALIDATE_ON if track in blind else ""),
     } for track in matrix.tracks]  # fmt: skip
 
 
 def _entries(matrix: _Matrix) -> list[Json]:
-    words, look = matrix.words, looks(matrix.rows)
+    texts, look = matrix.texts, looks(matrix.rows)
     colours = [*dict.fromkeys(one.colour for one in look.values())]
     return [{
-        "name": words("none (undefended)" if entry[0] == stats.UNDEFENDED else entry[0]), "scope": words(entry[1]),
+        "name": texts("none (undefended)" if entry[0] == stats.UNDEFENDED else entry[0]), "scope": texts(entry[1]),
         "look": [colours.index(look[entry].colour), look[entry].marker],
     } for entry in matrix.entries]  # fmt: skip
 
@@ -402,14 +389,14 @@ def contents(
         found: pictures of triggers. shared: attacks without a picture of their own -> the one whose trigger is the same.
     """
     matrix = _Matrix.of(rows)
-    words = matrix.words
+    texts = matrix.texts
     made = {
         "tracks": _tracks(matrix), "entries": _entries(matrix), "scenarios": _scenarios(matrix, found, shared or {}),
         "means": _means(matrix, timings), "places": _places(matrix), "cells": _cells(matrix, curves, timings),
-        "pictures": [{"attack": words(one.attack), "difference": words(one.difference),
+        "pictures": [{"attack": texts(one.attack), "difference": texts(one.difference),
                       "image": f"data:image/png;base64,{base64.b64encode(one.image).decode()}"} for one in found],
-        "selections": {name: words(SELECTION_WORDS.get(name, name)) for name in stats.selections(rows)},
-        "settings": words.facts(setting_words(rows).items()), "reading": words.facts(_reading()),
-        "title": words(title), "about": words(about), "counted": words(gate_words(rows)), "nothing": words(NOTHING),
+        "selections": {name: texts(words.SELECTION_WORDS.get(name, name)) for name in stats.selections(rows)},
+        "settings": texts.facts(words.setting_words(rows).items()), "reading": texts.facts(_reading()),
+        "title": texts(title), "about": texts(about), "counted": texts(words.gate_words(rows)), "nothing": texts(words.NOTHING),
     }  # fmt: skip
-    return {**made, "words": list(words.numbers)}
+    return {**made, "words": list(texts.numbers)}

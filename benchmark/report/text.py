@@ -12,13 +12,15 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import pandas as pd
 
 __all__ = [
     "DASH", "Cell", "Column", "Table", "bracketed", "csv_text", "entry", "latex", "latex_table", "markdown", "number_text",
-    "percent_text", "pipe_table", "plain", "slug", "with_deviation",
+    "percent_text", "pipe_table", "plain", "signed_percent", "slug",
+    "with_deviation",
 ]  # fmt: skip
 
 DASH = "\N{EN DASH}"
@@ -78,6 +80,9 @@ def number_text(value: float) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
+signed_percent = partial(percent_text, signed=True)
+
+
 def with_deviation(mean: float, deviation: float) -> str:
     """A mean share in percent with its sample deviation, which is NaN for a single value: "71.0±1.4"."""
     return percent_text(mean) + ("" if math.isnan(deviation) else f"±{100 * deviation:.1f}")
@@ -98,11 +103,7 @@ def bracketed(line: Line, name: str, *, signed: bool = False, small: Callable[[s
 
 
 class Cell(NamedTuple):
-    """A cell that is more than plain text.
-
-    Attributes:
-        text: its text. interval: set small after it. below: a second line. strong: in bold.
-    """
+    """A cell: its text, an ``interval`` set small after it, a second line ``below``; ``strong`` is bold."""
 
     text: str
     interval: str = ""
@@ -110,12 +111,12 @@ class Cell(NamedTuple):
     strong: bool = False
 
     def markdown(self) -> str:
-        """The cell for a Markdown table."""
+        """For a Markdown table."""
         text = f"**{markdown(self.text)}**" if self.strong else markdown(self.text)
         return text + (f" {self.interval}" if self.interval else "") + (f"<br>{markdown(self.below)}" if self.below else "")
 
     def latex(self) -> str:
-        """The cell for a LaTeX table."""
+        """For a LaTeX table."""
         text = rf"\textbf{{{latex(self.text)}}}" if self.strong else latex(self.text)
         return text + (rf" {{\scriptsize {latex(self.interval)}}}" if self.interval else "") + f" {latex(self.below)}"
 
@@ -147,14 +148,9 @@ class Column:
         return cls(head, left=True, name=name or head.lower())
 
     @classmethod
-    def percent(cls, head: str, name: str, *, signed: bool = False) -> Column:
-        """A share in percent."""
-        return cls(head, lambda line: percent_text(float(line[name]), signed=signed))
-
-    @classmethod
-    def number(cls, head: str, name: str) -> Column:
-        """A number of three significant digits."""
-        return cls(head, lambda line: number_text(float(line[name])))
+    def number(cls, head: str, name: str, form: Callable[[float], str] = number_text) -> Column:
+        """A number as ``form`` writes it."""
+        return cls(head, lambda line: form(float(line[name])))
 
     @classmethod
     def interval(cls, head: str, name: str, *, signed: bool = False) -> Column:

@@ -16,8 +16,8 @@ from benchmark.rules.tracks import TRACKS
 
 __all__ = [
     "GATE_WORDS", "GIVEN_NOTES", "GLOSSARY", "NOTHING", "SELECTION_WORDS", "caption", "defined", "distinct", "gate_words",
-    "mark_words", "paired_words", "probability_text", "rank_words", "resolution_words", "scenario_words", "setting_words", "state_words",
-    "target_words", "track_words", "units_text",
+    "mark_words", "paired_words", "probability_text", "rank_words", "resolution_words", "scenario_words", "setting_words",
+    "state_words", "target_words", "track_words", "units_text",
 ]  # fmt: skip
 
 NOTHING = "No attack was implanted, so no defense can be ranked."

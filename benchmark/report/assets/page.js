@@ -70,7 +70,7 @@
 
   const within = (place) => (!choice.dataset || word(place.d) === choice.dataset)
     && (!choice.backbone || word(place.b) === choice.backbone) && (!choice.attack || word(place.a) === choice.attack);
-  /** A mean stands for all implanted scenarios; where some are filtered away, the single scenarios are shown instead. */
+  /** A mean is over all implanted scenarios; where some are filtered away, the single scenarios are shown instead. */
   const partial = () => choice.view === "means" && data.scenarios.some((place) => place.implanted && !within(place));
   const shown = () => (partial() ? "places" : choice.view);
 

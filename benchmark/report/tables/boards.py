@@ -10,7 +10,20 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from benchmark.analysis import stats
-from benchmark.report.text import DASH, Cell, Column, Line, Table, csv_text, entry, markdown, number_text, percent_text, plain
+from benchmark.report.text import (
+    DASH,
+    Cell,
+    Column,
+    Line,
+    Table,
+    csv_text,
+    entry,
+    markdown,
+    number_text,
+    percent_text,
+    plain,
+    signed_percent,
+)
 from benchmark.report.words import NOTHING, gate_words, mark_words, track_words, units_text
 
 if TYPE_CHECKING:
@@ -76,10 +89,10 @@ _OVERVIEW = (
     Column("Track", lambda line: line["track"] if line["role"] == "defense" else f"({line['role']})", left=True),
     Column.words("Defense"),
     Column.words("Scope"),
-    *(Column.percent(name.upper(), name) for name in ("acc", "asr", "ra")),
-    Column.percent("dACC", "d_acc", signed=True),
-    Column.percent("RA, oracle", "ra_oracle"),
-    Column.percent("ASR, leaky", "asr_leaky"),
+    *(Column.number(name.upper(), name, percent_text) for name in ("acc", "asr", "ra")),
+    Column.number("dACC", "d_acc", signed_percent),
+    Column.number("RA, oracle", "ra_oracle", percent_text),
+    Column.number("ASR, leaky", "asr_leaky", percent_text),
     Column("Marks", lambda line: mark_words(line)),
 )
 
@@ -107,7 +120,7 @@ def console_leaderboard(rows: pd.DataFrame) -> list[Screen]:
             title=Text(f"{plain(track_words(track))}: {judged} selection"), title_justify="left",
             caption=Text(NOTHING if board.empty else gate_words(rows)), caption_justify="left",
         )  # fmt: skip
-        # Only the defense may shrink: place and scope tell apart entries of the same name.
+        # Only the defense may shrink: place and scope distinguish entries of the same name.
         for name in ("#", "defense", "scope", "ACC", "ASR", "RA", "dACC", "cost"):
             screen.add_column(name, justify="left" if name in ("defense", "scope") else "right", no_wrap=name != "defense",
                               overflow="fold")  # fmt: skip

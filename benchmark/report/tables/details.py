@@ -13,7 +13,19 @@ import pandas as pd
 
 from benchmark.analysis import intervals, published, stats
 from benchmark.report.tables.boards import entry_name
-from benchmark.report.text import DASH, Cell, Column, Line, Table, csv_text, entry, markdown, percent_text, with_deviation
+from benchmark.report.text import (
+    DASH,
+    Cell,
+    Column,
+    Line,
+    Table,
+    csv_text,
+    entry,
+    markdown,
+    percent_text,
+    signed_percent,
+    with_deviation,
+)
 from benchmark.report.words import distinct, probability_text, scenario_words, target_words
 
 __all__ = [
@@ -130,11 +142,11 @@ def _validity(rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
 _VALIDITY = (
     *_SCENARIO,
     Column("Verdict", itemgetter("verdict"), left=True),
-    Column.percent("ASR", "asr"),
-    Column.percent("ASR, benign twin", "asr_benign"),
-    Column.percent("Effect", "effect"),
-    Column.percent("ACC, loss to the twin", "acc_loss", signed=True),
-    Column.percent("at least", "acc_loss_low", signed=True),
+    Column.number("ASR", "asr", percent_text),
+    Column.number("ASR, benign twin", "asr_benign", percent_text),
+    Column.number("Effect", "effect", percent_text),
+    Column.number("ACC, loss to the twin", "acc_loss", signed_percent),
+    Column.number("at least", "acc_loss_low", signed_percent),
     *(Column(head, name=name) for head, name in {
         "Rate, nominal": "nominal", "Rate, realised": "realised", "Labels": "labels", "Seeds": "each",
         "ACC, benign twin": "acc_benign", "ACC, by seed": "acc_undefended", "ASR, by seed": "asr_undefended",
@@ -180,7 +192,7 @@ _DETECTORS = (
     Column("Of training set", lambda line: percent_text(float(line["isolated_share"])) if line["cells_ok"] else DASH),
     _detected("precision"),
     _detected("recall"),
-    Column.percent("Base rate", "base_rate"),
+    Column.number("Base rate", "base_rate", percent_text),
 )
 
 
@@ -300,7 +312,10 @@ def _compared(track: str, one: published.Comparison) -> dict[str, str]:
 
 def _once(found: Found) -> Found:
     """Each entry once per scenario: every track repeats the undefended model."""
-    return list({(one.place, one.entry): (track, one) for track, one in reversed(found)}.values())[::-1]
+    first: dict[object, tuple[str, published.Comparison]] = {}
+    for track, one in found:
+        first.setdefault((one.place, one.entry), (track, one))
+    return [*first.values()]
 
 
 def published_markdown(found: Found) -> str:

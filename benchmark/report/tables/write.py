@@ -152,8 +152,9 @@ class _Tables:
         """What does not belong to one track."""
         rows = self.rows
         self.put("attack-validity.csv", csv_text(rows[rows["attack"] != stats.NO_ATTACK].drop_duplicates(stats.WORLD)[_VALIDITY]))
-        gate = f"The undefended models. Gate: {words.GATE_WORDS}. Only implanted scenarios enter a rank or a mean. {words.gate_words(rows)}."
-        self.page("attack-validity", "did the attacks work?", gate, details.validity_markdown(rows))
+        gate = f"The undefended models. Gate: {words.GATE_WORDS}. Only implanted scenarios enter a rank or a mean."
+        self.page("attack-validity", "did the attacks work?", f"{gate} {words.gate_words(rows)}.",
+                  details.validity_markdown(rows))  # fmt: skip
         self.page("selection-gap", "what choosing with the test set is worth", _GAP_NOTES, details.gaps_markdown(rows))
         gaps = [found.assign(track=track)[["track", *found.columns]] for track in stats.tracks(rows)
                 if len(found := stats.selection_gaps(rows, track))]  # fmt: skip

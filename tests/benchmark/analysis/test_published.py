@@ -180,8 +180,8 @@ def test_average_ranks_are_drawn_from_eleven_scenarios_on_and_refused_in_words_b
     assert plots._ranks(ranked(10), "model+clean") is None
     words = sentences.rank_words(ranked(10), "model+clean", "validation")
     assert words == (
-        "Rank tests and critical-difference diagram: not made; they need at least 11 implanted scenarios (10 here) and three "
-        "complete, differing defenses."
+        "No rank test and no critical-difference diagram: they need at least 11 implanted scenarios (10 here) and three complete, "
+        "differing defenses."
     )
     assert "Friedman test on RA over 11 scenarios" in sentences.rank_words(ranked(11), "model+clean", "validation")
 
@@ -192,7 +192,7 @@ def test_paired_tables_say_what_so_few_can_show(tmp_path: Path) -> None:
     text = files["paired-model-clean.md"]
     line = next(line for line in text.splitlines() if line.startswith("| anp | whole | RA |"))
     assert [cell.strip() for cell in line.split("|")[4:-1]] == ["2 of 2", "+10.0 [+10.0, +10.0]", "0.500", "1.000", "2", "0.500"]
-    assert "With 2 pairs the smallest p is 0.500, and 1.000 after Holm over 2 comparisons: a difference cannot reach 5 %" in text
+    assert "With 2 pairs the smallest possible p is 0.500, or 1.000 after Holm over 2 comparisons: a difference cannot be" in text
     assert "One comparison needs 6 blocks, 2 need 7." in text
     first = next(csv.DictReader(files["paired-model-clean.csv"].splitlines()))
     assert (first["track"], first["control"], first["metric"]) == ("model+clean", "training-from-scratch", "ra")

@@ -452,6 +452,19 @@ def test_console_fits_a_hundred_columns():
     assert next(line for line in text.splitlines() if "weak" in line).split("│")[1].strip() == "2"
 
 
+def test_console_keeps_place_and_scope_at_eighty_columns():
+    rows = [row(r.attack, r.seed, f"{r.defense} with a name of many words", r.ra, scope=scope, control=r.control)
+            for r in field() if r.selection == "validation" for scope in ("head", "whole")]  # fmt: skip
+    out = io.StringIO()
+    for table in boards.console_leaderboard(frame(rows)):
+        Console(file=out, width=80).print(table)
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.getvalue().splitlines() if line.startswith("│")]
+    assert max(map(len, out.getvalue().splitlines())) <= 80
+    first = [line for line in lines if line[3]]  # a wrapped name goes on in lines without figures
+    assert [(line[0], line[2]) for line in first[:4]] == [("1", "head"), ("1", "whole"), ("3", "head"), ("3", "whole")]
+    assert [line[2] for line in first] == ["head", "whole"] * 4
+
+
 def test_console_says_when_nothing_is_implanted():
     out = io.StringIO()
     for table in boards.console_leaderboard(frame(field(asr_undefended=0.3))):

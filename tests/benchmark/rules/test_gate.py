@@ -230,7 +230,7 @@ def test_no_sentence_calls_an_entry_best_that_changed_no_model() -> None:
     nobody = report.summary(frame([r for r in idle() if r.defense in ("lazy", "random")]), "model+clean")
     assert nobody == "No entry changed a model, so none is called best."
     words = report.plain_words(frame(idle()))
-    assert "No defense matches the control random (RA 70.0 %)." in words
+    assert "No defense matches the *random* control (RA 70.0 %)." in words
     assert "No model was changed in any cell by lazy (whole)." in words
     assert words.count("lazy") == 1
 
