@@ -1,4 +1,4 @@
-"""Exhibits -> figures: panels of lines, and panels of dots with intervals. What to draw is data (:mod:`benchmark.report.exhibits.evidence`)."""
+"""Exhibits -> figures: lines and dots with intervals; what to draw is data (:mod:`benchmark.report.figures`)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmark.report.exhibits.evidence import DotPanel, Dots, Lines, Panel, Series
 from benchmark.analysis.stats import UNDEFENDED
+from benchmark.report.figures import DotPanel, Dots, Lines, Panel, Series
 from benchmark.report.style import METRIC_COLOURS, Look, Panels, log_axis, percent_axis, wrapped
 from benchmark.report.tables import plain
 
