@@ -6,7 +6,7 @@ import pandas as pd
 
 from benchmark.analysis import stats
 from benchmark.report.exhibits import evidence as ev
-from benchmark.report.figures import DotPanel, Dots
+from benchmark.report.figures import Dots
 
 COLUMNS = (
     *ev.text(run="Run"), *ev.ENTRY, *ev.text(control=""), *ev.count(cells="Cells"),
@@ -31,8 +31,12 @@ def _beside(source: ev.Source, other: ev.Source) -> pd.DataFrame:
                         inside=inside.map({True: "yes", False: "no"}))  # fmt: skip
 
 
-def _machine(source: ev.Source) -> str:
-    return ", ".join(str(value) for value in source.manifest.get("arithmetic", {}).values()) or "a machine that is not recorded"
+def _machines(source: ev.Source, other: ev.Source) -> tuple[str, str]:
+    """In what the arithmetic of two runs differs: the first's and the other's, in words."""
+    first, second = (run.manifest.get("arithmetic", {}) for run in (source, other))
+    names = [name for name in {**first, **second} if first.get(name) != second.get(name)]
+    one, two = (", ".join(f"{name} {run.get(name, 'not recorded')}" for name in names) for run in (first, second))
+    return one, two
 
 
 def frame(source: ev.Source) -> pd.DataFrame:
@@ -41,14 +45,12 @@ def frame(source: ev.Source) -> pd.DataFrame:
     table = pd.concat([_beside(source, other) for other in source.elsewhere], ignore_index=True)
     ends = [name + end for name in ("ra", "again") for end in ("", "_low", "_high")]
     table = table[["run", *_ENTRY, "control", "cells", "median", "largest", *ends, "inside"]]
-    table.attrs = {"first": _machine(source), "machines": {other.name: _machine(other) for other in source.elsewhere}}
+    table.attrs = {"machines": {other.name: _machines(source, other) for other in source.elsewhere}}
     return table
 
 
 def figure(table: pd.DataFrame) -> Dots:
-    panels: list[DotPanel] = []
-    for run, part in table.groupby("run", sort=False):
-        means, moved = {"here": "ra", "elsewhere": "again"}, {"median": "median", "largest": "largest"}
-        panels += [ev.dot_panel(part, f"Mean RA of the leaderboards, here and in {run}", "%", means),
-                   ev.dot_panel(part, f"RA of single cells: difference to {run}", "points", moved)]  # fmt: skip
+    marks = {"mean RA": "ra", "mean RA elsewhere": "again", "largest difference of a single cell": "largest"}
+    panels = [ev.dot_panel(part, f"Leaderboard entries, here and in {run}", "RA in %, differences in points", marks)
+              for run, part in table.groupby("run", sort=False)]  # fmt: skip
     return Dots(tuple(panels), ev.BARS)

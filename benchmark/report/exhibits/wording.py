@@ -76,9 +76,9 @@ def after_colon(words: Sequence[str], most: int = 3) -> str:
     return f": {few(words, most)}" if words else ""
 
 
-def in_brackets(words: Sequence[str]) -> str:
+def in_brackets(words: Sequence[str], most: int = 3) -> str:
     """" (a, b and 3 more)", or nothing."""
-    return f" ({few(words)})" if words else ""
+    return f" ({few(words, most)})" if words else ""
 
 
 def out_of(some: int, of: int) -> str:

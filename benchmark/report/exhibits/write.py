@@ -134,9 +134,8 @@ def brief_table(exhibit: Exhibit, table: pd.DataFrame, words: Words) -> str:
         if words.by:
             kept = kept.loc[kept[words.by].abs().sort_values(ascending=False, kind="stable").index]
         kept = kept.head(_LINES)
-    head = next((column.head for column in exhibit.answer.COLUMNS if column.name == words.by), "")
-    which = f"the largest in {head}" if head else "the first"
-    note = f"Whole table: {full}." if len(kept) == len(table) else f"{len(kept)} of {len(table)} lines, {which}; all: {full}."
+    heads = [f", sorted by {column.head}" for column in exhibit.answer.COLUMNS if words.by == column.name]
+    note = f"{len(kept)} of {len(table)} lines{''.join(heads)}; all: {full}." if len(kept) < len(table) else f"Whole table: {full}."
     return f"{table_markdown(exhibit, kept, words.brief)}\n{note}"
 
 

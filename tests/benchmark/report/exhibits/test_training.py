@@ -57,13 +57,13 @@ def test_precisions_are_compared_pair_by_pair_and_by_the_order_of_the_defenses()
     # The order, by hand: of the pairs of defenses, those that agree minus those that do not.
     agree = sum((a - b) * (a - b) > 0 for a, b in combinations(RANKED.values(), 2))
     assert agree == 10
-    assert "6 defenses by RA has a Kendall correlation of 1; the best defense is the same" in tf32
-    assert "6 defenses by RA has a Kendall correlation of -1; the best defense differs" in bf16
-    assert "Between two different seeds the correlation is 1 on average across the two, and 1 within float32" in tf32
-    assert "Between two different seeds the correlation is -1 on average across the two, and 1 within float32" in bf16
+    assert "6 defenses by RA has a Kendall correlation of 1, and the best defense is the same" in tf32
+    assert "6 defenses by RA has a Kendall correlation of -1, and the best defense differs" in bf16
+    assert "between two different seeds the correlation is 1 on average across the two, and 1 within float32" in tf32
+    assert "between two different seeds the correlation is -1 on average across the two, and 1 within float32" in bf16
     # No figure differs between seeds, so every difference is significant; fine-tuning has none: 0.6 - 0.3 is 0.3.
-    assert "RA under tf32 and float32 differs significantly for none of 6." in shown.answer
-    assert "RA under bf16 and float32 differs significantly for 5 of 6: fine-pruning (whole) -40.0 points" in shown.answer
+    assert "; with a defense, RA differs significantly for none of 6." in tf32
+    assert "; with a defense, RA differs significantly for 5 of 6 (fine-pruning (whole) -40.0 points" in bf16
     for number, label in enumerate(moves):
         line = shown.frame[(shown.frame["defense"] == "clp (whole)") & (shown.frame["trained"] == label)].iloc[0]
         assert line["ra"] == pytest.approx(0.4 if label == "bf16" else 0.2)
@@ -83,7 +83,7 @@ def test_an_order_that_seeds_alone_turn_round_is_told_from_one_that_the_training
     expected = slow_tau([RANKED[name] for name in names], [turned[name] for name in names])
     assert -1 < expected < 0
     assert f"the correlation is {expected:.3g} on average across the two, and {expected:.3g} within 100 epochs" in shown.answer
-    assert "has a Kendall correlation of 1;" in shown.answer
+    assert "has a Kendall correlation of 1," in shown.answer
 
 
 def slow_tau(one: list[float], two: list[float]) -> float:
@@ -112,7 +112,7 @@ def test_what_implants_one_way_only_counts_for_neither() -> None:
         return 0.95, 0.1, 0.8 if cell.scenario.attack_label == "badnets" else RANKED.get(cell.defense.name, 0.0)
 
     shown = show(training, made_up("recipe", by_attack, weak))
-    assert "On 4 of 6 attacked models, those that implanted every way (blended, wanet)" in shown.answer
+    assert "Defenses are compared on 4 of 6 attacked models, which implanted every way (blended, wanet)." in shown.answer
     mine = shown.frame[shown.frame["defense"] == "clp (whole)"]
     assert list(mine["trained"]) == ["100 epochs", "fast"]
     assert list(mine["ra"]) == pytest.approx([0.2, 0.2])
