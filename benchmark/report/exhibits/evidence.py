@@ -1,46 +1,56 @@
-"""What answers are made of: the shape of an exhibit, means and paired differences of stored rows, figures in words. Pure functions.
+"""What every exhibit is made of: rows of a matrix, their means with 95 % intervals over seeds, and the columns of a table.
 
-The answers are in :mod:`benchmark.report.exhibits.answers_axes` (matrices that turn one setting), :mod:`benchmark.report.exhibits.answers_training` (that train in
-several ways) and :mod:`benchmark.report.exhibits.answers_boards` (any matrix); :mod:`benchmark.report.exhibits.write` lists them and writes them down. An answer
-is computed, both ways: where the rows are against what is claimed of pruning defenses, the sentence says so, and where they are for
-it, it says that. "Told apart" means that a 95 % bootstrap interval over seeds (:func:`benchmark.analysis.intervals.interval`), of paired
-differences where two things are compared, leaves out 0. Means are taken over implanted attacked models, unless they are said to be
-of all.
+An exhibit is one module beside this one and one line of :data:`benchmark.report.exhibits.catalogue.EXHIBITS`. The module has
+
+- ``frame(source)``: the table, as it is written to CSV; raises :class:`Missing`. Columns that begin with ``_`` are left out of the
+  CSV: they hold what only the figure draws. ``frame.attrs`` holds what else the wording and the figure need;
+- ``figure(table)``: the figure as data (:mod:`benchmark.report.figures`), or None;
+- ``COLUMNS``: how the table is shown;
+- its wording in a template of the same name (see :mod:`benchmark.report.exhibits.wording`).
+
+Means are over scenarios of means over seeds. Two things differ significantly where the 95 % bootstrap interval of their paired
+differences excludes 0. All figures are shares in [0, 1].
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import pandas as pd
 
 from benchmark.analysis import intervals, stats
-from benchmark.analysis.intervals import Interval
-from benchmark.analysis.stats import SCENARIO, WORLD
-from benchmark.report.figures import DotPanel, Dots, Lines, Panel, Series
-from benchmark.report.text import markdown
+from benchmark.analysis.stats import SCENARIO, WORLD, Interval
+from benchmark.report.figures import DotPanel, Dots, Lines, Series
 from benchmark.report.words import gate_words
 from benchmark.settings.cells import Matrix
 
-__all__ = [
-    "END_TO_END", "FIGURES", "MEANS", "UNMEASURED", "Column", "DotPanel", "Dots", "Entry", "Lines", "Missing", "Panel", "Series",
-    "Shown", "Source", "after_colon", "before_defense", "bounded", "brief", "competitors", "entry_markdown", "entry_words", "few",
-    "figure_names", "finished", "implanted_words", "in_brackets", "interval_of", "interval_words", "judged", "largest", "listed",
-    "mean", "means_of", "of_entry", "out_of", "paired_gap", "percent_words", "points_words", "verdict", "victims_words",
-]  # fmt: skip
+Entry = tuple[str, str]
+Columns: TypeAlias = "tuple[Column, ...]"
+UNMEASURED = Interval(math.nan, math.nan, math.nan)
+BARS = "Bars: 95 % intervals over seeds."
+BANDS = "Bands: 95 % intervals over seeds."
 
 
 class Missing(ValueError):
-    """The rows stand, but hold nothing that the question could be answered from; says what is missing."""
+    """The rows exist but cannot answer the question; says what they lack."""
+
+
+class NotRun(Missing):
+    """The rows do not exist; says how to make them."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A matrix that was run: its three tables as :func:`benchmark.storage.rows.read` returns them, its settings, its manifest."""
+    """The results of one matrix.
+
+    Attributes:
+        rows, curves, timings: as :func:`benchmark.storage.rows.read` returns them. matrix: its settings. manifest: of its folder.
+        elsewhere: the same settings run with another arithmetic, from folders ``<name>-<something>``.
+    """
 
     name: str
     rows: pd.DataFrame
@@ -48,40 +58,65 @@ class Source:
     timings: pd.DataFrame
     matrix: Matrix
     manifest: dict[str, Any] = field(default_factory=dict)
+    elsewhere: tuple[Source, ...] = ()
 
-
-Kind = Literal["text", "share", "points", "interval", "difference", "number", "count"]
+    def labels(self, kind: type[Any]) -> dict[str, Any]:
+        """The defenses of a class, by label."""
+        return {cell.defense_label: cell.defense for cell in self.matrix.cells if isinstance(cell.defense, kind)}
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: its head, its kind, and the frame's column it shows.
+    """A column of a table; :func:`text` and the other functions of this kind make several, as ``name="Head"``.
 
-    Kinds: ``share`` in percent, ``points`` signed; ``interval`` and ``difference`` (signed) take ``name``, ``name_low`` and
-    ``name_high``; ``number`` to three digits; ``count`` as it is.
+    Attributes:
+        kind: ``share`` in percent, ``points`` signed; ``interval`` and ``difference`` (signed) read ``name``, ``name_low`` and
+            ``name_high``; ``number`` to three digits; ``count`` without decimals.
     """
 
     head: str
-    kind: Kind
+    kind: str
     name: str
 
 
-@dataclass(frozen=True)
-class Shown:
-    """What an exhibit shows: ``answer`` is Markdown; ``about`` says what the table counts, for its caption."""
+def _maker(kind: str) -> Callable[..., Columns]:
+    def columns(**heads: str) -> Columns:
+        return tuple(Column(head, kind, name) for name, head in heads.items())
 
-    answer: str
-    frame: pd.DataFrame
-    columns: tuple[Column, ...]
-    about: str
-    figure: Lines | Dots | None = None
+    return columns
+
+
+text, share, points, interval, difference, number, count = map(
+    _maker, ("text", "share", "points", "interval", "difference", "number", "count")
+)  # fmt: skip
+DEFENSE = text(defense="Defense", scope="Scope", control="")
+ENTRY = text(track="Track", defense="Defense", scope="Scope")
+FIGURES = interval(acc="ACC", asr="ASR", ra="RA")
+
+
+class Answer(Protocol):
+    """The module of an exhibit."""
+
+    __name__: str
+
+    @property
+    def COLUMNS(self) -> Columns: ...  # noqa: N802
+    def frame(self, source: Source) -> pd.DataFrame: ...
+    def figure(self, table: pd.DataFrame) -> Lines | Dots | None: ...
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """A question, the shipped matrix whose rows answer it, and the module that does; ``name``: file name and anchor."""
+
+    name: str
+    title: str
+    question: str
+    matrix: str
+    answer: Answer
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------------------
-
-Entry = tuple[str, str]
-UNMEASURED = Interval(math.nan, math.nan, math.nan)
-
 
 def judged(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows under the selection that their track is judged by."""
@@ -90,17 +125,79 @@ def judged(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def finished(rows: pd.DataFrame) -> pd.DataFrame:
+    """The finished cells among ``rows`` on implanted attacked models."""
+    table = stats.implanted_worlds(rows)
+    return table[table["status"] == "ok"]
+
+
+def judged_cells(rows: pd.DataFrame) -> pd.DataFrame:
     """Finished cells of implanted attacked models under the selection their track is judged by.
 
     Raises:
         Missing: there is none.
     """
-    table = stats.implanted_worlds(judged(rows))
-    table = table[table["status"] == "ok"]
+    table = finished(judged(rows))
     if table.empty:
         raise Missing(f"no attack implanted, so no defense can be judged ({gate_words(rows)})")
     return table
 
+
+def before_defense(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row per attacked model: what it scores before any defense."""
+    attacked = rows[rows["attack"] != stats.NO_ATTACK].drop_duplicates(WORLD)
+    return attacked.assign(
+        acc=attacked["acc_undefended"], asr=attacked["asr_undefended"], ra=attacked["ra_undefended"],
+        loss=attacked["acc_benign"] - attacked["acc_undefended"],
+    )  # fmt: skip
+
+
+def leaderboards(rows: pd.DataFrame) -> pd.DataFrame:
+    """The leaderboards of all tracks under the selection each is judged by, one after the other; controls once.
+
+    Raises:
+        Missing: there is none.
+    """
+    parts = []
+    for track in stats.tracks(rows):
+        board = stats.leaderboard(rows, track, stats.headline(rows, track))
+        if len(board):
+            parts.append(board.assign(track=track, selection=stats.headline(rows, track)))
+    if not parts:
+        raise Missing(f"no attack implanted, so no defense can be judged ({gate_words(rows)})")
+    every: pd.DataFrame = pd.concat(parts, ignore_index=True)
+    competing = every["role"] == "defense"
+    return pd.concat([every[competing], every[~competing].drop_duplicates(stats.ENTRY)], ignore_index=True)
+
+
+def by_entry(table: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """Every entry of every track: the start of its line, and its rows."""
+    for names, mine in table.groupby(["track", *stats.ENTRY], sort=False):
+        yield dict(zip(("track", *stats.ENTRY), names, strict=True)), mine
+
+
+def of_entry(table: pd.DataFrame, entry: Entry) -> pd.DataFrame:
+    return table[(table["defense"] == entry[0]) & (table["scope"] == entry[1])]
+
+
+def competitors(table: pd.DataFrame) -> list[Entry]:
+    """Entries that are no controls, in matrix order."""
+    return stats.entries(table[~table["control"].astype(bool) & (table["defense"] != stats.UNDEFENDED)])
+
+
+def table_of(lines: Sequence[Mapping[str, Any]], missing: str = "there is nothing to show", **facts: Any) -> pd.DataFrame:
+    """A table with ``facts`` as its ``attrs``.
+
+    Raises:
+        Missing: there are no lines.
+    """
+    if not lines:
+        raise Missing(missing)
+    table = pd.DataFrame(lines)
+    table.attrs = dict[Any, Any](facts)
+    return table
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------------------
 
 def mean(table: pd.DataFrame, column: str) -> Interval:
     """Mean over scenarios of means over seeds, with its interval; values that are missing are left out."""
@@ -118,33 +215,19 @@ def paired_gap(left: pd.DataFrame, right: pd.DataFrame, column: str) -> tuple[In
     return mean(both, "difference"), int(both["difference"].notna().sum())
 
 
-def of_entry(table: pd.DataFrame, entry: Entry) -> pd.DataFrame:
-    return table[(table["defense"] == entry[0]) & (table["scope"] == entry[1])]
+def verdict(part: Interval) -> int:
+    """1 where the interval lies above 0, -1 below, 0 where it holds 0 (or there is none)."""
+    return 1 if part.low > 0 else -1 if part.high < 0 else 0
 
-
-def competitors(table: pd.DataFrame) -> list[Entry]:
-    """Entries that are no controls, in matrix order."""
-    return stats.entries(table[~table["control"].astype(bool) & (table["defense"] != stats.UNDEFENDED)])
-
-
-def before_defense(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per attacked model: what it scores before any defense."""
-    attacked = rows[rows["attack"] != stats.NO_ATTACK].drop_duplicates(WORLD)
-    return attacked.assign(
-        acc=attacked["acc_undefended"], asr=attacked["asr_undefended"], ra=attacked["ra_undefended"],
-        loss=attacked["acc_benign"] - attacked["acc_undefended"],
-    )  # fmt: skip
-
-
-def largest(table: pd.DataFrame, column: str) -> pd.Series:
-    """The line of the largest value; the first of equals."""
-    return table.iloc[int(np.nanargmax(table[column].to_numpy(np.float64)))]
-
-
-# -- parts of a table --------------------------------------------------------------------------------------------------------------
 
 def bounded(name: str, part: Interval) -> dict[str, float]:
+    """An interval as three values of a line."""
     return {name: part.mean, f"{name}_low": part.low, f"{name}_high": part.high}
+
+
+def interval_of(line: Mapping[str, Any] | pd.Series, name: str) -> Interval:
+    """The value of a line, with its interval where it has one."""
+    return Interval(float(line[name]), *(float(line.get(f"{name}{end}", math.nan)) for end in ("_low", "_high")))
 
 
 def means_of(table: pd.DataFrame, names: Sequence[str] = ("acc", "asr", "ra")) -> dict[str, float]:
@@ -154,92 +237,55 @@ def means_of(table: pd.DataFrame, names: Sequence[str] = ("acc", "asr", "ra")) -
     return line
 
 
-def interval_of(line: Mapping[str, Any] | pd.Series, name: str) -> Interval:
-    return Interval(*(float(line[f"{name}{end}"]) for end in ("", "_low", "_high")))
+def point(value: float) -> Interval:
+    """A value without an interval."""
+    return Interval(float(value), math.nan, math.nan)
 
 
-FIGURES = (Column("ACC", "interval", "acc"), Column("ASR", "interval", "asr"), Column("RA", "interval", "ra"))
-MEANS = "means over implanted attacked models, 95 % intervals over seeds"
+# -- names and figures -------------------------------------------------------------------------------------------------------------
+
+def entry_words(entry: Sequence[Any], control: object = "") -> str:
+    """anp (whole); "undefended"; a control is marked as one."""
+    return "undefended" if entry[0] == stats.UNDEFENDED else f"{entry[0]} ({entry[1]}){' (control)' if control else ''}"
 
 
-# -- words -------------------------------------------------------------------------------------------------------------------------
-
-def entry_words(entry: Entry) -> str:
-    return f"{entry[0]} ({entry[1]})"
-
-
-def entry_markdown(entry: Entry) -> str:
-    return markdown(entry_words(entry))
-
-
-def figure_names(table: pd.DataFrame, wanted: Sequence[Entry]) -> list[str]:
-    """Names for a figure; controls say that they are."""
-    controls = set(stats.entries(table[table["control"].astype(bool)]))
-
-    def called(entry: Entry) -> str:
-        return "undefended" if entry[0] == stats.UNDEFENDED else entry_words(entry) + " (control)" * (entry in controls)
-
-    return [called(entry) for entry in wanted]
-
-
-END_TO_END = "trained end to end"
+def control_words(table: pd.DataFrame) -> str:
+    return "control" if table["control"].any() else ""
 
 
 def victims_words(table: pd.DataFrame) -> pd.Series:
     """In words, where the features of each row's victim come from."""
-    return table["features"].where(table["features"] != "", END_TO_END).map(
-        lambda words: words if words == END_TO_END else f"with a head on features {words}"
-    )  # fmt: skip
+    return ("with a head on features " + table["features"]).where(table["features"] != "", "trained end to end")
 
 
 def implanted_words(worlds: pd.DataFrame) -> str:
     return f"{int(worlds['implanted'].astype(bool).sum())} of {len(worlds)}"
 
 
-def percent_words(value: float) -> str:
-    return "not measured" if math.isnan(value) else f"{100 * value + 0.0:.1f} %".replace("-0.0 %", "0.0 %")
+def no_figure(table: pd.DataFrame) -> None:
+    """For exhibits without a figure."""
 
 
-def interval_words(part: Interval) -> str:
-    """In words: 12.3 % [10.0, 15.1]."""
-    return percent_words(part.mean) + ("" if math.isnan(part.low) else f" [{100 * part.low:.1f}, {100 * part.high:.1f}]")
+def series(label: str, table: pd.DataFrame, x: str, y: str, **look: Any) -> Series:
+    """A line through the lines of a table that have a value."""
+    kept = [line for _, line in table.dropna(subset=[y]).iterrows()]
+    return Series(label, tuple(float(line[x]) for line in kept), tuple(interval_of(line, y) for line in kept), **look)
 
 
-def points_words(part: Interval) -> str:
-    """A difference in words: +1.2 points [-0.3, +2.8]."""
-    if math.isnan(part.mean):
-        return "not measured"
-    bounds = "" if math.isnan(part.low) else f" [{100 * part.low:+.1f}, {100 * part.high:+.1f}]"
-    return f"{100 * part.mean:+.1f} points{bounds}"
+def dot_panel(
+    table: pd.DataFrame, title: str, xlabel: str, marks: Mapping[str, str],
+    name: Callable[[pd.Series], str] = lambda line: entry_words((line["defense"], line["scope"]), line.get("control")),
+    *, signed: bool = False,
+) -> DotPanel:  # fmt: skip
+    """Lines of a table as dots; ``marks``: what each mark is called, and its column."""
+    lines = [line for _, line in table.iterrows()]
+    parts = tuple((words, tuple(interval_of(line, column) for line in lines)) for words, column in marks.items())
+    return DotPanel(title, xlabel, tuple(map(name, lines)), parts, signed)
 
 
-def brief(value: float) -> str:
-    return "?" if math.isnan(value) else f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+def board_panel(board: pd.DataFrame, title: str, xlabel: str, marks: Mapping[str, str], *, signed: bool = False) -> DotPanel:
+    """As :func:`dot_panel`, of leaderboard lines."""
+    def name(line: pd.Series) -> str:
+        return f"{line['defense']} ({line['scope']})" + ("" if line["role"] == "defense" else f" ({line['role']})")
 
-
-def verdict(part: Interval) -> int:
-    """1 where the interval lies above 0, -1 below, 0 where it does not tell (or there is none)."""
-    return 1 if part.low > 0 else -1 if part.high < 0 else 0
-
-
-def listed(words: Sequence[str], none: str = "none") -> str:
-    return ", ".join(words) or none
-
-
-def few(words: Sequence[str], most: int = 3) -> str:
-    """The first ``most`` of a list, and how many more there are."""
-    return listed(words) if len(words) <= most + 1 else f"{', '.join(words[:most])} and {len(words) - most} more"
-
-
-def after_colon(words: Sequence[str]) -> str:
-    """": a, b and 3 more", or nothing."""
-    return f": {few(words)}" if words else ""
-
-
-def in_brackets(words: Sequence[str]) -> str:
-    """" (a, b and 3 more)", or nothing."""
-    return f" ({few(words)})" if words else ""
-
-
-def out_of(some: int, of: int) -> str:
-    return f"all {of}" if some == of and of > 1 else f"none of {of}" if some == 0 else f"{some} of {of}"
+    return dot_panel(board, title, xlabel, marks, name, signed=signed)

@@ -1,8 +1,7 @@
-"""The exhibits: one per question that reviewers of pruning defenses asked, answered from stored rows, touching no model.
+"""Writes the exhibits: reviewers' questions, each answered from the stored rows of one matrix, touching no model.
 
-Each reads one matrix's rows. :data:`EXHIBITS` is the catalogue, in the order of the page; :func:`write_exhibits` writes
-``results/EXHIBITS.md`` and, below ``results/exhibits``, a table (Markdown, LaTeX, CSV) and a figure for each. An exhibit whose
-matrix has not been run says so, and how to run it. A second run writes the same bytes.
+:func:`write_exhibits` writes ``results/EXHIBITS.md`` and, below ``results/exhibits``, the table (Markdown, LaTeX, CSV) and the
+figure of each. An exhibit whose matrix has not been run says so, and how to run it. A second run writes the same bytes.
 """
 
 from __future__ import annotations
@@ -11,93 +10,31 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from benchmark.analysis.stats import headline, tracks
-from benchmark.report.exhibits import answers_axes, answers_boards, answers_training
-from benchmark.report.exhibits.evidence import Column, Missing, Shown, Source
+from benchmark.report.exhibits.catalogue import EXHIBITS
+from benchmark.report.exhibits.evidence import Column, Exhibit, Missing, NotRun, Source
+from benchmark.report.exhibits.wording import Words, words_of
 from benchmark.report.render import draw
 from benchmark.report.style import looks
 from benchmark.report.text import bracketed, csv_text, latex, latex_table, markdown, number_text, percent_text, pipe_table, plain
-from benchmark.report.words import gate_words, setting_words
+from benchmark.report.words import GATE_WORDS, gate_words, setting_words
 from benchmark.settings.load import load_matrix
 from benchmark.settings.provenance import STALE_WORDS, stale
 from benchmark.storage.files import write_text
 from benchmark.storage.rows import Curve, Row, Timing, read
 from models.spec import BadInput
 
-__all__ = ["EXHIBITS", "Exhibit", "caption", "command", "source_of", "table_latex", "table_markdown", "write_exhibits"]
+__all__ = ["brief_table", "caption", "command", "source_of", "table_latex", "table_markdown", "wording", "write_exhibits"]
 
-
-@dataclass(frozen=True)
-class Exhibit:
-    """A question, the matrix whose rows answer it, and how.
-
-    Attributes:
-        name: file name and anchor. title: two or three words. question: as a reviewer would ask it.
-        matrix: a shipped matrix. show: rows -> what the page shows; raises :class:`benchmark.report.exhibits.evidence.Missing`.
-    """
-
-    name: str
-    title: str
-    question: str
-    matrix: str
-    show: Callable[[Source], Shown]
-
-
-EXHIBITS: tuple[Exhibit, ...] = (
-    Exhibit("benign", "Benign accuracy", "Why do benign accuracies differ between tables, and what is the poisoning rate?", "quick",
-            answers_boards.benign),
-    Exhibit("robust-accuracy", "Robust accuracy", "What is robust accuracy?", "quick", answers_boards.robust),
-    Exhibit("replaced", "Poison replaces", "Is the poisoned training set D' larger than the clean set D?", "quick",
-            answers_boards.replaced),
-    Exhibit("validity", "Attack validity", "Are the attacks as strong as in the literature?", "quick", answers_boards.validity),
-    Exhibit("validity-cifar10", "Attack validity on CIFAR-10 images", "And on CIFAR-10 images?", "cifar10-small",
-            answers_boards.validity),
-    Exhibit("attacks", "Newer attacks", "What about newer attacks?", "attacks", answers_boards.validity),
-    Exhibit("rate", "Poisoning rate", "From which poisoning rate on is there an attack, and does the rate change what defenses do?",
-            "rate", answers_axes.rate),
-    Exhibit("performance", "Accuracy kept", "Do defenses remove backdoors without compromising performance?", "quick",
-            answers_boards.performance),
-    Exhibit("performance-cifar10", "Accuracy kept on CIFAR-10 images", "And on CIFAR-10 images?", "cifar10-small",
-            answers_boards.performance),
-    Exhibit("selection", "Selection", "Why is a baseline weaker here than in its paper: how was its threshold chosen?", "selection",
-            answers_axes.selection),
-    Exhibit("canary", "Canaries", "Can a defender choose the setting without seeing the attack, by planting a backdoor of its own?",
-            "quick", answers_axes.canary),
-    Exhibit("threshold", "Threshold", "How much hangs on the threshold, which a person may have read off a density by eye?",
-            "threshold", answers_axes.threshold),
-    Exhibit("alpha", "Alpha", "Does the exponent alpha matter, or is it the Lipschitz quotient (alpha = 1) in other words?",
-            "alpha", answers_axes.alpha),
-    Exhibit("scope", "Scope", "Were baselines limited to the head too, and how fast are they then?", "scope", answers_axes.scope),
-    Exhibit("pruned", "Units pruned", "How many neurons were pruned, and which semi-supervised method was used?", "quick",
-            answers_boards.pruned),
-    Exhibit("budget", "Clean budget", "How many clean images does a defense need, and what are they worth without it?", "budget",
-            answers_axes.budget),
-    Exhibit("extractor", "Extractor", "A clean extractor is an extra tool: what comes from it, and what from the defense?",
-            "extractor", answers_axes.extractor),
-    Exhibit("controls", "Plain classifiers", "Does a nearest-mean classifier on the extractor make the head pointless?", "quick",
-            answers_boards.controls),
-    Exhibit("detectors", "Samples singled out", "Do defenses that split the training set find the poison?", "quick",
-            answers_boards.detectors),
-    Exhibit("adaptive", "Adaptive attackers", "What does an attacker do who knows the defense?", "adaptive", answers_axes.adaptive),
-    Exhibit("natural", "Natural backdoors", "What do defenses do to a clean model, which has backdoors by nature?", "natural",
-            answers_axes.natural),
-    Exhibit("size", "Larger images", "What about larger images and more classes?", "size", answers_boards.size),
-    Exhibit("recipe", "Recipe", "Is a short recipe a fair stand-in for the literature's hundred epochs?", "recipe",
-            answers_training.training),
-    Exhibit("recipe-small", "Recipe, small", "And for a narrow network on few images, where a hundred epochs can be had on a CPU?",
-            "recipe-small", answers_training.training),
-    Exhibit("precision", "Precision", "Does the arithmetic that makes training fast change what comes out?", "precision",
-            answers_training.training),
-    Exhibit("precision-small", "Precision, small", "And for a narrow network, on a CPU?", "precision-small",
-            answers_training.training),
-    Exhibit("significance", "Significance", "Are differences significant?", "quick", answers_boards.significance),
-)  # fmt: skip
-"""Every exhibit, in the order of the page."""
+_FOLDER = "exhibits"
+_MISSING = "\N{EN DASH}"
+_LINES = 10
+"""Most lines of a table on the page."""
 
 
 def command(exhibit: Exhibit) -> str:
@@ -105,29 +42,41 @@ def command(exhibit: Exhibit) -> str:
     return "make benchmark" if exhibit.matrix == "quick" else f"make benchmark MATRIX={exhibit.matrix}"
 
 
+# -- sources -------------------------------------------------------------------------------------------------------------------
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "manifest.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise BadInput(f"{path}: cannot be read: {error}") from error
+
+
 def source_of(folder: Path) -> Source | None:
-    """A matrix's stored results, or None where it was not run.
+    """A matrix's stored results and those of the same settings on other machines, or None where it was not run.
 
     Raises:
-        BadInput: a file is there but is not what it should be.
+        BadInput: a file exists but is not what it should be.
     """
     if not (folder / "rows.csv").is_file():
         return None
-    manifest = folder / "manifest.json"
-    try:
-        told = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
-    except ValueError as error:
-        raise BadInput(f"{manifest}: cannot be read: {error}") from error
+    manifest = _manifest(folder)
     rows, curves, timings = (
         read(folder / "rows.csv", Row), read(folder / "curves.csv", Curve), read(folder / "timings.csv", Timing)
     )  # fmt: skip
-    return Source(folder.name, rows, curves, timings, load_matrix(folder / "matrix.toml"), told)
+    others = (source for other in sorted(folder.parent.glob(f"{folder.name}-*"))
+              if _elsewhere(manifest, other) and (source := source_of(other)))  # fmt: skip
+    return Source(folder.name, rows, curves, timings, load_matrix(folder / "matrix.toml"), manifest, tuple(others))
+
+
+def _elsewhere(manifest: dict[str, Any], other: Path) -> bool:
+    """Whether a folder holds the same settings, computed with another arithmetic."""
+    found = _manifest(other)
+    same = bool(found) and found.get("settings") == manifest.get("settings")
+    return same and found.get("arithmetic") != manifest.get("arithmetic")
 
 
 # -- tables --------------------------------------------------------------------------------------------------------------------
-
-_MISSING = "\N{EN DASH}"
-
 
 def _shown(line: pd.Series, column: Column, escape: Callable[[object], str], small: Callable[[str], str]) -> str:
     value = line[column.name]
@@ -143,68 +92,100 @@ def _shown(line: pd.Series, column: Column, escape: Callable[[object], str], sma
     return f"{found:.0f}" if column.kind == "count" else number_text(found)
 
 
-def _filled(shown: Shown) -> tuple[Column, ...]:
-    """The columns in which something stands, text first."""
+def _filled(exhibit: Exhibit, table: pd.DataFrame, only: Sequence[str] = ()) -> list[Column]:
+    """The columns that hold something, text first. "RA, {}" of "ra {}" stands for one column per name that begins with "ra "."""
+    every: list[Column] = []
+    for column in exhibit.answer.COLUMNS:
+        start = column.name.removesuffix("{}")
+        names = [name for name in map(str, table) if name.startswith(start)] if start != column.name else [column.name]
+        every += [Column(column.head.format(name[len(start):]), column.kind, name) for name in names if name in table]
+    kept = [column for column in every if (column.name in only or not only) and
+            ((table[column.name] != "") if column.kind == "text" else table[column.name].notna()).any()]  # fmt: skip
+    return sorted(kept, key=lambda column: column.kind != "text")
 
-    def says(column: Column) -> bool:
-        values = shown.frame[column.name]
-        return bool((values != "").any() if column.kind == "text" else values.notna().any())
 
-    return tuple(sorted(filter(says, shown.columns), key=lambda column: column.kind != "text"))
-
-
-def table_markdown(shown: Shown) -> str:
-    """An exhibit's table; percent, differences in percentage points."""
-    columns = _filled(shown)
-    lines = [[_shown(line, column, markdown, str) for column in columns] for _, line in shown.frame.iterrows()]
+def table_markdown(exhibit: Exhibit, table: pd.DataFrame, only: Sequence[str] = ()) -> str:
+    """An exhibit's table, or ``only`` some of its columns; percent, differences in percentage points."""
+    columns = _filled(exhibit, table, only)
+    lines = [[_shown(line, column, markdown, str) for column in columns] for _, line in table.iterrows()]
     texts = sum(column.kind == "text" for column in columns)
     return pipe_table([markdown(column.head) for column in columns], lines, left=max(texts, 1))
 
 
-def table_latex(shown: Shown, words: str, label: str) -> str:
+def brief_table(exhibit: Exhibit, table: pd.DataFrame, words: Words) -> str:
+    """What the page shows of a table: the columns its template names; of a long table ten lines, without controls."""
+    full = f"[{exhibit.name}.csv]({_FOLDER}/{exhibit.name}.csv)"
+    kept = table
+    if len(table) > _LINES:
+        role = "control" if "control" in table else "role"
+        kept = table[table[role].isin(["", "defense"])] if "defense" in table and role in table else table
+        if words.by:
+            kept = kept.loc[kept[words.by].abs().sort_values(ascending=False, kind="stable").index]
+        kept = kept.head(_LINES)
+    heads = [f", sorted by {column.head}" for column in exhibit.answer.COLUMNS if words.by == column.name]
+    note = f"{len(kept)} of {len(table)} lines{''.join(heads)}; all: {full}." if len(kept) < len(table) else f"Whole table: {full}."
+    return f"{table_markdown(exhibit, kept, words.brief)}\n{note}"
+
+
+def table_latex(exhibit: Exhibit, table: pd.DataFrame, words: str) -> str:
     """An exhibit's table for a paper (booktabs)."""
-    columns = _filled(shown)
+    columns = _filled(exhibit, table)
 
     def small(text: str) -> str:
         return rf"{{\scriptsize {text}}}"
 
     body = [
         " & ".join(_shown(line, column, latex, small).replace(_MISSING, "--") for column in columns) + r" \\"
-        for _, line in shown.frame.iterrows()
+        for _, line in table.iterrows()
     ]
     kinds = "".join("l" if column.kind == "text" else "r" for column in columns)
-    return latex_table([column.head for column in columns], kinds, body, words, label)
+    return latex_table([column.head for column in columns], kinds, body, words, f"exhibit-{exhibit.name}")
 
 
-def _once(text: str) -> str:
-    """Rates once, where the label of an attack says it already: "badnets 1 % (1 %)" is "badnets 1 %"."""
-    return re.sub(r" ([0-9.]+ %) \(\1\)", r" \1", text)
+def wording(exhibit: Exhibit, table: pd.DataFrame) -> Words:
+    return words_of(exhibit.answer.__name__.rpartition(".")[2], table)
 
 
-def caption(exhibit: Exhibit, source: Source, shown: Shown) -> str:
-    """What a table needs to stand alone: data, backbones, attacks and rates, seeds, selection, tracks, n implanted."""
-    words = setting_words(source.rows)
-    said = "; ".join(f"{name}: {_once(text)}" for name, text in words.items())
+def caption(exhibit: Exhibit, source: Source, about: str) -> str:
+    """What a table needs to be read alone: data, backbones, attacks and rates, seeds, selection, tracks, scenarios implanted."""
+    # Rates once, where the label of an attack has it already: "badnets 1 % (1 %)" is "badnets 1 %".
+    setting = re.sub(r" ([0-9.]+ %) \(\1\)", r" \1", "; ".join(": ".join(pair) for pair in setting_words(source.rows).items()))
     chosen = "; ".join(f"{plain(track)}: {headline(source.rows, track)}" for track in tracks(source.rows))
     return (
-        f"{exhibit.title}. Percent; {plain(shown.about)}. {said}; track and the selection it is judged by: {chosen}; "
+        f"{exhibit.title}. Percent; {plain(about)}. {setting}; track and the selection it is judged by: {chosen}; "
         f"{gate_words(source.rows)}. Poisoned samples replace clean ones."
     )
 
 
 # -- the page ------------------------------------------------------------------------------------------------------------------
 
-_INTRO = (
-    "# Exhibits\n\n"
-    "Questions that reviewers of pruning defenses asked, each answered from stored rows. Answers are computed by rule, for the "
-    "claim or against it; *told apart* means that a 95 % bootstrap interval over seeds, of paired differences where two things are "
-    "compared, "
-    "leaves out 0. With three seeds such intervals are rough and rather too narrow, they speak of seeds alone, and many "
-    "comparisons stand "
-    "on one page: a single one at the edge of its interval is no finding. `make paper` redraws this page; the command below "
-    "each exhibit makes its rows.\n"
-)
-_FOLDER = "exhibits"
+_INTRO = f"""# Exhibits
+
+Questions that reviewers of pruning defenses asked, each answered from stored rows. The sentences are computed, so they change
+with the rows. Two figures differ *significantly* where the 95 % bootstrap interval over seeds of their paired differences excludes
+0. With three seeds such intervals are too narrow, and among so many comparisons a single one at the edge of its interval is no
+finding. The attack-validity gate: {GATE_WORDS}. `make paper` redraws this page.
+"""
+
+
+def _exhibited(exhibit: Exhibit, source: Source, folder: Path, written: list[Path]) -> str:
+    """Writes the files of one exhibit; returns its part of the page."""
+    table = exhibit.answer.frame(source)
+    words = wording(exhibit, table)
+    text, stem = caption(exhibit, source, words.about), folder / exhibit.name
+    public = table[[name for name in table if not str(name).startswith("_")]]
+    files = {"md": f"# {exhibit.title}\n\n{table_markdown(exhibit, table)}\n{markdown(text)}\n", "csv": csv_text(public),
+             "tex": table_latex(exhibit, table, text)}  # fmt: skip
+    for suffix, content in files.items():
+        written.append(stem.with_name(f"{stem.name}.{suffix}"))
+        write_text(written[-1], content)
+    figure = exhibit.answer.figure(table)
+    if figure is not None:
+        written += draw(figure, f"{exhibit.title}: {setting_words(source.rows)['dataset']}", stem, looks(source.rows))
+    picture = f"![{exhibit.title}]({_FOLDER}/{exhibit.name}.png)\n\n" if figure is not None else ""
+    links = ", ".join(f"[{suffix}]({_FOLDER}/{exhibit.name}.{suffix})" for suffix in files)
+    rows = f"[{exhibit.matrix}]({exhibit.matrix}/rows.csv), `{command(exhibit)}`"
+    return f"{picture}{words.text}\n\n{brief_table(exhibit, table, words)} Rows: {rows}. Files: {links}.\n"
 
 
 def write_exhibits(results: Path) -> list[Path]:
@@ -213,59 +194,28 @@ def write_exhibits(results: Path) -> list[Path]:
     Raises:
         BadInput: stored rows cannot be read, or a file cannot be written.
     """
-    place = results / _FOLDER
     written: list[Path] = []
     index, parts = [], []
     sources: dict[str, Source | None] = {}
     for exhibit in EXHIBITS:
         if exhibit.matrix not in sources:
             sources[exhibit.matrix] = source_of(results / exhibit.matrix)
-        source = sources[exhibit.matrix]
-        head = f"## {exhibit.title}\n\n<a id=\"{exhibit.name}\"></a>\n\n**{exhibit.question}**\n\n"
-        if source is None:
-            index.append((exhibit, f"not run yet: `{command(exhibit)}`"))
-            parts.append(f"{head}Not run yet: `{command(exhibit)}`\n")
-            continue
-        rows = f"[{exhibit.matrix}]({exhibit.matrix}/rows.csv)"
         try:
-            shown = exhibit.show(source)
+            source = sources[exhibit.matrix]
+            if source is None:
+                raise NotRun(f"`{command(exhibit)}`")
+            old = f"{STALE_WORDS}\n\n" if stale(results / exhibit.matrix) else ""
+            text, state = old + _exhibited(exhibit, source, results / _FOLDER, written), f"`{exhibit.matrix}`"
+        except NotRun as reason:
+            text, state = f"Not run yet: {reason}\n", f"not run yet: {reason}"
         except Missing as reason:
-            words = f"The rows of {rows} cannot answer this: {markdown(reason)}."
-            index.append((exhibit, words))
-            parts.append(f"{head}{words}\n\nRows: `{command(exhibit)}`\n")
-            continue
-        text = caption(exhibit, source, shown)
-        old = f"{STALE_WORDS}\n\n" if stale(results / exhibit.matrix) else ""
-        stem = place / exhibit.name
-        files = {".md": f"# {exhibit.title}\n\n{table_markdown(shown)}\n{markdown(text)}\n", ".csv": csv_text(shown.frame),
-                 ".tex": table_latex(shown, text, f"exhibit-{exhibit.name}")}  # fmt: skip
-        for suffix, content in files.items():
-            write_text(stem.with_suffix(suffix), content)
-            written.append(stem.with_suffix(suffix))
-        picture = ""
-        if shown.figure is not None:
-            title = f"{exhibit.title}: {setting_words(source.rows)['dataset']}"
-            written += draw(shown.figure, title, stem, looks(source.rows))
-            picture = f"![{exhibit.title}]({_FOLDER}/{exhibit.name}.png)\n\n"
-        links = ", ".join(f"[{words}]({_FOLDER}/{exhibit.name}.{words})" for words in
-                          (*(suffix[1:] for suffix in files), *(("svg",) if picture else ())))  # fmt: skip
-        parts.append(
-            f"{head}{old}{shown.answer}\n\n{picture}<details><summary>Table</summary>\n\n{table_markdown(shown)}\n</details>\n\n"
-            f"{markdown(text)}\n\nRows: {rows}, `{command(exhibit)}`. Files: {links}.\n"
-        )
-        index.append((exhibit, "answered"))
-    contents = pipe_table(["Question", "Exhibit", "Rows"], [
-        [exhibit.question, f"[{exhibit.title}](#{exhibit.name})", words if words != "answered" else f"`{exhibit.matrix}`"]
-        for exhibit, words in index
-    ], left=3)  # fmt: skip
-    _only(place, written)
-    page = results / "EXHIBITS.md"
-    write_text(page, "\n".join([_INTRO, contents, *parts]))
-    return [*written, page]
-
-
-def _only(folder: Path, written: Sequence[Path]) -> None:
-    """Removes the files of exhibits that are gone."""
-    for path in folder.iterdir() if folder.is_dir() else ():
+            state = f"The rows of [{exhibit.matrix}]({exhibit.matrix}/rows.csv) cannot answer this: {markdown(reason)}."
+            text = f"{state}\n\nRows: `{command(exhibit)}`\n"
+        parts.append(f"## {exhibit.title}\n\n<a id=\"{exhibit.name}\"></a>\n\n**{exhibit.question}**\n\n{text}")
+        index.append([exhibit.question, f"[{exhibit.title}](#{exhibit.name})", state])
+    for path in (results / _FOLDER).glob("*"):  # those of exhibits that are gone
         if path.is_file() and path not in written:
             path.unlink()
+    page = results / "EXHIBITS.md"
+    write_text(page, "\n".join([_INTRO, pipe_table(["Question", "Exhibit", "Rows"], index, left=3), *parts]))
+    return [*written, page]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,11 +18,36 @@ from typer.testing import CliRunner
 from attacks.adaptive import Adaptive
 from benchmark.__main__ import app
 from benchmark.analysis import intervals, stats
-from benchmark.report import render, style
-from benchmark.report.exhibits import answers_axes, answers_boards, evidence
+from benchmark.report import figures, render, style
+from benchmark.report.exhibits import (
+    adaptive,
+    alpha,
+    benign,
+    budget,
+    canary,
+    controls,
+    detectors,
+    elsewhere,
+    evidence,
+    extractor,
+    natural,
+    performance,
+    pruned,
+    rate,
+    replaced,
+    robust,
+    scope,
+    selection,
+    significance,
+    size,
+    threshold,
+    validity,
+    wording,
+)
 from benchmark.report.exhibits import write as exhibits
-from benchmark.report.exhibits.evidence import Missing, Source
-from benchmark.report.exhibits.write import EXHIBITS, caption, command, source_of, table_latex, table_markdown, write_exhibits
+from benchmark.report.exhibits.catalogue import EXHIBITS
+from benchmark.report.exhibits.evidence import Answer, Exhibit, Missing, Source
+from benchmark.report.exhibits.write import brief_table, caption, command, source_of, table_latex, table_markdown, write_exhibits
 from benchmark.report.figures import Dots, Lines
 from benchmark.run.outcome import cell_rows
 from benchmark.settings.cells import Cell, Matrix
@@ -32,8 +59,23 @@ from defenses.base import Knowledge
 from defenses.holder_pruning import HolderPruning
 
 Triple = tuple[float, float, float]
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[4]
 DIAL = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+class Shown(NamedTuple):
+    """What an exhibit shows of a source."""
+
+    answer: str
+    frame: pd.DataFrame
+    figure: Lines | Dots | None
+
+
+def show(answer: Answer, source: Source) -> Shown:
+    table = answer.frame(source)
+    return Shown(exhibits.wording(Exhibit("", "", "", "", answer), table).text, table, answer.figure(table))
+
+
 Figures = Callable[[Cell, float], tuple[float, float, float]]
 """(cell, place on its dial) -> (ACC, ASR, RA) of a candidate."""
 
@@ -115,9 +157,11 @@ def made_up(
 def stored(source: Source, results: Path) -> None:
     """Writes a source as a run would."""
     folder = results / source.name
-    kinds: tuple[tuple[type[Any], pd.DataFrame], ...] = (Row, source.rows), (Curve, source.curves), (Timing, source.timings)
-    rows, curves, timings = ([kind(**record) for record in table.to_dict("records")] for kind, table in kinds)
-    files.write(folder, rows, curves, timings)
+    kinds: tuple[tuple[str, type[Any], pd.DataFrame], ...] = (
+        ("rows", Row, source.rows), ("curves", Curve, source.curves), ("timings", Timing, source.timings)
+    )  # fmt: skip
+    for stem, kind, table in kinds:
+        files.write(folder / f"{stem}.csv", kind, [kind(**record) for record in table.to_dict("records")])
     (folder / "matrix.toml").write_text(source.matrix.settings)
     (folder / "manifest.json").write_text('{"datasets": {"digits": {"train": 1250, "test": 100}}}')
 
@@ -149,27 +193,28 @@ def test_every_exhibit_reads_a_shipped_matrix_and_has_a_name_of_its_own() -> Non
     assert {command(exhibit) for exhibit in EXHIBITS if exhibit.matrix == "alpha"} == {"make benchmark MATRIX=alpha"}
 
 
-ASKED = sorted({(exhibit.show.__name__, exhibit.matrix) for exhibit in EXHIBITS})
+ASKED = sorted({(exhibit.answer.__name__.rpartition(".")[2], exhibit.matrix) for exhibit in EXHIBITS})
 
 
-@pytest.mark.parametrize(("show", "matrix"), ASKED, ids=["-".join(pair) for pair in ASKED])
-def test_every_exhibit_answers_from_its_own_matrix(show: str, matrix: str) -> None:
-    exhibit = next(one for one in EXHIBITS if one.matrix == matrix and one.show.__name__ == show)
+@pytest.mark.parametrize(("answer", "matrix"), ASKED, ids=["-".join(pair) for pair in ASKED])
+def test_every_exhibit_answers_from_its_own_matrix(answer: str, matrix: str) -> None:
+    exhibit = next(one for one in EXHIBITS if one.matrix == matrix and one.answer.__name__.endswith(f".{answer}"))
     source = made_up(matrix)
-    shown = exhibit.show(source)
-    assert shown.answer.endswith(".")
-    assert "nan" not in shown.answer
-    assert len(shown.frame) > 0
-    for column in shown.columns:
-        ends = ("", "_low", "_high") if column.kind in ("interval", "difference") else ("",)
-        assert {column.name + end for end in ends} <= set(shown.frame.columns)
-    table = table_markdown(shown).splitlines()
-    assert len(table) == len(shown.frame) + 2
-    assert len({line.count(" | ") for line in table}) == 1
-    words = caption(exhibit, source, shown)
+    source = dataclasses.replace(source, elsewhere=(dataclasses.replace(source, name=f"{matrix}-other"),))
+    table = exhibit.answer.frame(source)
+    written = exhibits.wording(exhibit, table)
+    assert written.text.endswith(".")
+    assert "nan" not in written.text
+    assert len(table) > 0
+    lines = table_markdown(exhibit, table).splitlines()
+    assert len(lines) == len(table) + 2
+    assert len({line.count(" | ") for line in lines}) == 1
+    assert len(brief_table(exhibit, table, written).splitlines()) <= 10 + 4
+    assert {*written.brief, *([written.by] if written.by else [])} <= set(table.columns)
+    words = caption(exhibit, source, written.about)
     for part in ("dataset: digits", "backbone: ", "attack (poisoning rate): ", "seed: 0, 1", "scenarios implanted", "judged by"):
         assert part in words
-    paper = table_latex(shown, words, exhibit.name)
+    paper = table_latex(exhibit, table, words)
     assert all(rule in paper for rule in (r"\toprule", r"\midrule", r"\bottomrule", r"\caption{"))
 
 
@@ -193,26 +238,24 @@ def test_paired_is_the_mean_of_scenario_means_of_differences_and_the_sign_follow
 
 def test_words_for_figures() -> None:
     part = intervals.Interval(0.1234, 0.1, 0.15)
-    assert evidence.interval_words(part) == "12.3 % [10.0, 15.0]"
-    assert evidence.points_words(part) == "+12.3 points [+10.0, +15.0]"
-    assert evidence.points_words(intervals.Interval(-0.01, math.nan, math.nan)) == "-1.0 points"
-    assert evidence.points_words(intervals.Interval(math.nan, math.nan, math.nan)) == "not measured"
-    assert evidence.percent_words(-0.0001) == "0.0 %"
-    assert [evidence.out_of(*pair) for pair in ((0, 3), (2, 3), (3, 3), (1, 1))] == ["none of 3", "2 of 3", "all 3", "1 of 1"]
-    assert evidence.few(list("abcde")) == "a, b, c and 2 more"
-    assert evidence.few(list("abcd")) == "a, b, c, d"
-    assert evidence.few([]) == "none"
-    assert evidence.in_brackets([]) == evidence.after_colon([]) == ""
-    assert evidence.in_brackets(["a"]) + evidence.after_colon(["b"]) == " (a): b"
+    assert wording.percents(part) == "12.3 % [10.0, 15.0]"
+    assert wording.points(part) == "+12.3 points [+10.0, +15.0]"
+    assert wording.points(intervals.Interval(-0.01, math.nan, math.nan)) == "-1.0 points"
+    assert wording.points(intervals.Interval(math.nan, math.nan, math.nan)) == "not measured"
+    assert wording.percent(-0.0001) == "0.0 %"
+    assert [wording.out_of(*pair) for pair in ((0, 3), (2, 3), (3, 3), (1, 1))] == ["none of 3", "2 of 3", "all 3", "1 of 1"]
+    assert wording.few(list("abcde")) == "a, b, c and 2 more"
+    assert wording.few(list("abcd")) == "a, b, c, d"
+    assert wording.few([]) == "none"
+    assert wording.in_brackets([]) == wording.after_colon([]) == ""
+    assert wording.in_brackets(["a"]) + wording.after_colon(["b"]) == " (a): b"
 
 
-@pytest.mark.parametrize("show", [
-    answers_boards.performance, answers_axes.scope, answers_axes.threshold, answers_axes.selection, answers_boards.size,
-])  # fmt: skip
-def test_nothing_is_said_of_attacks_that_did_not_implant(show: Callable[[Source], evidence.Shown]) -> None:
+@pytest.mark.parametrize("answer", [performance, scope, threshold, selection, size])
+def test_nothing_is_said_of_attacks_that_did_not_implant(answer: Answer) -> None:
     source = made_up("scope", before=lambda cell: (0.97, 0.2, 0.7), keep=called("pruning"))
     with pytest.raises(Missing):
-        show(source)
+        show(answer, source)
 
 
 # -- each answer, both ways ----------------------------------------------------------------------------------------------------
@@ -231,18 +274,19 @@ def holder_figures(answer: Callable[[HolderPruning, float], float]) -> Callable[
 def test_alpha_changes_nothing_or_something() -> None:
     moving = ("steps of unequal length", "distance between embeddings")
     falling = holder_figures(lambda d, place: (d.clip or d.distance == "feature") * 0.3 * (1 - d.alpha))
-    better = answers_axes.alpha(made_up("alpha", falling))
-    assert "alpha changes nothing, as it must: all 80 models" in better.answer  # 4 exponents, 2 attacks, 2 seeds, 5 points
-    assert "Lipschitz quotient for the better in all 3 comparisons and for the worse in 0." in better.answer
+    better = show(alpha, made_up("alpha", falling))
+    # 2 scopes, 4 exponents, 2 attacks, 2 seeds, 5 points.
+    assert "alpha cannot change the ranking, and does not: all 160 models" in better.answer
+    assert "(the Lipschitz quotient) in all 3 comparisons" in better.answer
     assert set(better.frame.loc[better.frame["same"] < 1, "mode"]) == set(moving)
-    worse = answers_axes.alpha(made_up("alpha", holder_figures(lambda d, place: 0.3 * d.alpha + 0.1 * place)))
-    assert "for the better in none of 3 comparisons and for the worse in 3: the result does not rest on it." in worse.answer
-    assert "alpha cannot change the ranking, yet 80 of 80 models differ" in worse.answer
+    worse = show(alpha, made_up("alpha", holder_figures(lambda d, place: 0.3 * d.alpha + 0.1 * place)))
+    assert "in none of 3 comparisons and a lower one in 3" in worse.answer
+    assert "alpha cannot change the ranking, yet 160 of 160 models differ" in worse.answer
 
 
 def test_alphas_agreement_counts_points_one_by_one() -> None:
     source = made_up("alpha", holder_figures(lambda d, place: 0.1 + 0.3 * place * (place < 0.6 or d.alpha)))
-    shown = answers_axes.alpha(source)
+    shown = show(alpha, source)
     known = {cell.defense_label: cell.defense for cell in source.matrix.cells}
     for _, line in shown.frame.iterrows():
         points: dict[float, dict[tuple[object, ...], Triple]] = {}
@@ -250,7 +294,7 @@ def test_alphas_agreement_counts_points_one_by_one() -> None:
             defense = known[point["defense"]]
             if not isinstance(defense, HolderPruning) or point["kept"]:
                 continue
-            if point["scope"] == line["scope"] and answers_axes._mode(defense) == line["mode"]:
+            if point["scope"] == line["scope"] and alpha.mode(defense) == line["mode"]:
                 key = (point["backbone"], point["attack"], point["seed"], point["dial"])
                 points.setdefault(defense.alpha, {})[key] = (point["acc"], point["asr"], point["ra"])
         mine, other = points[line["alpha"]], points[1.0]
@@ -259,17 +303,17 @@ def test_alphas_agreement_counts_points_one_by_one() -> None:
 
 
 @pytest.mark.parametrize(("head", "whole", "words"), [
-    (0.6, 0.2, "higher on the head for 8 of 8"), (0.2, 0.6, "higher on the whole network for 8"),
-    (0.4, 0.4, "not told apart for 8"),
+    (0.6, 0.2, "higher on the head for all 8 defenses"), (0.2, 0.6, "on the whole network for 8"),
+    (0.4, 0.4, "on the head for none of 8 defenses, and on the whole network for none"),
 ])  # fmt: skip
 def test_scope_says_where_ra_is_higher_and_compares_seconds_at_equal_scope(head: float, whole: float, words: str) -> None:
     def seconds(cell: Cell) -> float:
         return (1.0 if isinstance(cell.defense, HolderPruning) else 2.0) * (1.0 if cell.scope.value == "head" else 50.0)
 
-    shown = answers_axes.scope(made_up("scope", steady({"head": head, "whole": whole}), seconds=seconds))
+    shown = show(scope, made_up("scope", steady({"head": head, "whole": whole}), seconds=seconds))
     assert words in shown.answer
     assert "2 times as long" in shown.answer
-    assert "would read 100 times" in shown.answer
+    assert "would be 100 times" in shown.answer
     line = shown.frame[(shown.frame["defense"] == "anp")].iloc[0]
     assert line["difference"] == pytest.approx(head - whole)
     assert (line["seconds_head"], line["seconds_whole"]) == (2.0, 100.0)
@@ -277,11 +321,11 @@ def test_scope_says_where_ra_is_higher_and_compares_seconds_at_equal_scope(head:
 
 def test_a_curve_is_read_from_the_weakest_end_whatever_the_direction_of_the_dial() -> None:
     path = pd.DataFrame({"dial": [1.0, 5.0, 3.0], "ra": [0.9, 0.1, 0.3]})
-    up = answers_axes.along_dial(path, 1.0, 5.0, False, "ra")
+    up = threshold.along_dial(path, 1.0, 5.0, False, "ra")
     assert up[[0, 50, 100]] == pytest.approx([0.9, 0.3, 0.1])
     assert up[25] == pytest.approx(0.6)
-    assert answers_axes.along_dial(path, 1.0, 5.0, True, "ra") == pytest.approx(up[::-1])
-    wider = answers_axes.along_dial(path, -3.0, 5.0, False, "ra")
+    assert threshold.along_dial(path, 1.0, 5.0, True, "ra") == pytest.approx(up[::-1])
+    wider = threshold.along_dial(path, -3.0, 5.0, False, "ra")
     assert wider[:50] == pytest.approx(np.full(50, 0.9))  # nothing is known beyond the first point: it stays
 
 
@@ -293,14 +337,14 @@ def test_threshold_reports_the_good_stretch_and_the_area(good: bool) -> None:
         ra = 0.8 * place if cell.defense_label == "pruning" else 0.0
         return 0.97 - (0.0 if good else 0.5 * place), 0.95 - ra, ra
 
-    shown = answers_axes.threshold(made_up("threshold", figures, keep=called("pruning", "anp", "random-pruning (as clp)")))
+    shown = show(threshold, made_up("threshold", figures, keep=called("pruning", "anp", "random-pruning (as clp)")))
     line = shown.frame[shown.frame["defense"] == "pruning"].iloc[0]
     assert line["area"] == pytest.approx(0.4)
     assert (line["best"], line["default"]) == pytest.approx((0.8, 0.4))
     # ASR falls below one half where 0.95 - 0.8 place does: from 0.5625 on, that is at 44 of 101 places.
     assert line["window"] == pytest.approx(44 / 101 if good else 0.0)
     assert ("2 of 4 dials have" in shown.answer) if good else shown.answer.startswith("None of 4 dials have")
-    assert "by 20.0 points of RA on average, by 40.0 for pruning" in shown.answer
+    assert "by 20.0 points of RA on average, and by 40.0 for pruning" in shown.answer
 
 
 @pytest.mark.parametrize("turned", [True, False])
@@ -309,14 +353,14 @@ def test_selection_measures_the_gap_or_finds_none(turned: bool) -> None:
         ra = 0.1 + (0.5 * place if turned else 0.0)
         return (0.97 - 0.08 * place, 0.9 - ra, ra) if cell.defense_label != "none" else undefended(cell)
 
-    shown = answers_axes.selection(made_up("selection", figures, keep=called("pruning", "anp", "anp (500 steps)")))
+    shown = show(selection, made_up("selection", figures, keep=called("pruning", "anp", "anp (500 steps)")))
     line = shown.frame[shown.frame["defense"] == "anp"].iloc[0]
     # The oracle turns the dial to 1; validation starts at the default, the place 0.5, which loses 4 points and stays.
     assert line["gap_default"] == pytest.approx(0.25 if turned else 0.0)
     assert line["gap_validation"] == pytest.approx(0.25 if turned else 0.0)
-    assert ("for all 5 defenses, most for pruning" in shown.answer) is turned
-    assert ("raises RA above that of the rule *default* for none of 5 defenses" in shown.answer) is not turned
-    assert "ASR of anp (500 steps) (whole): validation" in shown.answer
+    assert ("above *default* for all 5 defenses, most for pruning" in shown.answer) is turned
+    assert ("above *default* for none of 5 defenses" in shown.answer) is not turned
+    assert "ASR of anp (head) by rule: validation" in shown.answer
 
 
 @pytest.mark.parametrize("ahead", [True, False])
@@ -329,11 +373,12 @@ def test_budget_compares_with_training_from_scratch_on_the_same_images(ahead: bo
     why = "does not apply: too few"
     names = [f"{base}, budget {share} %" for base in ("anp", "training-from-scratch") for share in ("0.1", "1", "20")]
     source = made_up("budget", figures, keep=called(*names, "clp"), refuse=lambda cell: why if cell.budget == 0.001 else "")
-    shown = answers_axes.budget(source)
-    side = "for 1 of 1 defenses (anp (whole))" if ahead else "for none of 1 defenses and below it for 1"
-    assert f"With 200 clean images (20 %), RA is above that of training from scratch on the same images {side}" in shown.answer
+    shown = show(budget, source)
+    side = "for 1 of 1 defenses (anp (whole)), and below for none" if ahead else "for none of 1 defenses, and below for 1"
+    assert "With 200 clean images (20 %), RA is significantly above training from scratch" in shown.answer
+    assert f"on the same images {side}" in shown.answer
     assert f"Refused: {why}." in shown.answer
-    assert "gains most: from 2.0 % to 40.0 %" in shown.answer.replace("2.1 %", "2.0 %").replace("40.1 %", "40.0 %")
+    assert "rises most for anp (whole), from 2.0 % to 40.0 %" in shown.answer.replace("2.1 %", "2.0 %").replace("40.1 %", "40.0 %")
     assert isinstance(shown.figure, Lines)
     anp = next(series for series in shown.figure.panels[0].series if series.label == "anp (whole)")
     assert anp.x == (10.0, 200.0)
@@ -347,15 +392,17 @@ def rate_before(cell: Cell) -> Triple:
     return 0.97 - 0.1 * cell.scenario.plan.rate, asr, 0.05
 
 
-@pytest.mark.parametrize(("slope", "words"), [(-3.0, "RA falls for 1 of 1 defenses (clp"), (3.0, "and rises for 1 (clp"),
-                                              (0.0, "RA falls for 0 of 1 defenses and rises for 0.")])  # fmt: skip
+@pytest.mark.parametrize(("slope", "words"), [
+    (-3.0, "RA falls significantly for 1 of 1 defenses (clp"), (3.0, "and rises for 1 (clp"),
+    (0.0, "RA falls significantly for none of 1 defenses and rises for none."),
+])  # fmt: skip
 def test_rate_says_from_where_an_attack_is_there_and_how_ra_moves(slope: float, words: str) -> None:
     def figures(cell: Cell, place: float) -> Triple:
         ra = 0.5 + slope * cell.scenario.plan.rate
         return (0.9, 0.95 - ra, ra) if cell.defense_label != "none" else rate_before(cell)
 
-    shown = answers_axes.rate(made_up("rate", figures, rate_before, keep=called("clp")))
-    assert "badnets implants in most seeds at 2 %, 5 %, 10 %; at the highest rate it costs 1.5 points" in shown.answer
+    shown = show(rate, made_up("rate", figures, rate_before, keep=called("clp")))
+    assert "badnets implants in most seeds at 2 %, 5 %, 10 %; the highest rate costs 1.5 points of ACC" in shown.answer
     assert "wanet implants at no rate." in shown.answer
     assert words in shown.answer
     low = shown.frame[(shown.frame["attack"] == "badnets") & (shown.frame["rate"] == 0.01)].iloc[0]
@@ -363,10 +410,10 @@ def test_rate_says_from_where_an_attack_is_there_and_how_ra_moves(slope: float, 
     assert math.isnan(low["ra clp (whole)"])
 
 
-@pytest.mark.parametrize(("ra", "words"), [(0.9, "the attacked head is worth keeping there"), (0.1, "is not beaten")])
+@pytest.mark.parametrize(("ra", "words"), [(0.9, "head is worth keeping there"), (0.1, "no defense improves on the features")])
 def test_extractor_puts_the_best_head_beside_the_plainest_classifier(ra: float, words: str) -> None:
     keep = called("anp", "nearest-class-mean on clean, with labels", "nearest-class-mean on clean, no labels")
-    shown = answers_axes.extractor(made_up("extractor", steady({"anp": ra}, other=0.5), keep=keep))
+    shown = show(extractor, made_up("extractor", steady({"anp": ra}, other=0.5), keep=keep))
     assert words in shown.answer
     line = shown.frame[(shown.frame["victims"].str.contains("with labels")) & (shown.frame["attack"] == "badnets")].iloc[0]
     assert (line["best"], line["plainest"]) == ("anp (head)", "nearest-class-mean on clean, with labels")
@@ -375,11 +422,11 @@ def test_extractor_puts_the_best_head_beside_the_plainest_classifier(ra: float, 
 
 def test_extractor_without_an_implanted_attack_says_so() -> None:
     source = made_up("extractor", before=lambda cell: (0.97, 0.1, 0.8), keep=called("anp"))
-    assert "Through no given features did an attack implant" in answers_axes.extractor(source).answer
+    assert "No attack implanted through given features" in show(extractor, source).answer
 
 
-@pytest.mark.parametrize(("slope", "words"), [(-0.2, "RA falls for 1 of 1 defenses (clp"), (0.2, "and rises for 1 (clp"),
-                                              (0.0, "falls for 0 of 1")])  # fmt: skip
+@pytest.mark.parametrize(("slope", "words"), [(-0.2, "falls significantly for 1 of 1 defenses (clp"), (0.2, "and rises for 1 (clp"),
+                                              (0.0, "falls significantly for none of 1 defenses and rises for none")])  # fmt: skip
 def test_adaptive_compares_with_strength_zero(slope: float, words: str) -> None:
     def figures(cell: Cell, place: float) -> Triple:
         assert isinstance(cell.scenario.attack, Adaptive)
@@ -387,7 +434,7 @@ def test_adaptive_compares_with_strength_zero(slope: float, words: str) -> None:
         return (0.9, 0.95 - ra, ra) if cell.defense_label != "none" else undefended(cell)
 
     whole = made_up("adaptive", figures, keep=lambda cell: called("clp")(cell) and cell.scope.value == "whole")
-    shown = answers_axes.adaptive(whole)
+    shown = show(adaptive, whole)
     assert words in shown.answer
     line = shown.frame[(shown.frame["attack"] == "rescaled") & (shown.frame["defense"] == "clp")].iloc[0]
     assert (line["base"], line["strong"], line["difference"]) == pytest.approx((0.5, 0.5 + slope, slope))
@@ -399,15 +446,15 @@ def test_adaptive_leaves_out_strengths_that_do_not_implant() -> None:
         assert isinstance(cell.scenario.attack, Adaptive)
         return (0.97, 0.97, 0.02) if cell.scenario.attack.strength == 0 else (0.97, 0.3, 0.6)
 
-    shown = answers_axes.adaptive(made_up("adaptive", before=before, keep=called("clp")))
-    assert "flat-holder does not implant at both strength 0 and another" in shown.answer
+    shown = show(adaptive, made_up("adaptive", before=before, keep=called("clp")))
+    assert "flat-holder (not implanted at two strengths)" in shown.answer
     assert set(shown.frame["strength"]) == {0.0}
 
 
-@pytest.mark.parametrize(("again", "words"), [(0.5, "they remove is one trigger, not the weakness"),
+@pytest.mark.parametrize(("again", "words"), [(0.5, "they remove one trigger, not the weakness"),
                                               (0.0, "what they remove stays removed")])  # fmt: skip
 def test_natural_tells_a_kept_trigger_from_one_found_again(again: float, words: str) -> None:
-    shown = answers_axes.natural(made_up("natural", steady({"anp": 0.7}, other=0.2), keep=called("anp", "clp"), again=again))
+    shown = show(natural, made_up("natural", steady({"anp": 0.7}, other=0.2), keep=called("anp", "clp"), again=again))
     assert words in shown.answer
     assert "in 2 of 4 cases" in shown.answer
     line = shown.frame[shown.frame["defense"] == "anp"].iloc[0]
@@ -419,30 +466,30 @@ def test_performance_tells_losses_from_no_change() -> None:
         lost = 0.03 + 0.01 * cell.scenario.seed if cell.defense_label == "anp" else 0.0  # within the tolerance
         return (0.97 - lost, 0.1, 0.8) if cell.defense_label != "none" else undefended(cell)
 
-    shown = answers_boards.performance(made_up("quick", figures, keep=called("anp", "clp")))
-    assert shown.answer.startswith("2 of 4 entries lose accuracy: anp")
-    assert "Of the 4 that take the mean ASR below 50 %, 2 do so without a loss that can be told: clp" in shown.answer
-    idle = answers_boards.performance(made_up("quick", lambda cell, place: undefended(cell), keep=called("anp", "clp")))
+    shown = show(performance, made_up("quick", figures, keep=called("anp", "clp")))
+    assert shown.answer.startswith("2 of 4 entries lose accuracy significantly: anp")
+    assert "Of the 4 that take the mean ASR below 50 %, 2 do so without a significant loss: clp" in shown.answer
+    idle = show(performance, made_up("quick", lambda cell, place: undefended(cell), keep=called("anp", "clp")))
     assert idle.answer.startswith("None of 4 entries lose accuracy")
     assert "None takes the mean ASR below 50 %" in idle.answer
 
 
-@pytest.mark.parametrize(("ra", "words"), [(0.8, "for 1 of 1 entries and"), (0.1, "for none of 1 entries and")])
+@pytest.mark.parametrize(("ra", "words"), [(0.8, "for 1 of 1 entries, and"), (0.1, "for none of 1 entries, and")])
 def test_size_counts_who_takes_asr_down_and_who_passes_training_from_scratch(ra: float, words: str) -> None:
     keep = called("pruning", "training-from-scratch")
     source = made_up("size", steady({"pruning": ra}, other=0.5), keep=lambda cell: keep(cell) and cell.scope.value == "whole")
-    shown = answers_boards.size(source)
+    shown = show(size, source)
     assert words in shown.answer
     assert ("1 of 1 entries take" in shown.answer) is (ra > 0.5)
 
 
-@pytest.mark.parametrize(("ra", "words"), [(0.9, "ahead in 3, behind in 0"), (0.1, "ahead in 0, behind in 3")])
+@pytest.mark.parametrize(("ra", "words"), [(0.9, "higher RA in 3 ("), (0.1, "higher RA in none and a lower one in 3")])
 def test_controls_and_significance_pair_the_leader_with_controls(ra: float, words: str) -> None:
     plain = [f"{name} on {of}" for name in ("nearest-class-mean",) for of in ("poisoned, no labels", "clean, with labels")]
     keep = called("clp", "training-from-scratch", *plain)
     source = made_up("quick", steady({"clp": ra}, other=0.5), keep=keep)
-    assert words in answers_boards.controls(source).answer
-    told = answers_boards.significance(source).answer
+    assert words in show(controls, source).answer
+    told = show(significance, source).answer
     assert words in told
     assert "it takes 11 implanted scenarios, and there are" in told
 
@@ -453,14 +500,14 @@ def test_significance_reports_a_rank_test_where_there_are_enough_scenarios() -> 
     one = source.rows[source.rows["attack"] == "badnets"]
     one = one[one["backbone"] == one["backbone"].iloc[0]]
     rows = pd.concat([one.assign(attack=f"attack {number}") for number in range(12)], ignore_index=True)
-    told = answers_boards.significance(dataclasses.replace(source, rows=rows)).answer
-    assert "Friedman's test over 12 scenarios, p = " in told
+    told = show(significance, dataclasses.replace(source, rows=rows)).answer
+    assert "over 12 scenarios p = " in told
 
 
-@pytest.mark.parametrize(("precision", "words"), [(0.5, "All 3 defenses that single out"), (0.02, "None of 3")])
+@pytest.mark.parametrize(("precision", "words"), [(0.5, "All 3 isolated sets"), (0.02, "None of 3 isolated sets")])
 def test_detectors_are_put_beside_the_base_rate(precision: float, words: str) -> None:
     keep = called("abl", "dbd", "hid")
-    shown = answers_boards.detectors(made_up("quick", keep=keep, precision=precision))
+    shown = show(detectors, made_up("quick", keep=keep, precision=precision))
     assert shown.answer.startswith(words)
     assert set(shown.frame["precision"]) == {precision}
     assert shown.frame["base"].iloc[0] == pytest.approx(0.1)
@@ -470,75 +517,76 @@ def test_validity_counts_scenarios_and_claims_no_reference_it_has_not() -> None:
     def before(cell: Cell) -> Triple:
         return (0.97, 0.3, 0.6) if cell.scenario.frozen else undefended(cell)
 
-    shown = answers_boards.validity(made_up("quick", before=before, keep=called()))
-    assert "ASR below 50 %: badnets on vgg11-bn-w8 on clean, with labels (30.0 %)" in shown.answer
+    shown = show(validity, made_up("quick", before=before, keep=called()))
+    assert "ASR is below 50 % for badnets on vgg11-bn-w8 on clean, with labels (ASR 30.0 %)" in shown.answer
     assert shown.answer.startswith("5 of 6 scenarios implanted, 1 not implanted.")
     assert set(shown.frame["verdict"]) == {"implanted", "not implanted"}
-    assert "None has a published figure" in shown.answer
-    assert "minus victims trained end to end: -67.0 points" in shown.answer
+    assert "No published figure" in shown.answer
+    assert "minus ASR on victims trained end to end: -67.0 points" in shown.answer
     source = made_up("quick", keep=called())
     rows = source.rows.assign(literature=["PASS", *["WARN"] * (len(source.rows) - 1)])
-    told = answers_boards.validity(dataclasses.replace(source, rows=rows)).answer
+    told = show(validity, dataclasses.replace(source, rows=rows)).answer
     assert "published figures of the same protocol: PASS 1, WARN" in told
-    assert answers_boards.validity(source).answer.startswith("6 of 6 scenarios implanted.")
+    assert show(validity, source).answer.startswith("6 of 6 scenarios implanted.")
     twins = dataclasses.replace(source, rows=source.rows.assign(asr_benign=0.9))
-    assert "0 of 6 scenarios implanted, 6 adversarial" in answers_boards.validity(twins).answer
-    assert "Adversarial, since the twin answers the trigger, too: badnets on vgg11-bn-w8" in answers_boards.validity(twins).answer
-    costly = answers_boards.validity(made_up("quick", keep=called(), twin=lambda cell: 0.999)).answer
-    assert "costs ACC" not in costly.lower().replace("it costs acc when", "")
-    dear = answers_boards.validity(made_up("quick", keep=called(), before=lambda cell: (0.88, 0.97, 0.02))).answer
+    assert "0 of 6 scenarios implanted, 6 adversarial" in show(validity, twins).answer
+    assert "Adversarial, because the benign twin answers the trigger too: badnets on vgg11-bn-w8" in show(validity, twins).answer
+    costly = show(validity, made_up("quick", keep=called(), twin=lambda cell: 0.999)).answer
+    assert "costs ACC" not in costly.lower()
+    dear = show(validity, made_up("quick", keep=called(), before=lambda cell: (0.88, 0.97, 0.02))).answer
     assert dear.startswith("6 of 6 scenarios implanted (6 of them cost acc).")
     assert "Costs ACC: badnets on vgg11-bn-w8" in dear
 
 
 def test_benign_accuracy_is_one_number_or_the_rows_do_not_belong_together() -> None:
     source = made_up("quick", keep=called("clp"))
-    assert answers_boards.benign(source).answer.startswith("One benign accuracy per backbone, recipe and seed")
+    assert show(benign, source).answer.startswith("All ")
     rows = source.rows.assign(acc_benign=source.rows["acc_benign"].where(source.rows["defense"] != "clp", 0.5))
-    told = answers_boards.benign(dataclasses.replace(source, rows=rows)).answer
-    assert told.startswith("Benign accuracies differ")
-    assert "Every row states its poisoning rate." in told
+    told = show(benign, dataclasses.replace(source, rows=rows)).answer
+    assert told.startswith("Benign ACC differs")
+    assert "Every row gives its poisoning rate." in told
     unrated = dataclasses.replace(source, rows=rows.assign(rate=math.nan))
-    assert "rows lack a poisoning rate" in answers_boards.benign(unrated).answer
+    assert "rows lack a poisoning rate" in show(benign, unrated).answer
 
 
 def test_replaced_compares_the_sizes() -> None:
     source = made_up("quick", keep=called("abl"))  # 1250 released, 250 of them held out, 1000 received
-    assert "|D'| = |D| in all" in answers_boards.replaced(source).answer
+    assert "|D'| = |D| in all" in show(replaced, source).answer
     grown = dataclasses.replace(source, rows=source.rows.assign(train_images=1100))
-    assert answers_boards.replaced(grown).answer.startswith("Sizes differ: digits: 1000 clean images left to the attacker, 1100")
+    told = show(replaced, grown).answer
+    assert told.startswith("The sizes differ. On digits, 1000 clean images are left to the attacker, who publishes 1100")
     with pytest.raises(Missing, match="manifest"):
-        answers_boards.replaced(dataclasses.replace(source, manifest={}))
+        show(replaced, dataclasses.replace(source, manifest={}))
 
 
 def test_robust_checks_that_asr_and_ra_share_their_images() -> None:
     source = made_up("quick", keep=called("clp"))
-    assert "which holds in all" in answers_boards.robust(source).answer
+    assert "which holds in all" in show(robust, source).answer
     broken = dataclasses.replace(source, rows=source.rows.assign(ra=1.0))
-    assert "which fails in " in answers_boards.robust(broken).answer
+    assert "which fails in " in show(robust, broken).answer
 
 
 def test_pruned_states_units_and_schedules() -> None:
-    shown = answers_boards.pruned(made_up("quick", keep=called("pruning", "dbd", "hid")))
-    assert "Every row that prunes says how many units of how many." in shown.answer
+    shown = show(pruned, made_up("quick", keep=called("pruning", "dbd", "hid")))
+    assert "of an unknown number" not in shown.answer
     assert "dbd (cpu; " in shown.answer
     line = shown.frame[shown.frame["defense"] == "pruning"].iloc[0]
     assert (line["units"], line["default"], line["default_share"]) == (40.0, 20.0, 0.5)
-    assert "prunes nothing" not in shown.answer  # half of 40 everywhere
+    assert "Cells in which it prunes nothing" not in shown.answer  # half of 40 everywhere
     assert (line["default_none"], line["cells"]) == (0, 12)
     source = made_up("quick", keep=called("pruning"))
     idle = dataclasses.replace(source, rows=source.rows.assign(pruned=(source.rows["selection"] == "oracle").astype(int)))
-    told = answers_boards.pruned(idle).answer
-    assert "Cells in which the published default prunes nothing: pruning (head) in 12 of 12, pruning (whole) in 12 of 12." in told
+    told = show(pruned, idle).answer
+    assert "Cells in which it prunes nothing: pruning (head) in 12 of 12, pruning (whole) in 12 of 12." in told
     unknown = dataclasses.replace(source, rows=source.rows.assign(units=0))
-    assert "rows prune units of an unknown number" in answers_boards.pruned(unknown).answer
+    assert "rows prune units of an unknown number" in show(pruned, unknown).answer
 
 
 def test_text_stands_before_numbers_and_empty_columns_are_left_out() -> None:
     frame = pd.DataFrame({"a": [0.5], "b": ["x"], "c": [""], "d": [math.nan], "d_low": [math.nan], "d_high": [math.nan]})
-    columns = (evidence.Column("A", "share", "a"), evidence.Column("B", "text", "b"), evidence.Column("C", "text", "c"),
-               evidence.Column("D", "difference", "d"))  # fmt: skip
-    assert table_markdown(evidence.Shown("", frame, columns, "")) == "| B | A |\n| :-- | --: |\n| x | 50.0 |\n"
+    columns = (*evidence.share(a="A"), *evidence.text(b="B", c="C"), *evidence.difference(d="D"))
+    exhibit = Exhibit("", "", "", "", SimpleNamespace(COLUMNS=columns))  # type: ignore[arg-type]
+    assert table_markdown(exhibit, frame) == "| B | A |\n| :-- | --: |\n| x | 50.0 |\n"
 
 
 def test_the_committed_page_asks_every_question() -> None:
@@ -546,6 +594,54 @@ def test_the_committed_page_asks_every_question() -> None:
     for exhibit in EXHIBITS:
         assert f'<a id="{exhibit.name}"></a>' in page
         assert f"**{exhibit.question}**" in page
+
+
+def elsewhere_rows(moved: float) -> Source:
+    """A run of quick, and the same with the RA of clp moved at one seed."""
+    source = made_up("quick", steady({"clp": 0.6, "anp": 0.4}), keep=called("clp", "anp", "training-from-scratch"))
+    shift = np.where((source.rows["defense"] == "clp") & (source.rows["seed"] == 1), moved, 0.0)
+    other = dataclasses.replace(source, name="quick-b", rows=source.rows.assign(ra=source.rows["ra"] + shift),
+                                manifest={"arithmetic": {"processor": "b"}})  # fmt: skip
+    return dataclasses.replace(source, elsewhere=(other,), manifest={"arithmetic": {"processor": "a"}})
+
+
+@pytest.mark.parametrize(("moved", "inside"), [(0.0, True), (-0.4, False)])
+def test_elsewhere_compares_single_cells_and_leaderboards_with_another_machine(moved: float, inside: bool) -> None:
+    source = elsewhere_rows(moved)
+    shown = show(elsewhere, source)
+    assert set(shown.frame["run"]) == {"quick-b"}
+    clp = shown.frame[shown.frame["defense"] == "clp"]
+    assert set(clp["scope"]) == {"head", "whole"}
+    values = [
+        [line["ra"] for _, line in run.rows.iterrows()
+         if (line["defense"], line["scope"], line["selection"]) == ("clp", "whole", "default") and line["attack"] != "none"]
+        for run in (source, *source.elsewhere)
+    ]  # fmt: skip
+    by_hand = [abs(one - other) for one, other in zip(*values, strict=True)]
+    line = clp[clp["scope"] == "whole"].iloc[0]
+    assert line["cells"] == len(by_hand)
+    assert line["median"] == pytest.approx(np.median(by_hand))
+    assert line["largest"] == pytest.approx(max(by_hand)) == pytest.approx(abs(moved))
+    assert set(shown.frame.loc[shown.frame["defense"] != "clp", "largest"]) == {0.0}
+    assert set(clp["inside"]) == {"yes" if inside else "no"}
+    total = len(shown.frame)
+    counted = f"all {total}" if inside else f"{total - 2} of {total}"
+    assert f"The mean RA of {counted} leaderboard entries lies within" in shown.answer
+    assert ("acts like another seed" in shown.answer) is inside
+    assert "quick-b ran with processor b, the first run with processor a." in shown.answer
+
+
+def test_runs_elsewhere_have_the_same_settings_and_another_arithmetic(tmp_path: Path) -> None:
+    source = made_up("quick", keep=called("clp"))
+    for name, settings, processor in zip(("quick", "quick-b", "quick-same", "quick-older"), "ssst", "abab", strict=True):
+        stored(dataclasses.replace(source, name=name), tmp_path)
+        manifest = {"settings": settings, "arithmetic": {"processor": processor}}
+        (tmp_path / name / "manifest.json").write_text(json.dumps(manifest))
+    found = source_of(tmp_path / "quick")
+    assert found is not None
+    assert [other.name for other in found.elsewhere] == ["quick-b"]
+    with pytest.raises(evidence.NotRun, match="another kind of machine"):
+        elsewhere.frame(source)
 
 
 # -- the page ------------------------------------------------------------------------------------------------------------------
@@ -596,7 +692,7 @@ def test_rows_that_cannot_answer_say_why_and_hostile_names_stay_text(tmp_path: P
     stored(failed, tmp_path)
     write_exhibits(tmp_path)
     page = (tmp_path / "EXHIBITS.md").read_text()
-    assert "The rows of [budget](budget/rows.csv) cannot answer this: it takes defenses met with two clean budgets" in page
+    assert "The rows of [budget](budget/rows.csv) cannot answer this: it takes defenses with two clean budgets" in page
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
     latex = (tmp_path / "exhibits" / "performance.tex").read_text()
@@ -610,7 +706,7 @@ def test_no_results_is_one_clear_error(tmp_path: Path) -> None:
 
 
 def test_figures_hold_what_the_table_holds() -> None:
-    shown = answers_axes.scope(made_up("scope"))
+    shown = show(scope, made_up("scope"))
     assert isinstance(shown.figure, Dots)
     drawn = {name.split(",")[0]: part for panel in shown.figure.panels[:1]
              for name, part in zip(panel.names, panel.series[0][1], strict=True)}  # fmt: skip
@@ -624,10 +720,10 @@ def test_no_two_lines_of_a_figure_look_alike() -> None:
     """More entries than there are colours: those that share one differ in their strokes, in the legend too."""
     entries = [(f"d{number}", "whole") for number in range(20)]
     known = {entry: style.Look(f"#{number % 8:06x}", "o") for number, entry in enumerate(entries)}
-    height = evidence.Interval(0.5, 0.4, 0.6)
-    lines = tuple(evidence.Series(" ".join(entry), (0.0, 1.0), (height, height), entry) for entry in entries)
+    height = intervals.Interval(0.5, 0.4, 0.6)
+    lines = tuple(figures.Series(" ".join(entry), (0.0, 1.0), (height, height), entry) for entry in entries)
     with render.style():
-        drawn = render.sheet(Lines((evidence.Panel("p", "x", "y", lines),), 1, ""), "t", known)
+        drawn = render.sheet(Lines((figures.Panel("p", "x", "y", lines),), 1, ""), "t", known)
         looks = {(line.get_color(), str(line._unscaled_dash_pattern)) for line in drawn.axes[0].lines}
         named = {(line.get_color(), str(line._unscaled_dash_pattern)) for line in drawn.legends[0].get_lines()}
     assert len(looks) == 20
@@ -635,21 +731,21 @@ def test_no_two_lines_of_a_figure_look_alike() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ahead", "words"), [(0.1, "so the pruning helps"), (-0.1, "so the pruning harms"), (0.0, "not told apart from none")]
+    ("ahead", "words"), [(0.1, "the pruning helps"), (-0.1, "the pruning harms"), (0.0, "no significant difference")]
 )
 def test_hid_is_put_beside_hid_without_its_pruning(ahead: float, words: str) -> None:
     source = made_up("quick", steady({"hid": 0.5 + ahead, "hid without pruning": 0.5}), keep=called("hid", "hid without pruning"))
     note = "2 rounds; pruned 0 and 3 of 1024 units; 600 of 1150 samples taken for clean"
     rows = source.rows.assign(note=[note if name == "hid" else "" for name in source.rows["defense"]])
-    told = answers_boards.pruned(dataclasses.replace(source, rows=rows)).answer
+    told = show(pruned, dataclasses.replace(source, rows=rows)).answer
     assert words in told
     assert "RA of hid minus RA of hid without pruning" in told
-    assert "Its Hölder step pruned nothing in 10 of 20 rounds." in told  # a victim on given features is not met
+    assert "its Hölder step prunes nothing in 10 of 20 rounds." in told  # a victim on given features is not met
 
 
 def test_defenses_that_found_no_more_poison_than_chance_are_named() -> None:
     source = made_up("quick", keep=called("abl", "dbd"), precision=0.02)
-    told = answers_boards.detectors(source).answer
+    told = show(detectors, source).answer
     assert "Cells marked *mechanism failed*" in told
     assert "abl (whole) in 10 of 10" in told
 
@@ -665,7 +761,7 @@ def test_canaries_close_a_share_of_the_gap_or_none(better: bool) -> None:
         return (0.97, 0.9 - ra, ra) if cell.defense_label != "none" else undefended(cell)
 
     source = made_up("quick", figures, keep=called("anp"))
-    shown = answers_axes.canary(source)
+    shown = show(canary, source)
     assert set(shown.frame["defense"]) == {"anp"}
     line = shown.frame.iloc[0]
     assert line["gap"] == pytest.approx(0.2)
@@ -683,8 +779,8 @@ def test_the_share_of_a_gap_is_a_ratio_of_means_and_nothing_where_there_is_no_ga
         "dataset": "d", "backbone": "b", "attack": ["x", "x", "y", "y"], "seed": [0, 1, 0, 1], "validation": [0.1, 0.3, 0.5, 0.5],
         "canary": [0.2, 0.4, 0.5, 0.6], "oracle": [0.5, 0.5, 0.5, 0.7],
     })  # fmt: skip
-    found = answers_axes.closed(table)
+    found = canary.closed(table)
     gap, won = ((0.3 + 0.1) / 2, (0.1 + 0.05) / 2)
     assert found.mean == pytest.approx(won / gap)
     assert found.low < found.mean < found.high
-    assert math.isnan(answers_axes.closed(table.assign(oracle=table["validation"], canary=table["validation"])).mean)
+    assert math.isnan(canary.closed(table.assign(oracle=table["validation"], canary=table["validation"])).mean)

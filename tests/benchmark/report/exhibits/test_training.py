@@ -9,14 +9,14 @@ from itertools import combinations
 from typing import Any
 
 import pytest
-from tests.benchmark.test_exhibits import made_up
 
-from benchmark.report.exhibits.answers_training import training
+from benchmark.report.exhibits import training
 from benchmark.report.exhibits.evidence import Missing
 from benchmark.settings.cells import Cell
 from benchmark.settings.load import find_matrix, load_matrix
 from benchmark.settings.presets import recipes as recipe_presets
 from models.recipe import Recipe
+from tests.benchmark.report.exhibits.test_exhibits import made_up, show
 
 Triple = tuple[float, float, float]
 RANKED = {"fine-tuning": 0.3, "fine-pruning": 0.5, "clp": 0.2, "holder-pruning": 0.1, "pruning": 0.4}
@@ -39,7 +39,7 @@ def after(swapped: str) -> Callable[[Cell, float], Triple]:
 
 def test_precisions_are_compared_pair_by_pair_and_by_the_order_of_the_defenses() -> None:
     moves = {"float32": 0.0, "tf32": 0.01, "bf16": -0.03}
-    shown = training(made_up("precision", after("bf16"), before(moves), twin=lambda cell: 0.9))
+    shown = show(training, made_up("precision", after("bf16"), before(moves), twin=lambda cell: 0.9))
     table = shown.frame.set_index(["attack", "trained"])
     for attack in ("badnets", "blended", "wanet"):
         for label, moved in moves.items():
@@ -58,13 +58,13 @@ def test_precisions_are_compared_pair_by_pair_and_by_the_order_of_the_defenses()
     # The order, by hand: of the pairs of defenses, those that agree minus those that do not.
     agree = sum((a - b) * (a - b) > 0 for a, b in combinations(RANKED.values(), 2))
     assert agree == 10
-    assert "6 defenses by RA agrees with a Kendall correlation of 1, and the best is the same" in tf32
-    assert "6 defenses by RA agrees with a Kendall correlation of -1, and the best is another" in bf16
-    assert "Between two different seeds, orders agree by 1 on average across the two, and by 1 within float32" in tf32
-    assert "Between two different seeds, orders agree by -1 on average across the two, and by 1 within float32" in bf16
-    # No figure differs between seeds, so every difference is told apart; fine-tuning has none: 0.6 - 0.3 is 0.3.
-    assert "RA under tf32 and float32 is told apart for none of 6." in shown.answer
-    assert "RA under bf16 and float32 is told apart for 5 of 6: fine-pruning (whole) -40.0 points" in shown.answer
+    assert "6 defenses by RA has a Kendall correlation of 1, and the best defense is the same" in tf32
+    assert "6 defenses by RA has a Kendall correlation of -1, and the best defense differs" in bf16
+    assert "between two different seeds the correlation is 1 on average across the two, and 1 within float32" in tf32
+    assert "between two different seeds the correlation is -1 on average across the two, and 1 within float32" in bf16
+    # No figure differs between seeds, so every difference is significant; fine-tuning has none: 0.6 - 0.3 is 0.3.
+    assert "; with a defense, RA differs significantly for none of 6." in tf32
+    assert "; with a defense, RA differs significantly for 5 of 6 (fine-pruning (whole) -40.0 points" in bf16
     for number, label in enumerate(moves):
         line = shown.frame[(shown.frame["defense"] == "clp (whole)") & (shown.frame["trained"] == label)].iloc[0]
         assert line["ra"] == pytest.approx(0.4 if label == "bf16" else 0.2)
@@ -79,12 +79,12 @@ def test_an_order_that_seeds_alone_turn_round_is_told_from_one_that_the_training
     def by_seed(cell: Cell, place: float) -> Triple:
         return 0.95, 0.1, (turned if cell.scenario.seed else RANKED).get(cell.defense.name, 0.0)
 
-    shown = training(made_up("recipe", by_seed))
+    shown = show(training, made_up("recipe", by_seed))
     names = ("fine-tuning", "fine-pruning", "clp", "holder-pruning", "holder-pruning", "pruning")
     expected = slow_tau([RANKED[name] for name in names], [turned[name] for name in names])
     assert -1 < expected < 0
-    assert f"orders agree by {expected:.3g} on average across the two, and by {expected:.3g} within 100 epochs" in shown.answer
-    assert "agrees with a Kendall correlation of 1," in shown.answer
+    assert f"the correlation is {expected:.3g} on average across the two, and {expected:.3g} within 100 epochs" in shown.answer
+    assert "has a Kendall correlation of 1," in shown.answer
 
 
 def slow_tau(one: list[float], two: list[float]) -> float:
@@ -99,8 +99,8 @@ def test_models_that_implant_one_way_only_are_in_no_order() -> None:
     def weak(cell: Cell) -> Triple:
         return (0.97, 0.99, 0.0) if cell.scenario.backbone_label == "100 epochs" else (0.97, 0.2, 0.7)
 
-    shown = training(made_up("recipe", after("none"), weak))
-    assert "Too few defenses met models that implanted both ways" in shown.answer
+    shown = show(training, made_up("recipe", after("none"), weak))
+    assert "Too few defenses have models that implanted both ways" in shown.answer
     assert set(shown.frame[shown.frame["trained"] == "fast"]["implanted"]) == {"0 of 2"}
 
 
@@ -112,8 +112,8 @@ def test_what_implants_one_way_only_counts_for_neither() -> None:
     def by_attack(cell: Cell, place: float) -> Triple:
         return 0.95, 0.1, 0.8 if cell.scenario.attack_label == "badnets" else RANKED.get(cell.defense.name, 0.0)
 
-    shown = training(made_up("recipe", by_attack, weak))
-    assert "Defenses are compared on 4 of 6 attacked models, which implanted every way: blended, wanet." in shown.answer
+    shown = show(training, made_up("recipe", by_attack, weak))
+    assert "Defenses are compared on 4 of 6 attacked models, which implanted every way (blended, wanet)." in shown.answer
     mine = shown.frame[shown.frame["defense"] == "clp (whole)"]
     assert list(mine["trained"]) == ["100 epochs", "fast"]
     assert list(mine["ra"]) == pytest.approx([0.2, 0.2])
@@ -121,7 +121,7 @@ def test_what_implants_one_way_only_counts_for_neither() -> None:
 
 def test_it_takes_one_network_trained_in_several_ways() -> None:
     with pytest.raises(Missing, match="several labels"):
-        training(made_up("quick"))
+        show(training, made_up("quick"))
 
 
 @pytest.mark.parametrize("name", ["precision", "recipe"])
