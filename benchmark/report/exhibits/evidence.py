@@ -23,7 +23,8 @@ import numpy as np
 import pandas as pd
 
 from benchmark.analysis import intervals, stats
-from benchmark.analysis.stats import SCENARIO, WORLD, Interval
+from benchmark.analysis.intervals import Interval
+from benchmark.analysis.stats import SCENARIO, WORLD
 from benchmark.report.figures import DotPanel, Dots, Lines, Series
 from benchmark.report.words import gate_words
 from benchmark.settings.cells import Matrix

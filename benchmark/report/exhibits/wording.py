@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jinja2
 import pandas as pd
 
-from benchmark.analysis.stats import Interval
+from benchmark.analysis.intervals import Interval
 from benchmark.report.exhibits.evidence import entry_words, interval_of, verdict
 from benchmark.report.text import markdown, number_text
 from benchmark.rules.metrics import IMPLANTED_ASR
