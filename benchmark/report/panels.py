@@ -160,7 +160,7 @@ def _lines_panel(axes: Axes, panel: Panel, marks: Mapping[str, Mark]) -> None:
         _signed(axes, "y", (value for series in panel.series for part in series.y for value in part))
     else:
         _percent(axes, "y", panel.floor)
-    axes.set(facecolor="#E6E6E6" if panel.dead else "white", xlabel=plain(panel.xlabel), ylabel=plain(panel.ylabel))
+    axes.set(facecolor="#E6E6E6" if panel.dead else "white", xlabel=panel.xlabel, ylabel=plain(panel.ylabel))
 
 
 def _lines(figure: Lines, known: Looks) -> tuple[list[Cell], Key]:
@@ -232,7 +232,7 @@ def _dots_panel(axes: Axes, panel: DotPanel, marks: Mapping[str, Mark]) -> None:
         axes.axhline(row if one_lane else row + 0.5, color="#E3E3E3", linewidth=0.7, zorder=0)
     for row in panel.hatched:
         axes.axhspan(row - 0.5, row + 0.5, zorder=0, **area_style(Mark(kind="hatch")))
-    for label, mark in reversed(marks.items()):  # the first lies on top
+    for label, mark in reversed([*marks.items()]):  # the first lies on top
         lane = (beside.index(label) + 0.5) / len(beside) * 0.8 - 0.4 if label in beside else mark.lane or 0.0
         thick = 0.3 if mark.kind == "band" else 0.76 / max(1, len(beside))
         for row in range(count):
@@ -320,7 +320,7 @@ def cells_of(figure: Figure, known: Looks) -> tuple[list[Cell], Key]:
     if isinstance(figure, Dots):
         return _dots(figure)
     if isinstance(figure, Heat):
-        return [Cell(panel.title, 0.78 * len(panel.columns), 0.33 * len(panel.names),
+        return [Cell(panel.title, 0.84 * len(panel.columns), 0.33 * len(panel.names),
                      partial(_heat_panel, panel=panel, figure=figure)) for panel in figure.panels], figure.key  # fmt: skip
     return [Cell(title, figure.width, figure.height, partial(_picture, caption=caption, image=image, names=figure.names))
             for title, caption, image in figure.panels], ()  # fmt: skip

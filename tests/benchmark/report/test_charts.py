@@ -292,7 +292,8 @@ def test_dials_name_only_the_selections_a_track_is_shown_under():
 @pytest.mark.parametrize("name", ["x", "nearest-class-mean on poisoned, no labels", "n" * 60])
 def test_legends_titles_and_notes_stay_within_the_page(columns, name):
     key = tuple((text, Mark(marker="o")) for text in [name, "short", *[name] * 14])
-    panel = Panel(name[:30].replace("n" * 30, "n" * 20), "x", "y", (Series("", (0.0, 1.0), (half(), half()), mark=Mark(stroke="-")),))
+    line = Series("", (0.0, 1.0), (half(), half()), mark=Mark(stroke="-"))
+    panel = Panel(name[:30].replace("n" * 30, "n" * 20), "x", "y", (line,))
     with render.style():
         page = render.sheet(Lines((panel,) * columns, columns, "A note. " * 60, key), "title " * 20)
         width, height = page.bbox.width, page.bbox.height
