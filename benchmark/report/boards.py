@@ -235,8 +235,8 @@ def dials(rows: pd.DataFrame, curves: pd.DataFrame, track: str) -> Figure | None
     def drawn(mine: pd.DataFrame, metric: str) -> tuple[Series, ...]:
         """A curve per scenario, and a marker where each selection chose, on average."""
         found = []
-        for key, seeds in mine.groupby(stats.SCENARIO, sort=False):
-            place = tuple(map(str, key))
+        for named, seeds in mine.groupby(stats.SCENARIO, sort=False):
+            place = tuple(map(str, named))
             paths = [path for _, path in seeds.groupby("seed", sort=True)]
             grid, mean = _dial_mean(paths, metric)
             curve, colour = Mark(colours[place[2]], stroke=strokes[place[:2]], alpha=0.9), colours[place[2]]

@@ -232,7 +232,7 @@ def _dots_panel(axes: Axes, panel: DotPanel, marks: Mapping[str, Mark]) -> None:
         axes.axhline(row if one_lane else row + 0.5, color="#E3E3E3", linewidth=0.7, zorder=0)
     for row in panel.hatched:
         axes.axhspan(row - 0.5, row + 0.5, zorder=0, **area_style(Mark(kind="hatch")))
-    for label, mark in reversed([*marks.items()]):  # the first lies on top
+    for label, mark in reversed(list(marks.items())):  # the first lies on top
         lane = (beside.index(label) + 0.5) / len(beside) * 0.8 - 0.4 if label in beside else mark.lane or 0.0
         thick = 0.3 if mark.kind == "band" else 0.76 / max(1, len(beside))
         for row in range(count):
