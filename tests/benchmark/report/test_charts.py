@@ -14,7 +14,7 @@ from PIL import Image
 from benchmark.analysis.stats import Interval
 from benchmark.report import boards, render, style
 from benchmark.report import charts as plots
-from benchmark.report.figures import DotPanel, Dots, Lines, Mark, Panel, Series
+from benchmark.report.figures import DotPanel, Dots, Gallery, Lines, Mark, Panel, Series
 from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON
 from benchmark.storage.rows import Curve, Row, Timing, frame
 from models.spec import BadInput
@@ -383,6 +383,13 @@ def test_a_trigger_picture_holds_the_pixels_and_says_what_it_shows(tmp_path):
     pixels = np.asarray(picture)[scale // 2 :: scale, scale // 2 :: scale, 0]
     assert (pixels[0, 0], pixels[7, 7], pixels[9 + 7, 7], pixels[18, 0], pixels[18 + 7, 7]) == (100, 100, 160, 0, 120)
     assert (pixels[:, 8] == 255).all()
+
+
+def test_every_panel_of_a_gallery_has_its_caption():
+    panels = tuple((name, "difference \N{MULTIPLICATION SIGN} 1", np.zeros((9, 6, 3), dtype=np.uint8)) for name in "abc")
+    with render.style():
+        page = render.sheet(Gallery(panels, 1, "", ("clean", "triggered", "difference"), 2, 1), "t")
+    assert [[tick.get_text() for tick in axes.get_xticklabels()] for axes in page.axes] == [[panels[0][1]]] * 3
 
 
 @pytest.mark.parametrize(("peak", "factor"), [(0, 100), (2, 100), (3, 50), (100, 2), (128, 1), (255, 1)])
