@@ -202,7 +202,7 @@ def _dot(axes: Axes, mark: Mark, part: Interval, y: float, thick: float, panel: 
 
 def _beside(axes: Axes, x: float, y: float, text: str, colour: str = "#333333") -> None:
     axes.annotate(text, (x, y), (4, 0), textcoords="offset points", va="center", fontsize=7.5, color=colour,
-                  fontweight="bold" if len(text) == 1 and text != "0" else "normal", zorder=5, annotation_clip=False)  # fmt: skip
+                  fontweight="bold" if text in ("F", "R", "n", "?") else "normal", zorder=5, annotation_clip=False)  # fmt: skip
 
 
 def _dots_axes(axes: Axes, panel: DotPanel) -> None:
