@@ -154,7 +154,7 @@ def heatmap(rows: pd.DataFrame, track: str, metric: str) -> Figure:
         values, texts = (np.array([[cell[part] for cell in line] for line in found]) for part in (0, 1))
         values[:, dead] = math.nan
         signs |= {text[-1] for text in texts.ravel()}
-        panels.append(HeatPanel(f"{place[0]}, {place[1]}", tuple(wrapped(plain(attack), 11, 3) for attack in attacks),
+        panels.append(HeatPanel(f"{place[0]}, {place[1]}", tuple(wrapped(plain(attack), 12, 3) for attack in attacks),
                                 tuple(wrapped(names[entry], 24) for entry in order), values, texts, dead))  # fmt: skip
     key: Key = ((_NOT_COUNTED, HATCH),) * any(panel.dead for panel in panels)
     key += tuple((text, None) for sign, text in LETTER_KEY.items() if sign != "0" and sign in signs)
@@ -162,7 +162,7 @@ def heatmap(rows: pd.DataFrame, track: str, metric: str) -> Figure:
             f"{gate_words(rows)}.")  # fmt: skip
     label = f"{METRICS[metric]} in % ({'lower' if metric == 'asr' else 'higher'} is better)"
     rules = {roles.count("reference"), len(roles) - roles.count("control")} - {0, len(roles)}
-    columns, palette = max(1, int(11.5 // (0.78 * len(attacks) + 0.2))), "YlOrRd" if metric == "asr" else "YlGnBu"
+    columns, palette = max(1, int(11.5 // (0.84 * len(attacks) + 0.2))), "YlOrRd" if metric == "asr" else "YlGnBu"
     return Heat(tuple(panels), columns, note, palette, label, tuple(sorted(rules)), key)
 
 
@@ -255,7 +255,7 @@ def dials(rows: pd.DataFrame, curves: pd.DataFrame, track: str) -> Figure | None
         mine = rows_at(table, defense=entry[0], scope=entry[1])
         positive = mine["dial"][mine["dial"] > 0]
         log = bool((mine["dial"] > 0).all() and positive.max() / positive.min() > 100)
-        dial = wrapped(plain(mine["dial_name"].iloc[0]) or "dial", 42, 1)
+        dial = wrapped(plain(mine["dial_name"].iloc[0]) or "dial", 40)
         panels += [Panel(f"{names[entry]}: {words}", dial, "%", drawn(mine, metric), log=log, ticks=False)
                    for metric, words in METRICS.items()]  # fmt: skip
     key: Key = tuple((name, Mark(colour, stroke="-", width=2)) for name, colour in colours.items())

@@ -139,7 +139,7 @@ def _published_panel(group: Sequence[published.Comparison], metric: str, marks: 
     means = tuple(only(float(np.mean([seed[metric] for seed in one.measured]))) for one in group)
     leaky = tuple(only(float(np.mean([seed[metric] for seed in one.leaky])) if one.leaky else math.nan) for one in group)
     series = ((marks[0], tuple(Interval(math.nan, *band) for band in bands)), ("here: mean over seeds", means),
-              (_LEAKY, leaky))  # fmt: skip
+              *(((_LEAKY, leaky),) * any(one.leaky for one in group)))  # fmt: skip
     points = {
         name: tuple(tuple(value for figure in one.printed if _printed_label(figure) == name
                           and not math.isnan(value := getattr(figure, metric))) for one in group) for name in marks[1:]

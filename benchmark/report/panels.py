@@ -161,7 +161,7 @@ def _lines_panel(axes: Axes, panel: Panel, marks: Mapping[str, Mark]) -> None:
         _signed(axes, "y", (value for series in panel.series for part in series.y for value in part))
     else:
         _percent(axes, "y", panel.floor)
-    axes.set(facecolor="#E6E6E6" if panel.dead else "white", xlabel=plain(panel.xlabel), ylabel=plain(panel.ylabel))
+    axes.set(facecolor="#E6E6E6" if panel.dead else "white", xlabel=panel.xlabel, ylabel=plain(panel.ylabel))
 
 
 def _lines(figure: Lines, known: Looks) -> tuple[list[Cell], Key]:
@@ -203,7 +203,7 @@ def _dot(axes: Axes, mark: Mark, part: Interval, y: float, thick: float, panel: 
 
 def _beside(axes: Axes, x: float, y: float, text: str, colour: str = "#333333") -> None:
     axes.annotate(text, (x, y), (4, 0), textcoords="offset points", va="center", fontsize=7.5, color=colour,
-                  fontweight="bold" if len(text) == 1 and text != "0" else "normal", zorder=5, annotation_clip=False)  # fmt: skip
+                  fontweight="bold" if text in ("F", "R", "n", "?") else "normal", zorder=5, annotation_clip=False)  # fmt: skip
 
 
 def _dots_axes(axes: Axes, panel: DotPanel) -> None:
@@ -309,9 +309,8 @@ def _heat_panel(axes: Axes, panel: HeatPanel, figure: Heat) -> None:
 def _picture(axes: Axes, caption: str, image: np.ndarray, names: Sequence[str]) -> None:
     axes.imshow(image, interpolation="nearest", aspect="auto")
     axes.set_yticks((np.arange(len(names)) + 0.5) * len(image) / len(names), names)
-    axes.set_xticks([])
+    axes.set_xticks([image.shape[1] / 2], [caption])  # no label of the axis: those are written once for equal neighbours
     axes.tick_params(length=0)
-    axes.set_xlabel(caption, fontsize=8.5)
     axes.spines[:].set_visible(False)
 
 
@@ -321,7 +320,7 @@ def cells_of(figure: Figure, known: Looks) -> tuple[list[Cell], Key]:
     if isinstance(figure, Dots):
         return _dots(figure)
     if isinstance(figure, Heat):
-        return [Cell(panel.title, 0.78 * len(panel.columns), 0.33 * len(panel.names),
+        return [Cell(panel.title, 0.84 * len(panel.columns), 0.33 * len(panel.names),
                      partial(_heat_panel, panel=panel, figure=figure)) for panel in figure.panels], figure.key  # fmt: skip
     return [Cell(title, figure.width, figure.height, partial(_picture, caption=caption, image=image, names=figure.names))
             for title, caption, image in figure.panels], ()  # fmt: skip

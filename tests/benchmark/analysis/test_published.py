@@ -162,6 +162,11 @@ def test_the_figure_marks_another_protocol_and_is_drawn_for_counterparts_alone()
     same = plots._published(rows.assign(acc_literature=0.9), "model+clean")
     assert same is not None
     assert not any(panel.alarm or "OTHER PROTOCOL" in panel.subtitle for panel in same.panels)
+    label = "here: chosen on the test ASR, as there"
+    blind = plots._published(rows[rows["selection"] != "leaky"], "model+clean")
+    assert blind is not None
+    for drawn, shown in ((figure, True), (blind, False)):  # explained only where it is drawn
+        assert {label in drawn.marks, *(label in dict(panel.series) for panel in drawn.panels)} == {shown}
     assert plots._published(rows.assign(dataset="digits"), "model+clean") is None
     assert plots._published(frame(every("none")), "control") is None
 

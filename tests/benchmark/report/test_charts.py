@@ -14,7 +14,7 @@ from PIL import Image
 from benchmark.analysis.intervals import Interval
 from benchmark.report import boards, render, style
 from benchmark.report import charts as plots
-from benchmark.report.figures import DotPanel, Dots, Lines, Mark, Panel, Series
+from benchmark.report.figures import DotPanel, Dots, Gallery, Lines, Mark, Panel, Series
 from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON
 from benchmark.storage.rows import Curve, Row, Timing, frame
 from models.spec import BadInput
@@ -292,7 +292,8 @@ def test_dials_name_only_the_selections_a_track_is_shown_under():
 @pytest.mark.parametrize("name", ["x", "nearest-class-mean on poisoned, no labels", "n" * 60])
 def test_legends_titles_and_notes_stay_within_the_page(columns, name):
     key = tuple((text, Mark(marker="o")) for text in [name, "short", *[name] * 14])
-    panel = Panel(name[:30].replace("n" * 30, "n" * 20), "x", "y", (Series("", (0.0, 1.0), (half(), half()), mark=Mark(stroke="-")),))
+    line = Series("", (0.0, 1.0), (half(), half()), mark=Mark(stroke="-"))
+    panel = Panel(name[:30].replace("n" * 30, "n" * 20), "x", "y", (line,))
     with render.style():
         page = render.sheet(Lines((panel,) * columns, columns, "A note. " * 60, key), "title " * 20)
         width, height = page.bbox.width, page.bbox.height
@@ -382,6 +383,13 @@ def test_a_trigger_picture_holds_the_pixels_and_says_what_it_shows(tmp_path):
     pixels = np.asarray(picture)[scale // 2 :: scale, scale // 2 :: scale, 0]
     assert (pixels[0, 0], pixels[7, 7], pixels[9 + 7, 7], pixels[18, 0], pixels[18 + 7, 7]) == (100, 100, 160, 0, 120)
     assert (pixels[:, 8] == 255).all()
+
+
+def test_every_panel_of_a_gallery_has_its_caption():
+    panels = tuple((name, "difference \N{MULTIPLICATION SIGN} 1", np.zeros((9, 6, 3), dtype=np.uint8)) for name in "abc")
+    with render.style():
+        page = render.sheet(Gallery(panels, 1, "", ("clean", "triggered", "difference"), 2, 1), "t")
+    assert [[tick.get_text() for tick in axes.get_xticklabels()] for axes in page.axes] == [[panels[0][1]]] * 3
 
 
 @pytest.mark.parametrize(("peak", "factor"), [(0, 100), (2, 100), (3, 50), (100, 2), (128, 1), (255, 1)])
