@@ -121,7 +121,7 @@ def run(
 
 def _compare(folder: Path) -> None:
     """Prints how the rows of a run compare with the committed rows of the same matrix, if there are any."""
-    from benchmark.run.compare import comparison
+    from benchmark.proof.compare import comparison
 
     committed = COMMITTED / folder.name
     if (committed / "rows.csv").is_file() and folder.resolve() != committed.resolve():

@@ -99,7 +99,7 @@ def log_matrix(
 
     Args:
         tables: by title, for the leaderboard run. figures: PNG files, for the same run.
-        folder: home of the runs (``.cache/wandb``); they stand in its subfolder ``wandb``, what is logged in ``.logged``.
+        folder: home of the runs (``.cache/wandb``); they are in its subfolder ``wandb``, the list of logged runs in ``.logged``.
         progress: called with (runs done, runs to do) after each run, in the calling thread.
 
     A run whose content was logged before, to the same place, is not logged again: the same content gives the same run identity.
@@ -119,36 +119,62 @@ def log_matrix(
         import wandb  # 0.6 s: only when there is something to log
     except ImportError:
         return "W&B: skipped: wandb is not installed"
-
+    session = _Session(wandb, mode, folder, record, logged)
     start = time.perf_counter()
-    hint, done, pending = "", 0, runs
     try:
-        (folder / "wandb").mkdir(parents=True, exist_ok=True)
-        wandb.setup(wandb.Settings(**_settings(wandb, mode)))
-        if mode == "online" and not wandb.login(prompt=False):
-            mode, hint = "offline", "; online was asked for, but this machine is not logged in: run `wandb login` first"
-            wandb.teardown()
-            wandb.setup(wandb.Settings(**_settings(wandb, mode)))
-        pending = _missing(runs, logged, mode)
-        place = logged.setdefault(_place(mode), {})
-        for run in _log_all(wandb, pending, mode, folder):
-            place[run.key] = run.id
-            done += 1
-            if done % _SAVE_EVERY == 0:
-                _remember(record, logged)
-            if progress is not None:
-                progress(done, len(pending))
+        session.log(runs, progress)
     except (wandb.Error, OSError, RuntimeError, BadInput) as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        hint = f", then: {why}; the same command logs the rest"
+        session.hint = f", then: {why}; the same command logs the rest"
     finally:
         wandb.teardown()
         _remember(record, logged)
-    if not pending:
-        return f"W&B: all {len(runs)} runs are logged already{hint}"
-    where = f"in {folder / 'wandb'}" if mode == "offline" else "at the W&B server"
-    count = f"{done}" if done == len(pending) else f"{done} of {len(pending)}"
-    return f"W&B: {count} runs logged {mode} {where} in {time.perf_counter() - start:.0f} s{hint}"
+    if session.pending == 0:
+        return f"W&B: all {len(runs)} runs are logged already{session.hint}"
+    where = f"in {folder / 'wandb'}" if session.mode == "offline" else "at the W&B server"
+    count = f"{session.done}" if session.done == session.pending else f"{session.done} of {session.pending}"
+    return f"W&B: {count} runs logged {session.mode} {where} in {time.perf_counter() - start:.0f} s{session.hint}"
+
+
+@dataclass
+class _Session:
+    """One call of :func:`log_matrix` that has something to log.
+
+    Attributes:
+        mode: ``online`` or ``offline``; an online session without a login becomes an offline one.
+        hint: what the console line ends with.
+        done: number of runs logged.
+        pending: number of runs to log; None before they were counted.
+    """
+
+    wandb: Any
+    mode: str
+    folder: Path
+    record: Path
+    logged: dict[str, dict[str, str]]
+    hint: str = ""
+    done: int = 0
+    pending: int | None = None
+
+    def log(self, runs: Sequence[_Run], progress: Callable[[int, int], None] | None) -> None:
+        """Logs the runs that are missing, and records each."""
+        (self.folder / "wandb").mkdir(parents=True, exist_ok=True)
+        self.wandb.setup(self.wandb.Settings(**_settings(self.wandb, self.mode)))
+        if self.mode == "online" and not self.wandb.login(prompt=False):
+            self.mode = "offline"
+            self.hint = "; online was asked for, but this machine is not logged in: run `wandb login` first"
+            self.wandb.teardown()
+            self.wandb.setup(self.wandb.Settings(**_settings(self.wandb, self.mode)))
+        missing = _missing(runs, self.logged, self.mode)
+        self.pending = len(missing)
+        place = self.logged.setdefault(_place(self.mode), {})
+        for run in _log_all(self.wandb, missing, self.mode, self.folder):
+            place[run.key] = run.id
+            self.done += 1
+            if self.done % _SAVE_EVERY == 0:
+                _remember(self.record, self.logged)
+            if progress is not None:
+                progress(self.done, self.pending)
 
 
 def dashboard_command(folder: Path, matrix: str | None = None) -> list[str]:

@@ -27,7 +27,7 @@ from rich.table import Table
 from scipy.stats import binomtest
 
 from benchmark.analysis.stats import ENTRY, SCENARIO
-from benchmark.run.compare import points_apart
+from benchmark.proof.compare import points_apart
 from benchmark.run.keys import cell_key
 from benchmark.run.progress import notes
 from benchmark.run.session import manifest as manifest_of

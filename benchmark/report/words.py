@@ -196,8 +196,8 @@ def rank_words(rows: pd.DataFrame, track: str, selection: str) -> str:
     if test is None:
         blocks = int(stats.scenarios(rows)["implanted"].sum())
         return (
-            f"No rank test and no critical-difference diagram: they need at least {rank_tests.MIN_BLOCKS} implanted scenarios ({blocks} "
-            "here) and three complete, differing defenses."
+            f"No rank test and no critical-difference diagram: they need at least {rank_tests.MIN_BLOCKS} implanted scenarios "
+            f"({blocks} here) and three complete, differing defenses."
         )
     apart = [f"{_entries([a])} and {_entries([b])}, p = {p:.3g}" for a, b, p in test.pairs if p < rank_tests.LEVEL]
     omnibus = "" if test.friedman < rank_tests.LEVEL else " That is above 5 %, so no pair counts as different."
@@ -219,6 +219,6 @@ def paired_words(table: pd.DataFrame) -> str:
         f"With {pairs} pairs the smallest possible p is {probability_text(least)}, or {probability_text(adjusted)} after Holm over "
         f"{count} comparisons: a difference {over_pairs} be significant at 5 % over pairs. With {blocks} blocks the smallest "
         f"possible p is {probability_text(least_blocks)}: over blocks a difference {over_blocks} be significant at 5 %. One "
-        f"comparison needs {rank_tests.blocks_needed()} blocks, {count} need {rank_tests.blocks_needed(count)}. Intervals from {blocks} "
-        "blocks are rough, and too narrow when blocks are few. A large p is no evidence of equality."
+        f"comparison needs {rank_tests.blocks_needed()} blocks, {count} need {rank_tests.blocks_needed(count)}. Intervals from "
+        f"{blocks} blocks are rough, and too narrow when blocks are few. A large p is no evidence of equality."
     )

@@ -102,10 +102,10 @@ class Store:
         return (self.folder(stage, key) / "entry.json").is_file()
 
     def once(self, stage: str, key: str, compute: Callable[[], None]) -> None:
-        """Has a stage computed and written by ``compute``, unless it stands or another process is at it.
+        """Computes and writes a stage with ``compute``, unless it is cached or locked by another process.
 
-        What ``compute`` asks for in turn may be waited for: stages stand on one another in one direction only, so no two processes
-        can wait for each other.
+        ``compute`` may wait for other stages: stages depend on each other in one direction only, so no two processes can wait for
+        each other.
 
         Raises:
             Busy: another process is computing it, and this store is not patient.
@@ -138,19 +138,8 @@ class Store:
             return None
         except OSError as error:
             raise BadInput(f"{folder / 'entry.json'}: cannot be read: {error.strerror or error}") from error
-        try:
-            written = json.loads(raw)
-            content = written["content"]
-            matches = hashlib.sha256(canonical(content).encode()).hexdigest() == written["sha256"]
-            belongs = (content["key"], content["stage"]) == (key, stage)
-        except (ValueError, TypeError, KeyError, RecursionError):
-            self._set_aside(folder, seen, "entry.json is not readable")
-            return None
-        if not matches:
-            self._set_aside(folder, seen, "entry.json does not match its checksum")
-            return None
-        if not belongs:
-            self._set_aside(folder, seen, "the entry belongs to another key")
+        content = self._content(raw, folder, seen, stage, key)
+        if content is None:
             return None
         if not tensors or content["tensors"] is None:
             return Entry(content["outcome"], {})
@@ -166,10 +155,28 @@ class Store:
         except OSError as error:
             raise BadInput(f"{folder / 'tensors.safetensors'}: cannot be read: {error.strerror or error}") from error
 
+    def _content(self, raw: bytes, folder: Path, seen: int, stage: str, key: str) -> dict[str, Any] | None:
+        """What entry.json holds; None where it is damaged, and then the entry has been set aside."""
+        try:
+            written = json.loads(raw)
+            content: dict[str, Any] = written["content"]
+            matches = hashlib.sha256(canonical(content).encode()).hexdigest() == written["sha256"]
+            belongs = (content["key"], content["stage"]) == (key, stage)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            self._set_aside(folder, seen, "entry.json is not readable")
+            return None
+        if not matches:
+            self._set_aside(folder, seen, "entry.json does not match its checksum")
+            return None
+        if not belongs:
+            self._set_aside(folder, seen, "the entry belongs to another key")
+            return None
+        return content
+
     def write(
         self, stage: str, key: str, spec: Any, outcome: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Stores a finished stage; ``spec`` is kept for people who look inside. Does nothing when the entry already stands."""
+        """Stores a finished stage; ``spec`` is kept for people who look inside. Does nothing when the stage is cached."""
         raw = None
         if tensors is not None:
             raw = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})

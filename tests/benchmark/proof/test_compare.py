@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmark.run.compare import compare_rows, points_apart
+from benchmark.proof.compare import compare_rows, points_apart
 from benchmark.storage.rows import Row, frame
 
 WHERE = Path("results/m")
