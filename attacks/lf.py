@@ -2,7 +2,7 @@
 arXiv 2104.03413.
 
 A smooth trigger: one picture without fine detail is added to each poisoned image, which takes the attacker's label. Filters that
-look for the high frequencies most triggers leave behind find nothing. At test time the same picture sends any image to the target.
+look for the high frequencies of most triggers find nothing. At test time the same picture sends any image to the target.
 
 Needs: the training data. Edits: every pixel of a poisoned image, and its label. Dial: the plan's rate.
 Deviations from the paper: the paper searches for the picture, a universal adversarial perturbation of a clean network that is

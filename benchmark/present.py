@@ -29,7 +29,7 @@ __all__ = [
 COMMITTED = "results"
 """Name of the folder whose rows are committed."""
 FRONT = "quick"
-"""The matrix whose leaderboard stands on the project's front page."""
+"""The matrix whose leaderboard is on the project's front page."""
 GALLERY = "triggers"
 """File stem of the trigger gallery: the one figure that rows alone cannot give."""
 Frames = tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]

@@ -2,7 +2,7 @@
 
 Every cell becomes a run (group = matrix, job type = defense, config = the cell's spec, summary = its rows, history = its dial
 curve), and one more run holds the tables and the figures. Runs stay on this machine unless ``WANDB_MODE=online``; the
-rows are complete without them, so what W&B cannot do is said in one line and fails nothing.
+rows are complete without them, so an error of W&B is reported in one line and fails nothing.
 """
 
 from __future__ import annotations

@@ -271,7 +271,7 @@ class Pretrained(Extractor):
         if not linear:
             raise BadInput(f"{self.name}: {self.model} has no linear classifier at its end to read the features from")
         name, last = linear[-1]
-        if f"{name}.weight" in state:  # the file decides how many classes its own classifier tells apart
+        if f"{name}.weight" in state:  # the file decides how many classes its own classifier distinguishes
             net.set_submodule(name, nn.Linear(last.in_features, len(state[f"{name}.weight"]), bias=last.bias is not None))
         fit_state(net, state, path)
         net.set_submodule(name, nn.Identity())

@@ -315,7 +315,7 @@ def run_stages(
         processes: stages at once; one is run in this process.
 
     Raises:
-        BadInput: something a person must mend (a full disk, a missing data set); what is stored stays.
+        BadInput: something that the user must correct (a full disk, a missing data set); what is stored stays.
     """
     schedule = Schedule(stages, watcher)
     if processes == 1:

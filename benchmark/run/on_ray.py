@@ -209,7 +209,7 @@ class Cluster:
                 semicolons where they differ.
 
         Raises:
-            BadInput: something a person must mend, or a node that cannot take part, by name.
+            BadInput: something that the user must correct, or a node that cannot take part, by name.
         """
         if not self._slots():
             needed = "CPU and GPU" if self.gpus else "CPU"

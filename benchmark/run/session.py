@@ -318,7 +318,7 @@ class _Session:
             return changed
 
     def _others(self, folder: Path, mine: set[str]) -> list[CellResult]:
-        """Cells outside a slice that have rows and are cached, from the store: this mends rows that were changed in the file."""
+        """Cells outside a slice that have rows and are cached, from the store: this restores rows that were changed in the file."""
         if not (folder / "rows.csv").is_file():
             return []
         written = set(files.read(folder / "rows.csv", Row)["cell"]) - mine

@@ -155,7 +155,7 @@ def parse(raw: dict[str, Any]) -> MatrixTable:
 
 def _first(error: ValidationError, raw: dict[str, Any]) -> str:
     """The first mistake that pydantic found, in one line."""
-    # A misspelt key is often a missing one as well, and its spelling is what has to be mended.
+    # A misspelt key is often a missing one as well, and its spelling is what is wrong.
     problem = next((p for p in error.errors() if p["type"] == "extra_forbidden"), error.errors()[0])
     parts: list[str] = []
     for part in problem["loc"]:

@@ -23,7 +23,7 @@ def held(path: Path, *, wait: bool = True, surely: bool = False) -> Iterator[boo
     """Holds the lock ``path`` against every other process while the block runs; yields whether it is held.
 
     It is the kernel that keeps it, so it is free as soon as its owner is gone, however that one ended. The file is empty and is
-    removed on the way out; one that a killed owner left behind locks nothing. On a file system without locks nothing is held, and
+    removed on the way out; one of a killed owner locks nothing. On a file system without locks nothing is held, and
     the block runs all the same: writers there are safe, but may do the same work twice.
 
     Args:

@@ -53,7 +53,7 @@ def _told(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise BadInput(f"{root}: the store cannot be written: {why(error)}; mend it and issue the same command again") from error
+        raise BadInput(f"{root}: the store cannot be written: {why(error)}; correct it and run the same command again") from error
 
 
 def sweep_store(root: Path) -> None:
@@ -83,7 +83,7 @@ class Store:
     """Stages by key under ``root``; opening one sweeps it, the first time in a process.
 
     Args:
-        report: is told, in one line each, of damaged entries that were set aside.
+        report: called with one line for each of the damaged entries that were set aside.
         patient: whether :meth:`once` waits for a stage that another process is computing, or raises :class:`Busy`.
 
     Raises:
@@ -133,7 +133,7 @@ class Store:
             raise BadInput(f"{folder}: cannot be read: {error.strerror or error}") from error
         try:
             raw = (folder / "entry.json").read_bytes()
-        except _ABSENT as error:  # left where it is, a folder without it would stand in the way of every new entry
+        except _ABSENT as error:  # left there, a folder without it would block every new entry
             self._set_aside(folder, seen, f"entry.json: {error.strerror}")
             return None
         except OSError as error:
@@ -188,7 +188,7 @@ class Store:
             insisting(lambda: self._place(self.folder(stage, key), files))  # where locks do not reach, it may be swept
 
     def _place(self, folder: Path, files: Mapping[str, bytes]) -> None:
-        """Writes the files beside ``folder`` and renames them into it, unless it stands by then."""
+        """Writes the files beside ``folder`` and renames them into it, unless it exists by then."""
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
         try:
