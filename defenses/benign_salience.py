@@ -8,7 +8,7 @@ entries. Adaptive regularisation is that penalty, as steady as L1 on small weigh
 
 Needs: model, clean budget. Edits: every weight; penalised are entries of convs and linear layers (scope HEAD: the head alone).
 Dial: none; the last epoch is the result.
-Deviations from the paper: the formulas are read off its abstract and the authors' code, with the code's errors corrected. The penalty
+Deviations from the paper: the formulas are read off its abstract and the authors' code, its errors corrected. The penalty
 spares entries that are not selected, and shrinks weights below -1 too; the least salient entries are selected, as in the text,
 not the most; salience is taken from the cross-entropy alone. The code penalises the output layer and moves all weights
 (``penalised="last"``); by default the scope decides both, since the text speaks of neurons everywhere. Ours: the warm start in

@@ -330,9 +330,9 @@ MATRICES = [
     ("10,000 seeds", setting("[0]", str(list(range(10_000)))), "seeds"),
     ("a number beyond floats", setting("u = 2", "u = 1e999"), "not a finite number"),
     ("a width of 2^62", setting('"resnet8"', f'"resnet8"\nwidth = {2**62}'), "out of range"),
-    ("a list where a name belongs", setting('tracks = ["model"]', 'tracks = [["model"]]'), "unknown track"),
+    ("a list where a name belongs", setting('tracks = ["model"]', 'tracks = [["model"]]'), "should be a string"),
     ("a table where an extractor's name belongs", matrix(
-        SETTINGS + '[[defense]]\nname = "linear-probe"\nlabels = "train"\nextractors = [{ a = 1 }]\n'), "no extractor"),
+        SETTINGS + '[[defense]]\nname = "linear-probe"\nlabels = "train"\nextractors = [{ a = 1 }]\n'), "should be a string"),
     ("a list where another method's number belongs", setting('name = "clp"\ntracks = ["model"]\nu = 2', (
         'name = "random-pruning"\nlike_settings = { u = [] }')), "like_settings of clp: u = []"),
     ("a list where a base attack's number belongs", setting('"badnets"', (

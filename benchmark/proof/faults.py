@@ -54,6 +54,10 @@ def lines_of(path: Path, key: tuple[str, ...]) -> dict[tuple[Any, ...], tuple[st
     return found
 
 
+def _content(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() else b""
+
+
 def compare(reference: Path, found: Path, *, part: bool = False) -> Difference:
     """How the files of one result folder differ from another's.
 
@@ -67,7 +71,7 @@ def compare(reference: Path, found: Path, *, part: bool = False) -> Difference:
         changed = sum(right[about] != mine[about] for about in both) if name in REPEATED else 0
         one = Difference(0 if part else len(right.keys() - both), len(mine.keys() - both), changed)
         if one == Difference() and not part and name in REPEATED:  # the same lines in another order, say
-            one = Difference(changed=int((reference / name).read_bytes() != (found / name).read_bytes()))
+            one = Difference(changed=int(_content(reference / name) != _content(found / name)))
         total += one
     return total
 

@@ -12,11 +12,12 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from benchmark.proof.faults import KEYS, Difference, compare, lines_of
+from benchmark.proof.faults import KEYS, Difference, compare
 from benchmark.proof.harness import Draws, Moment, Torture, entries
 from benchmark.proof.processes import Command, send, tree, workers_of
+from benchmark.storage.rows import Curve, Row, Timing, read, write
 
 __all__ = ["FAULTS", "Strike"]
 
@@ -300,13 +301,14 @@ def _diverges(torture: Torture, draws: Draws, kills: int) -> Struck:
     if torture.finish(torture.arguments(1, matrix=diverging)):
         return 1, Difference()
     torture.messages()
-    rows = lines_of(torture.results / "rows.csv", ("attack", "status", "reason", "cell", "selection"))
-    mine = [(status, reason) for attack, status, reason, *_ in rows if attack == "diverges"]
+    rows = read(torture.results / "rows.csv", Row)
+    tables = rows, read(torture.results / "curves.csv", Curve), read(torture.results / "timings.csv", Timing)
+    rows = rows[rows["attack"] == "diverges"]
+    mine = list(zip(rows["status"], rows["reason"], strict=True))
     torture.notes += [f"{status}: {torture.plain(reason)}" for status, reason in mine]
     odd = sum(status != "failed" or "diverged" not in reason for status, reason in mine)
-    for name in KEYS:
-        lines = (torture.results / name).read_text(encoding="utf-8").splitlines(keepends=True)
-        (torture.results / name).write_text("".join(line for line in lines if ",diverges," not in line), encoding="utf-8")
+    kept: list[list[Any]] = [table[table["attack"] != "diverges"].to_dict("records") for table in tables]
+    write(torture.results, [Row(**one) for one in kept[0]], [Curve(**one) for one in kept[1]], [Timing(**one) for one in kept[2]])
     return 1, Difference(lost=int(not mine), changed=odd)
 
 

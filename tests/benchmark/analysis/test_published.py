@@ -12,8 +12,8 @@ import pytest
 import benchmark
 from benchmark.analysis import published, stats
 from benchmark.report import charts as plots
-from benchmark.report import tables
 from benchmark.report import words as sentences
+from benchmark.report.tables import write as tables
 from benchmark.storage.rows import Curve, Row, Timing, frame
 
 DASH = "\N{EN DASH}"

@@ -256,7 +256,7 @@ def test_as_many_stages_at_once_as_asked_for(matrix: Matrix, nodes: Nodes, tmp_p
         ear, used = Counting(), dict[str, str]()
         assert cluster.run(stages, plan, tmp_path / "store", tmp_path / "cache", ear, used) == []
     assert used == arithmetic()
-    assert sorted(ear.ended) == [stage.label for stage in stages]
+    assert sorted(ear.ended) == sorted(stage.label for stage in stages)
     assert 1 <= ear.most <= 2
     assert {worker for worker, _ in ear.begun} <= set(range(1, NODES + 1))
     assert all(" on " in label for _, label in ear.begun)

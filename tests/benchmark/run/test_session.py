@@ -337,7 +337,7 @@ def test_a_slice_restores_what_was_changed_in_other_cells_rows(matrix: Matrix, o
     shutil.copytree(once, tmp_path, dirs_exist_ok=True)
     written = tmp_path / "results" / "tiny" / "rows.csv"
     table = pd.read_csv(written, dtype=str, keep_default_na=False)
-    other = table.index[(table["attack"] == "badnets") & (table["status"] == "ok")][0]
+    other = table.index[(read(written, Row)["attack"] == "badnets") & (table["status"] == "ok")][0]
     table.loc[other, "acc"] = "0.5"
     table.to_csv(written, index=False, lineterminator="\n")
     assert content(tmp_path) != content(once)

@@ -157,11 +157,9 @@ def made_up(
 def stored(source: Source, results: Path) -> None:
     """Writes a source as a run would."""
     folder = results / source.name
-    kinds: tuple[tuple[str, type[Any], pd.DataFrame], ...] = (
-        ("rows", Row, source.rows), ("curves", Curve, source.curves), ("timings", Timing, source.timings)
-    )  # fmt: skip
-    for stem, kind, table in kinds:
-        files.write(folder / f"{stem}.csv", kind, [kind(**record) for record in table.to_dict("records")])
+    kinds: tuple[tuple[type[Any], pd.DataFrame], ...] = (Row, source.rows), (Curve, source.curves), (Timing, source.timings)
+    rows, curves, timings = ([kind(**record) for record in table.to_dict("records")] for kind, table in kinds)
+    files.write(folder, rows, curves, timings)
     (folder / "matrix.toml").write_text(source.matrix.settings)
     (folder / "manifest.json").write_text('{"datasets": {"digits": {"train": 1250, "test": 100}}}')
 
