@@ -57,8 +57,10 @@ page: $(STAMP) ## leaderboard.html of MATRIX from the same rows: sort, filter an
 report: $(STAMP) ## report of MATRIX from the same rows
 	@$(LEVELFIELD) report --matrix $(MATRIX) $(ARGS)
 
-paper: $(STAMP) ## tables, plots, page and report of every committed matrix in results/, and the exhibits, from the committed rows
-	@for verb in tables plots page report exhibits; do $(LEVELFIELD) $$verb --results results; done
+paper: $(STAMP) ## tables, plots, page and report of every matrix that has a report in results/, and the exhibits, from the committed rows
+	@for report in results/*/README.md; do \
+	  for verb in tables plots page report; do $(LEVELFIELD) $$verb --results results --matrix "$$(basename "$$(dirname "$$report")")" || exit; done; \
+	done; $(LEVELFIELD) exhibits --results results
 
 dashboard: $(STAMP) ## look at the W&B runs of MATRIX in the terminal, grouped by defense (no network, no account)
 	@$(LEVELFIELD) dashboard --matrix $(MATRIX) $(ARGS)

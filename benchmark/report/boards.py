@@ -109,9 +109,11 @@ def leaderboard(rows: pd.DataFrame) -> Figure | None:
     if not any(((part["role"] == "defense") & (part["cells_ok"] > 0)).any() for _, part in parts):
         return None
 
+    def idle(line: pd.Series) -> bool:
+        return bool(line["role"] == "defense" and line["cells_ok"] and line["no_change"] >= line["cells_ok"])
+
     def named(line: pd.Series) -> str:
-        idle = line["role"] == "defense" and line["cells_ok"] and line["no_change"] >= line["cells_ok"]
-        return wrapped(names[line["defense"], line["scope"]], 40 if idle else 44, 1) + (": no change" if idle else "")
+        return wrapped(names[line["defense"], line["scope"]], 40 if idle(line) else 44, 1) + (": no change" if idle(line) else "")
 
     panels = []
     for head, part in parts:
@@ -122,8 +124,9 @@ def leaderboard(rows: pd.DataFrame) -> Figure | None:
         across = "%: a defense that works has RA and ACC far right, ASR far left"
         panels.append(DotPanel(head, across, tuple(map(named, lines)), series, letters=missing))
     bars = ", bars: 95 % intervals over seeds" if any(part["ra_low"].notna().any() for _, part in parts) else ""
-    note = (f"Means over implanted scenarios{bars}; order: average rank by RA; {gate_words(rows)}; no change: every model was left "
-            "as it was.")  # fmt: skip
+    unchanged = any(idle(line) for _, part in parts for _, line in part.iterrows())
+    note = (f"Means over implanted scenarios{bars}; order: average rank by RA; {gate_words(rows)}"
+            f"{'; no change: the defense changed no model' if unchanged else ''}.")  # fmt: skip
     return Dots(tuple(panels), note, marks=_BOARD, width=6.2, row=0.235)
 
 
