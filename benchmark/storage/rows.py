@@ -231,9 +231,9 @@ def write(folder: Path, rows: Sequence[Row], curves: Sequence[Curve], timings: S
     """
     scenarios, cells = _keys(rows, curves)
     known = {line[0] for line in cells}
-    homeless = next((one for one in (*curves, *timings) if one.cell not in known), None)
-    if homeless is not None:
-        raise ValueError(f"cell {homeless.cell} has a {type(homeless).__name__.lower()} and no row")
+    stray = next((one for one in (*curves, *timings) if one.cell not in known), None)
+    if stray is not None:
+        raise ValueError(f"cell {stray.cell} has a {type(stray).__name__.lower()} and no row")
     keys = {"scenarios.csv": (_header("scenario", SCENARIO), scenarios), "cells.csv": (_header("cell", ("scenario", *CELL)), cells)}
     before = {name: _bytes(folder / name) for name in FILES}
     for name, (header, lines) in keys.items():
