@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from models.spec import BatchSize, EpochCount, Ge, Le, LearningRate, Lt, Spec
 
@@ -31,6 +31,8 @@ class Recipe(Spec):
             evaluation; on the CPU the same as ``reference``. ``bf16`` = TF32, and forward passes of training under autocast to
             bfloat16 (losses, norms and weights stay float32). On the CPU bfloat16 is faster than float32 where the processor has
             instructions for it (AVX512-BF16, AMX), and several times slower elsewhere.
+        weights: of the finished network. ``half`` = rounded to float16 and computed with in float32, so that a file of
+            half the size holds the very same network.
     """
 
     name: ClassVar[str] = "recipe"
@@ -46,3 +48,8 @@ class Recipe(Spec):
     crop: Annotated[int, Ge(0), Le(64)] = 4
     flip: bool = True
     precision: Precision = "reference"
+    weights: Literal["float32", "half"] = "float32"
+
+    def spec(self) -> dict[str, Any]:
+        """As every spec; ``weights`` is left out where nothing is rounded, so that keys of earlier versions stay valid."""
+        return {key: value for key, value in super().spec().items() if (key, value) != ("weights", "float32")}

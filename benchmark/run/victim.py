@@ -31,6 +31,7 @@ from models.images import ImageSet
 from models.room import copied, taken
 from models.spec import BadInput, derive_seed
 from models.training import Diverged, Fitted, fit, predict
+from models.weights import round_to_half
 
 __all__ = ["Victim", "read_extractor", "read_victim", "run_extractor", "run_victim", "surrogate_of"]
 
@@ -178,6 +179,7 @@ def _make_victim(scenario: Scenario, w: World, key: str, store: Store, cache: Pa
                     trained = _fit_on_features(scenario, w, w.train, seed, store, cache)
                 else:
                     trained = fit(Classifier(net, scenario.recipe), w.train, scenario.recipe, seed).net
+                _finish(trained, scenario)
             else:
                 trained, poisoned, triggered = _attack(scenario, w, net, seed, store, cache, outcome)
                 touched = torch.nonzero(poisoned.role != Role.CLEAN).flatten()
@@ -208,6 +210,19 @@ def _make_victim(scenario: Scenario, w: World, key: str, store: Store, cache: Pa
         outcome, tensors = {"status": "failed", "reason": str(error), "train_size": len(w.train)}, {}
     outcome |= {"seconds": time.perf_counter() - start, "peak_mib": peak_mib(), "gpu_mib": gpu_mib()}
     store.write("victim", key, scenario.spec(), outcome, tensors)
+
+
+def _finish(net: Network, scenario: Scenario) -> None:
+    """Rounds the weights of a finished victim where its recipe says so, before anything is measured on it.
+
+    Raises:
+        Diverged: a weight is beyond the range of the rounded ones.
+    """
+    if scenario.recipe.weights == "half":
+        try:
+            round_to_half(net)
+        except OverflowError as error:
+            raise Diverged(f"the weights cannot be rounded to float16: {error}") from error
 
 
 def _against_twin(w: World, twin: Victim | None, net: Network, triggered: PoisonedTest | None) -> dict[str, Any]:
@@ -268,6 +283,7 @@ def _attack(
         else:
             trained = fit(module, poisoned.visible, recipe, seed).net
             crafted = attack.finished(module, crafted)
+    _finish(trained, scenario)
     shares = getattr(module, "realised", {"poison": poisoned.realised(Role.POISON), "cover": poisoned.realised(Role.COVER)})
     outcome |= {
         "realised_rate": shares["poison"],

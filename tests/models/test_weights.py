@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from models.backbone import Network
 from models.resnet import PreActResNet18, ResNet8
 from models.spec import BadInput, generator
 from models.vgg import VGG11
-from models.weights import fit_state, load_weights, read_state, save_weights
+from models.weights import fit_state, load_weights, read_state, round_to_half, save_weights
 
 
 def tiny(seed: int = 0, width: int = 2, hidden: int = 4) -> Network:
@@ -195,3 +196,24 @@ def test_missing_renamed_and_unexpected_tensors_are_named_with_the_nearest() -> 
     with pytest.raises(BadInput, match=rf"'{count}' is torch.float32, but the network's is torch.int64"):
         fit_state(net, {**state, count: torch.tensor(1.0)}, where)
     fit_state(net, state, where)
+
+
+def test_rounded_weights_are_float16_numbers_and_whole_numbers_stay() -> None:
+    net = tiny()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    round_to_half(net)
+    for name, value in net.state_dict().items():
+        assert value.dtype == before[name].dtype
+        expected = before[name].numpy().astype("float16").astype("float32") if value.is_floating_point() else before[name].numpy()
+        assert value.numpy().tolist() == expected.tolist()
+
+
+def test_a_value_beyond_float16_is_named_and_nothing_is_rounded() -> None:
+    net = tiny()
+    name, last = list(net.named_parameters())[-1]
+    with torch.no_grad():
+        last.view(-1)[0] = 70_000.0
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    with pytest.raises(OverflowError, match=rf"{re.escape(name)} holds a value beyond float16's range"):
+        round_to_half(net)
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
