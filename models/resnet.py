@@ -4,6 +4,8 @@
   stages of ResNet-18 behind a 3x3 stem, as everyone trains it on 32x32 images.
 - PreAct-ResNet (He et al., ECCV 2016, arXiv 1603.05027): norm-ReLU-conv blocks, in the form the backdoor literature trains on
   CIFAR: the shortcut conv reads the activated input and has no norm, and no norm follows the last block.
+- ResNet-9 (Page, "How to train your ResNet", 2018): convs and max-pools with two residual blocks; little arithmetic for its
+  accuracy, because most of it is done at half the image's sides and less.
 - WideResNet (Zagoruyko and Komodakis, BMVC 2016, arXiv 1605.07146): three stages of the same blocks, with the final norm and ReLU.
 
 Every stage but the first halves the image's sides and doubles the channels. Any image of at least 8x8 pixels fits.
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 from models.backbone import Backbone, GlobalAverage, Width, he_init
 
-__all__ = ["WRN16", "PreActResNet18", "ResNet8", "ResNet18", "ResNet20"]
+__all__ = ["WRN16", "PreActResNet18", "ResNet8", "ResNet9", "ResNet18", "ResNet20"]
 
 
 def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
@@ -128,6 +130,43 @@ class ResNet8(_ResNet):
 
     name: ClassVar[str] = "resnet8"
     blocks: ClassVar[tuple[int, ...]] = (1, 1, 1)
+
+
+class _Residual(nn.Module):
+    """The input plus two conv-norm-ReLU of it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = _conv(channels, channels), nn.BatchNorm2d(channels)
+        self.conv2, self.bn2 = _conv(channels, channels), nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.relu(self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
+
+
+@dataclass(frozen=True)
+class ResNet9(Backbone):
+    """ResNet-9: a stem, then three stages of conv-norm-ReLU and max-pool, the first and last with a residual block; d = 8 x width.
+
+    Width 64: the source. The embedding is a global average where the source has a max-pool over its last 4x4 pixels.
+    """
+
+    name: ClassVar[str] = "resnet9"
+
+    width: Width = 64
+
+    def trunk(self, shape: tuple[int, int, int]) -> tuple[nn.Module, int]:
+        width = self.width
+
+        def stage(inputs: int, outputs: int) -> list[nn.Module]:
+            return [_conv(inputs, outputs), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
+
+        net = nn.Sequential(
+            *stage(shape[0], width)[:-1], *stage(width, 2 * width), _Residual(2 * width), *stage(2 * width, 4 * width),
+            *stage(4 * width, 8 * width), _Residual(8 * width), GlobalAverage(),
+        )  # fmt: skip
+        he_init(net, "fan_out")
+        return net, 8 * width
 
 
 @dataclass(frozen=True)

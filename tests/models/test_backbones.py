@@ -14,7 +14,7 @@ from models.spec import BadInput, generator, lookup
 from models.units import unit_layers
 
 SHAPES = [(3, 8, 8), (1, 16, 16), (3, 9, 14), (3, 32, 32), (1, 64, 64)]
-NAMES = ["resnet8", "resnet20", "resnet18", "preact-resnet18", "wrn16-1", "vgg11-bn", "vgg19-bn", "vgg11"]
+NAMES = ["resnet8", "resnet9", "resnet20", "resnet18", "preact-resnet18", "wrn16-1", "vgg11-bn", "vgg19-bn", "vgg11"]
 
 
 def make(name: str, width: int = 2, hidden: int = 4, shape: tuple[int, int, int] = (3, 16, 16), seed: int = 0) -> Network:

@@ -151,7 +151,7 @@ def bounds_by_hand(net: Network, name: str, writers: tuple[str, ...], epsilon: b
     return scores
 
 
-@pytest.mark.parametrize("name", ["resnet8", "vgg11-bn", "preact-resnet18", "wrn16-1", "vgg11"])
+@pytest.mark.parametrize("name", ["resnet8", "resnet9", "vgg11-bn", "preact-resnet18", "wrn16-1", "vgg11"])
 @pytest.mark.parametrize("pairing", ["dataflow", "registration"])
 def test_weight_bounds_by_hand(name: str, pairing: str) -> None:
     net = make(name, width=2)
@@ -348,7 +348,7 @@ def test_empty_masks_leave_the_logits_bit_equal(name: str, writer: Writer) -> No
         assert torch.equal(prune(net, masks, writer)(noise()), net(noise()))
 
 
-@pytest.mark.parametrize("name", ["resnet8", "preact-resnet18", "wrn16-1", "vgg11-bn", "vgg11"])
+@pytest.mark.parametrize("name", ["resnet8", "resnet9", "preact-resnet18", "wrn16-1", "vgg11-bn", "vgg11"])
 @pytest.mark.parametrize("writer", list(Writer))
 def test_pruned_units_are_silent_or_constant(name: str, writer: Writer) -> None:
     net = make(name)
