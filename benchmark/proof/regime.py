@@ -1,7 +1,7 @@
-"""Which network reaches which accuracy in how much time on a CPU: ``python -m benchmark.proof.regime --backbone resnet9 --width 16``.
+"""Which network reaches which accuracy in how much CPU time: ``python -m benchmark.proof.regime --backbone resnet9 --width 16``.
 
 Benign twins alone are trained, so no attack and no defense has a part in the choice of a matrix's network and recipe. One call
-trains one network in one thread and adds a line to ``results/proof/regimes.csv``; the table ``REGIMES.md`` is written from all lines.
+trains one network in one thread and adds a line to ``results/proof/regimes.csv``; the table ``REGIMES.md`` is written from it.
 Candidates are compared by their ACC on the clean budget, on which no twin is trained. The test ACC is shown beside it.
 """
 
@@ -93,8 +93,8 @@ def markdown(lines: Sequence[Regime]) -> str:
     words = {"reference": "float32"}
     cells = [
         (one.backbone, str(one.width), f"{one.parameters:,}", str(one.epochs), str(one.batch), f"{one.lr:g}",
-         words.get(one.precision, one.precision), f"{100 * one.budget_acc:.1f}", f"{100 * one.test_acc:.1f}", f"{one.seconds / 60:.1f}",
-         f"{one.trained:,.0f}", f"{one.evaluated:,.0f}", f"{one.processor} ({one.instructions})")
+         words.get(one.precision, one.precision), f"{100 * one.budget_acc:.1f}", f"{100 * one.test_acc:.1f}",
+         f"{one.seconds / 60:.1f}", f"{one.trained:,.0f}", f"{one.evaluated:,.0f}", f"{one.processor} ({one.instructions})")
         for one in sorted(lines, key=lambda one: one.seconds)
     ]  # fmt: skip
     rule = tuple("---" if name in ("backbone", "arithmetic", "processor") else "---:" for name in HEADER)
