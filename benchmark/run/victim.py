@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attacks.base import PoisonedSet, PoisonedTest, Power, Role, poison, poison_test
+from attacks.base import Crafted, PoisonedSet, PoisonedTest, Power, Role, poison, poison_test
 from benchmark.rules.metrics import Scorer, null_of, score, val_accuracy
 from benchmark.rules.selection import paired_loss
 from benchmark.run.keys import extractor_key, victim_key
@@ -181,7 +181,9 @@ def _make_victim(scenario: Scenario, w: World, key: str, store: Store, cache: Pa
                     trained = fit(Classifier(net, scenario.recipe), w.train, scenario.recipe, seed).net
                 _finish(trained, scenario)
             else:
-                trained, poisoned, triggered = _attack(scenario, w, net, seed, store, cache, outcome)
+                trained, poisoned, crafted = _attack(scenario, w, net, seed, store, cache, outcome)
+                triggered = poison_test(w.data.test, crafted, scenario.plan)
+                tensors |= {f"trigger.{name}": value for name, value in scenario.attack.keep(crafted).items()}
                 touched = torch.nonzero(poisoned.role != Role.CLEAN).flatten()
                 tensors |= {
                     "role": poisoned.role,
@@ -262,7 +264,8 @@ def surrogate_of(scenario: Scenario, store: Store, cache: Path) -> Network | Non
 
 def _attack(
     scenario: Scenario, w: World, net: Network, seed: int, store: Store, cache: Path, outcome: dict[str, Any]
-) -> tuple[Network, PoisonedSet, PoisonedTest]:
+) -> tuple[Network, PoisonedSet, Crafted]:
+    """The attacked network, its poisoned set and the triggers."""
     attack, plan, recipe = scenario.attack, scenario.plan, scenario.recipe
     assert attack is not None
     if plan.target >= w.train.num_classes:
@@ -290,7 +293,7 @@ def _attack(
         "realised_cover": shares["cover"],
         "exported": attack.power is Power.TRAINING,
     }
-    return trained, poisoned, poison_test(w.data.test, attack.recraft(trained, crafted, w.train, plan, attack_seed), plan)
+    return trained, poisoned, attack.recraft(trained, crafted, w.train, plan, attack_seed)
 
 
 @functools.lru_cache(maxsize=2)
