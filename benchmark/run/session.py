@@ -33,7 +33,7 @@ from benchmark.storage.rows import Curve, Row, Timing
 from benchmark.storage.store import Entry, Store
 from models.spec import BadInput, canonical, digest, nearest
 
-__all__ = ["Executor", "Filter", "Outcome", "parse_only", "recompute", "run_matrix"]
+__all__ = ["Executor", "Filter", "Outcome", "chosen_cells", "parse_only", "recompute", "run_matrix"]
 
 Executor = Literal["local", "ray"]
 Filter = Mapping[str, Sequence[str]]
@@ -76,6 +76,16 @@ def parse_only(matrix: Matrix, only: str | None) -> Filter:
                 raise BadInput(f"--only {axis}={value}: matrix {matrix.name!r} has none{nearest(value, values)}")
         chosen[axis] = wanted
     return chosen
+
+
+def chosen_cells(matrix: Matrix, only: str | None) -> list[Cell]:
+    """The cells that a filter takes, in matrix order.
+
+    Raises:
+        BadInput: as :func:`parse_only`.
+    """
+    chosen = parse_only(matrix, only)
+    return [cell for cell in matrix.cells if all(AXES[axis](cell) in values for axis, values in chosen.items())]
 
 
 @dataclass(frozen=True)
@@ -126,6 +136,8 @@ def run_matrix(
     if executor == "local" and gpus is not None:
         raise BadInput("--gpus is a stage's share of a GPU of a Ray cluster: it goes with --executor ray")
     folder = results / matrix.name
+    if any(folder.glob("*.safetensors")):
+        raise BadInput(f"{folder}: holds the files of the zoo, whose README.md a report would replace: name another --results")
     _writable(folder)
     _writable(cache)
     session = _Session(matrix, Store(cache / "store", notes(console)), cache, console)
