@@ -291,7 +291,7 @@ def zoo(
         typer.Option("--matrix", "-m", help="Export the victims of this matrix (its first seed) that have been trained."),
     ] = None,
     only: OnlyOption = None,
-    check: Annotated[bool, typer.Option("--check", help="Compute every card's figures again; exit status 1 if one differs.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Compute every card again; exit status 1 if one differs.")] = False,
     folder: Annotated[
         Optional[Path],  # noqa: UP045 - typer reads the annotation at run time
         typer.Option(help="Of the zoo (default: LEVELFIELD_ZOO, or results/zoo of this project)."),

@@ -27,6 +27,7 @@ from benchmark.run.plan import Plan, Stage
 from benchmark.run.progress import RunProgress, notes
 from benchmark.settings.cells import Cell, Matrix, settings_hash
 from benchmark.storage import rows as files
+from benchmark.storage import zoo
 from benchmark.storage.files import held, why, write_bytes, write_text
 from benchmark.storage.machine import arithmetic, versions
 from benchmark.storage.rows import Curve, Row, Timing
@@ -267,8 +268,10 @@ class _Session:
         """Prints what there is to do; the display of its progress."""
         totals: Counter[str] = Counter(stage.kind for stage in stages)
         cached = len({cell.key for cell in cells}) - totals["defended"]
+        given = sum(zoo.by_key(stage.key) is not None for stage in stages if stage.kind == "victim")
+        found = f" ({given} of them are in the zoo)" if given else ""
         self.console.print(
-            f"{self.plan.matrix.name}: {totals['victim']} models and {totals['extractor']} extractors to train, "
+            f"{self.plan.matrix.name}: {totals['victim']} models{found} and {totals['extractor']} extractors to train, "
             f"{totals['defended']} defense cells to run ({cached} are cached); {where}",
             highlight=False,
             markup=False,

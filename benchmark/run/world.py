@@ -21,7 +21,7 @@ from models.backbone import Network
 from models.images import ImageSet
 from models.spec import BadInput, derive_seed
 from models.training import Diverged
-from models.weights import fit_state
+from models.weights import check_state, fit_state
 
 __all__ = ["World", "defender_seed", "divided", "fresh", "lesser", "rebuilt", "restored", "world"]
 
@@ -126,8 +126,11 @@ def rebuilt(
         BadInput: the file is damaged, or does not fit the scenario.
     """
     tensors = card.tensors()
+    state = zoo.part("net", tensors)
+    with torch.device("meta"):  # a card of a few bytes may claim a width that fills the memory
+        check_state(fresh(scenario, w, 0), state, card.weights)
     net = fresh(scenario, w, 0)
-    fit_state(net, zoo.part("net", tensors), card.weights)
+    fit_state(net, state, card.weights)
     net.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     kept = zoo.part("trigger", tensors)
     if scenario.attack is None:

@@ -53,8 +53,8 @@ def scenario_of(spec: Mapping[str, Any], backbone_label: str, attack_label: str)
 
 def _made(kind: str, catalogue: Sequence[type[S]], spec: Mapping[str, Any]) -> S:
     cls = lookup(kind, catalogue, spec["name"])
-    known = field_types(cls)
-    return make(f"{kind} {cls.name}", cls, {name: value for name, value in spec.items() if name in known})
+    known, where = field_types(cls), kind if kind == cls.name else f"{kind} {cls.name}"
+    return make(where, cls, {name: value for name, value in spec.items() if name in known})
 
 
 def _differs(own: Any, there: Any) -> str:

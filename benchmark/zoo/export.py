@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,10 +26,10 @@ from benchmark.storage import zoo
 from benchmark.storage.machine import arithmetic, versions
 from benchmark.storage.store import Entry, Store
 from benchmark.zoo.load import made_again, opened
-from models.spec import BadInput, derive_seed
+from models.spec import BadInput, canonical, derive_seed
 from models.training import arithmetic as at_precision
 
-__all__ = ["export", "names_of"]
+__all__ = ["export", "names_of", "victims_of"]
 
 LICENCE = "Apache-2.0 for the weights and the trigger; the images are not included and have their own licence"
 MEASURED = ("acc", "asr", "ra", "asr_benign", "ra_benign", "acc_loss", "acc_loss_se", "val_acc", "single_keys")
@@ -74,29 +75,18 @@ def export(matrix: Matrix, *, only: str | None, cache: Path, folder: Path, conso
             is in the store; or the files would exceed the size that a repository can hold.
     """
     single_thread()
-    every = _victims(matrix, matrix.scenarios)
-    names = names_of(every)
-    wanted = _victims(matrix, [cell.scenario for cell in chosen_cells(matrix, only)])
-    for scenario in wanted:
-        if scenario.recipe.weights != "half" or scenario.frozen is not None:
-            problem = "weights are not rounded" if scenario.frozen is None else "features belong to an extractor"
-            raise BadInput(
-                f'{matrix.path}: {names[scenario]}: its {problem}, so a file of float16 would hold another network: the zoo takes '
-                'victims that are trained end to end with weights = "half" in their recipe'
-            )
-    say = _printer(console)
+    say: Callable[[str], None] = functools.partial(console.print, highlight=False, markup=False)
     store = Store(cache / "store", say)
     made: dict[str, tuple[dict[str, Any], bytes]] = {}
-    for scenario in wanted:
+    for name, scenario in _wanted(matrix, only).items():
         entry = store.read("victim", victim_key(scenario, world(scenario, cache).data.fingerprint))
         if entry is None or entry.outcome["status"] != "ok":
-            say(f"{names[scenario]}: left out: {'not in the store' if entry is None else entry.outcome['reason']}")
+            say(f"{name}: left out: {'not in the store' if entry is None else entry.outcome['reason']}")
             continue
-        name = names[scenario]
         made[name] = _exported(name, scenario, entry, store, cache, made)
         say(f"{name}: {len(made[name][1]) / 1e6:.2f} MB{_shares(made[name][0]['measured'])}")
     if not made:
-        raise BadInput(f"{matrix.path}: no victim of seed {wanted[0].seed} is in the store {store.root}: run the matrix first")
+        raise BadInput(f"{matrix.path}: none of its victims is in the store {store.root}: run the matrix first")
     total = zoo.size_of(folder, {name: len(content) for name, (_, content) in made.items()})
     say(f"{len(made)} victims; all files in {folder}: {total / 1e6:.2f} MB of {zoo.LIMIT / 1e6:g} MB")
     if total > zoo.LIMIT:
@@ -107,16 +97,34 @@ def export(matrix: Matrix, *, only: str | None, cache: Path, folder: Path, conso
     return list(made)
 
 
-def _printer(console: Console) -> Callable[[str], None]:
-    return lambda line: console.print(line, highlight=False, markup=False)
+def _wanted(matrix: Matrix, only: str | None) -> dict[str, Scenario]:
+    """The victims that ``only`` names, and their twins, by name.
+
+    Raises:
+        BadInput: a file would not hold one of them whole.
+    """
+    every = names_of(victims_of(matrix, matrix.scenarios))
+    chosen = {canonical(one.spec()) for one in victims_of(matrix, [cell.scenario for cell in chosen_cells(matrix, only)])}
+    wanted = {name: scenario for scenario, name in every.items() if canonical(scenario.spec()) in chosen}
+    for name, scenario in wanted.items():
+        if scenario.recipe.weights != "half" or scenario.frozen is not None:
+            problem = "weights are not rounded" if scenario.frozen is None else "features belong to an extractor"
+            raise BadInput(
+                f"{matrix.path}: {name}: its {problem}, so a file of float16 would hold another network: the zoo takes victims "
+                'that are trained end to end with weights = "half" in their recipe'
+            )
+    return wanted
 
 
-def _victims(matrix: Matrix, scenarios: Iterable[Scenario]) -> list[Scenario]:
-    """The scenarios of the matrix's first seed, each backbone's twins before its attacks."""
+def victims_of(matrix: Matrix, scenarios: Iterable[Scenario]) -> list[Scenario]:
+    """The victims of the matrix's first seed, benign twins first."""
     first = [scenario for scenario in scenarios if scenario.seed == matrix.scenarios[0].seed]
     if not first:
         raise BadInput(f"{matrix.path}: the zoo takes victims of its first seed alone, which is {matrix.scenarios[0].seed}")
-    return list(dict.fromkeys([*(scenario.twin() for scenario in first), *first]))
+    different: dict[str, Scenario] = {}
+    for scenario in [*(scenario.twin() for scenario in first), *first]:
+        different.setdefault(canonical(scenario.spec()), scenario)
+    return list(different.values())
 
 
 def _shares(measured: Mapping[str, Any]) -> str:

@@ -105,7 +105,7 @@ def made_again(card: Card, scenario: Scenario, w: World) -> tuple[Network, Craft
         assert lent is not None
         found = by_key(victim_key(lent, card.content["dataset"]["fingerprint"]), folder=card.path.parent)
         if found is None:
-            raise BadInput(f"{card.path.parent}: lacks the network on which {card.name} is crafted: the twin of {lent.backbone_label}")
+            raise BadInput(f"{card.path.parent}: lacks the network on which {card.name} is crafted, {lent.backbone_label}")
         return rebuilt(found, lent, w, lambda: None)[0]
 
     with arithmetic(scenario.recipe.precision):
