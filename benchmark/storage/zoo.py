@@ -32,6 +32,8 @@ _FIELDS: Mapping[str, type] = {
     "attack_label": str, "backbone_label": str, "dataset": dict, "key": str, "licence": str, "manifest": dict, "measured": dict,
     "revision": int, "scenario": dict, "sha256": str, "training": dict, "trigger": str,
 }  # fmt: skip
+_COSTS = ("seconds", "samples_forward", "samples_backward", "train_size")
+"""Numbers of a card's ``training`` that the rows of a run need."""
 _MOST = 2**20
 """Bytes of the largest card that is read."""
 
@@ -122,6 +124,8 @@ def read_card(folder: Path, name: str) -> Card:
     for field, kind in _FIELDS.items():
         if not isinstance(content, dict) or not isinstance(content.get(field), kind):
             raise BadInput(f"{path}: not a card of the zoo: {field!r} is missing, or is no {kind.__name__}")
+    if odd := [cost for cost in _COSTS if not isinstance(content["training"].get(cost), int | float)]:
+        raise BadInput(f"{path}: not a card of the zoo: training: {odd[0]!r} is missing, or is no number")
     return Card(name, path, content)
 
 

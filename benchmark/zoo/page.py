@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from models.spec import BadInput
 __all__ = ["write_page", "write_picture"]
 
 PICTURE = "triggers"
-COLUMNS = 6
+COLUMNS = 7
 HEAD = ("victim", "network", "attack", "ACC", "ASR", "RA", "ASR of the twin", "implanted", "MB")
 
 
@@ -88,5 +89,6 @@ def write_picture(folder: Path, cache: Path) -> Path | None:
         return None
     panels = tuple((plain(item[0]), words, image) for item in items for image, words in [trigger_sheet(item)])
     note = "Absolute difference between triggered and clean image, multiplied as stated; pixels as the victim sees them (8 bit)."
-    figure = Gallery(panels, min(len(panels), COLUMNS), note, ("clean", "triggered", "difference"), 1.25, 3.9)
+    rows = math.ceil(len(panels) / COLUMNS)
+    figure = Gallery(panels, math.ceil(len(panels) / rows), note, ("clean", "triggered", "difference"), 1.25, 3.9)
     return draw(figure, "One test image under the trigger of every victim", folder / PICTURE, colours=None)[0]

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import benchmark.__main__ as cli
 import benchmark.run.victim as stages
+from benchmark.data.datasets import Dataset
 from benchmark.rules.metrics import Score, score
 from benchmark.run.keys import victim_key
 from benchmark.run.session import run_matrix
@@ -30,7 +31,7 @@ from benchmark.settings.load import find_matrix, load_matrix
 from benchmark.storage import zoo
 from benchmark.storage.rows import Row, read
 from benchmark.storage.store import Store
-from benchmark.zoo import load_victim
+from benchmark.zoo import load, load_victim
 from benchmark.zoo.check import judged
 from benchmark.zoo.export import export, names_of, victims_of
 from benchmark.zoo.load import opened
@@ -340,8 +341,10 @@ def test_a_card_that_does_not_fit_is_refused_by_name(copy: Path, tmp_path: Path)
     refused(r"wanet\.json: cannot be read", "wanet", **where)
     (copy / "wanet.json").write_text("[]")
     refused(r"wanet\.json: not a card of the zoo: 'attack_label' is missing", "wanet", **where)
-    (copy / "bpp.safetensors").unlink()
-    refused(r"bpp\.safetensors: cannot be read: No such file", "bpp", **where)
+    changed(copy, "bpp", training={"seconds": "long"})
+    refused(r"bpp\.json: not a card of the zoo: training: 'seconds' is missing, or is no number", "bpp", **where)
+    (copy / "lc.safetensors").unlink()
+    refused(r"lc\.safetensors: cannot be read: No such file", "lc", **where)
 
 
 def test_a_trigger_that_lacks_its_tensors_is_refused(copy: Path, tmp_path: Path) -> None:
@@ -485,6 +488,24 @@ def test_other_pixels_are_warned_about(trained: Trained, tmp_path: Path, monkeyp
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_victim("lf", cache=tmp_path, folder=trained.zoo)
+
+
+def test_the_original_serves_where_its_copy_is_missing(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = world(trained.named("ssba"), trained.cache)
+    original: list[Dataset | None] = [dataclasses.replace(w.data, name="the release")]
+
+    def missing(scenario: Scenario, cache: Path) -> None:
+        raise BadInput("unknown dataset 'copy'")
+
+    monkeypatch.setattr(load, "world", missing)
+    monkeypatch.setattr(load, "load_original", lambda spec, cache: original[0])
+    with pytest.warns(UserWarning, match="ssba: digits is not here: the same images of the release are used"):
+        _, found = load_victim("ssba", cache=tmp_path, folder=trained.zoo)
+    for part in ("clean", "validation"):
+        assert torch.equal(getattr(found, part).images, getattr(w, part).images)
+    assert found.triggered is not None
+    original[0] = None
+    refused("unknown dataset 'copy'", "ssba", cache=tmp_path, folder=trained.zoo)
 
 
 # -- what is committed ---------------------------------------------------------------------------------------------------------
