@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from attacks.base import Crafted
+from attacks.base import Crafted, apply
 from benchmark.data.datasets import Dataset, DatasetSpec, load, mean_std
 from benchmark.data.splits import split_budget, split_validation
 from benchmark.settings.cells import Cell, Scenario
@@ -136,8 +136,11 @@ def rebuilt(
     if scenario.attack is None:
         return net, None, kept
     try:
-        return net, restored(scenario, w, kept, net, surrogate), kept
+        crafted = restored(scenario, w, kept, net, surrogate)
+        apply(crafted.test, w.data.test.images[:1], torch.zeros(1, dtype=torch.int64))  # tensors of another shape fail here
+        return net, crafted, kept
     except Diverged:
         raise
     except (KeyError, RuntimeError) as error:
-        raise BadInput(f"{card.weights}: its trigger does not fit {scenario.attack.name}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise BadInput(f"{card.weights}: its trigger does not fit {scenario.attack.name}: {reason}") from error

@@ -351,6 +351,10 @@ def test_a_trigger_that_lacks_its_tensors_is_refused(copy: Path, tmp_path: Path)
     tensors = {name: value for name, value in load_file(copy / "ssba.safetensors").items() if name != "trigger.secret"}
     zoo.write(copy, "ssba", json.loads((copy / "ssba.json").read_text()), zoo.packed(tensors))
     refused(r"ssba\.safetensors: its trigger does not fit ssba: 'secret'", "ssba", cache=tmp_path, folder=copy)
+    for name, tensor in (("ssba", "secret"), ("trojannn", "pixels"), ("input-aware", "mask.middle.0.weight")):
+        tensors = load_file(copy / f"{name}.safetensors") | {f"trigger.{tensor}": torch.zeros(1, 3, 3)}
+        zoo.write(copy, name, json.loads((copy / f"{name}.json").read_text()), zoo.packed(tensors))
+        refused(rf"{name}\.safetensors: its trigger does not fit {name}: ", name, cache=tmp_path, folder=copy)
 
 
 def test_a_trigger_crafted_on_the_twin_needs_its_file(copy: Path, tmp_path: Path) -> None:
