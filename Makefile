@@ -59,6 +59,7 @@ report: $(STAMP) ## report of MATRIX from the same rows
 
 paper: $(STAMP) ## tables, plots, page and report of every matrix that has a report in results/, and the exhibits, from the committed rows
 	@for report in results/*/README.md; do \
+	  [ -f "$$(dirname "$$report")/rows.csv" ] || continue; \
 	  for verb in tables plots page report; do $(LEVELFIELD) $$verb --results results --matrix "$$(basename "$$(dirname "$$report")")" || exit; done; \
 	done; $(LEVELFIELD) exhibits --results results
 

@@ -8,8 +8,11 @@ strength; at strength 0 it *is* the base attack, bit for bit, so that whatever i
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
+
+from torch import Tensor
 
 from attacks.base import Attack, Crafted, Plan, Power
 from models.backbone import Backbone, Network
@@ -71,6 +74,10 @@ class Adaptive(Attack):
         return self.wrapped().needs_surrogate
 
     @property
+    def keeps(self) -> bool:  # type: ignore[override]
+        return self.wrapped().keeps
+
+    @property
     def cover_share(self) -> float:  # type: ignore[override]
         return self.wrapped().cover_share
 
@@ -97,3 +104,11 @@ class Adaptive(Attack):
 
     def finished(self, victim: Classifier, crafted: Crafted) -> Crafted:
         return self.wrapped().finished(victim, crafted)
+
+    def keep(self, crafted: Crafted) -> dict[str, Tensor]:
+        return self.wrapped().keep(crafted)
+
+    def restore(
+        self, kept: Mapping[str, Tensor], train: ImageSet, plan: Plan, seed: int, surrogate: Callable[[], Network | None]
+    ) -> Crafted:
+        return self.wrapped().restore(kept, train, plan, seed, surrogate)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -26,7 +26,7 @@ from models.training import default_device
 
 __all__ = [
     "Attack", "Crafted", "Plan", "PoisonedSet", "PoisonedTest", "Power", "Role", "Trigger", "apply", "poison", "poison_test",
-    "uniforms",
+    "roles", "uniforms",
 ]  # fmt: skip
 
 Trigger = Callable[[Tensor, Tensor], Tensor]
@@ -148,6 +148,8 @@ class Attack(Spec, ABC):
     needs_model_at_test: ClassVar[bool] = False
     """Whether the test trigger is computed on the attacked model (:meth:`recraft`), so that two protocols exist: *frozen*, crafted
     once on the undefended model, and *recraft*, crafted again on each defended one."""
+    keeps: ClassVar[bool] = False
+    """Whether the triggers hold tensors (:meth:`keep`) that cannot be computed again, or not at little cost."""
 
     def own_surrogate(self, backbone: Backbone) -> Backbone | None:
         """The architecture of a surrogate that the attacker trains apart, for a victim of architecture ``backbone``.
@@ -205,6 +207,33 @@ class Attack(Spec, ABC):
         """
         return crafted
 
+    def keep(self, crafted: Crafted) -> dict[str, Tensor]:
+        """What a file must hold of the triggers, so that :meth:`restore` gives the same ones: tensors by name, on any device.
+
+        Nothing where :meth:`craft` gives the same triggers again at little cost (``keeps`` is false).
+
+        Args:
+            crafted: the triggers of a finished victim, after :meth:`finished` and :meth:`recraft`.
+        """
+        return {}
+
+    def restore(
+        self, kept: Mapping[str, Tensor], train: ImageSet, plan: Plan, seed: int, surrogate: Callable[[], Network | None]
+    ) -> Crafted:
+        """The triggers of a finished victim again, bit for bit on one machine type; those that are kept, on every one.
+
+        Args:
+            kept: what :meth:`keep` gave.
+            train: as in :meth:`craft`.
+            plan: as in :meth:`craft`.
+            seed: as in :meth:`craft`.
+            surrogate: gives the network of :meth:`craft`; called only where it is needed.
+
+        Raises:
+            KeyError: ``kept`` lacks a tensor. RuntimeError: one has another shape than these settings give.
+        """
+        return self.craft(train, plan, seed, surrogate() if self.needs_surrogate else None)
+
     def single_keys(self, net: Network, train: ImageSet, plan: Plan, seed: int) -> dict[str, Crafted]:
         """Of a trigger that takes several keys together: each by itself, by name; none of them should open the backdoor.
 
@@ -242,24 +271,34 @@ def poison(train: ImageSet, attack: Attack, crafted: Crafted, plan: Plan, seed: 
     Raises:
         BadInput: the target does not exist, or a clean-label attack is asked for all-to-all.
     """
+    role = roles(train, attack, plan, seed, covers=crafted.cover is not None)
+    images, labels = copied(train.images), train.labels.clone()
+    poisoned, covers = (torch.nonzero(role == kind).flatten() for kind in (Role.POISON, Role.COVER))
+    images[poisoned] = apply(crafted.train, taken(train.images, poisoned), poisoned)
+    labels[poisoned] = plan.relabel(train.labels, train.num_classes)[poisoned]
+    if crafted.cover is not None:
+        images[covers] = apply(crafted.cover, taken(train.images, covers), covers)
+    return PoisonedSet(ImageSet(images, labels, train.num_classes), role, train.labels.clone())
+
+
+def roles(train: ImageSet, attack: Attack, plan: Plan, seed: int, *, covers: bool) -> Tensor:
+    """Roles int8 (N,) of the static poisoned set, see :func:`poison`; ``covers``: whether the attack makes any.
+
+    Raises:
+        BadInput: as :func:`poison`.
+    """
     if attack.clean_label and plan.label_mode == "all-to-all":
         raise BadInput(f"{attack.name}: label_mode = 'all-to-all' would need wrong labels; clean-label attacks are 'all-to-one'")
+    plan.relabel(train.labels, train.num_classes)  # the target exists
     size = len(train)
-    attacker_labels = plan.relabel(train.labels, train.num_classes)
     order = torch.randperm(size, generator=generator(seed, "poison-indices"))
     eligible = order[train.labels[order] == plan.target] if attack.clean_label else order
     role = torch.zeros(size, dtype=torch.int8)
     role[eligible[: round(plan.rate * size)]] = Role.POISON
-    images, labels = copied(train.images), train.labels.clone()
-    poisoned = torch.nonzero(role == Role.POISON).flatten()
-    images[poisoned] = apply(crafted.train, taken(train.images, poisoned), poisoned)
-    labels[poisoned] = attacker_labels[poisoned]
-    if crafted.cover is not None:
+    if covers:
         rest = order[role[order] == Role.CLEAN]
         role[rest[: round(attack.cover_rate(plan) * size)]] = Role.COVER
-        covers = torch.nonzero(role == Role.COVER).flatten()
-        images[covers] = apply(crafted.cover, taken(train.images, covers), covers)
-    return PoisonedSet(ImageSet(images, labels, train.num_classes), role, train.labels.clone())
+    return role
 
 
 def poison_test(test: ImageSet, crafted: Crafted, plan: Plan) -> PoisonedTest:

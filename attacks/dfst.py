@@ -18,6 +18,7 @@ from all classes and anew in every batch, where the authors' code draws from a f
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -181,6 +182,16 @@ class DetoxVictim(DynamicVictim):
         return images, self.plan.relabel(self.held.labels, self.held.num_classes), torch.arange(len(images), device=images.device)
 
 
+class Detoxicant:
+    """The cover trigger of a trained filter (C, 4 C); see :data:`attacks.base.Trigger`."""
+
+    def __init__(self, attack: DFST, weight: Tensor) -> None:
+        self.attack, self.weight = attack, weight
+
+    def __call__(self, images: Tensor, index: Tensor) -> Tensor:
+        return self.attack.injected(images, self.weight.to(images.device))
+
+
 # -- the attack ----------------------------------------------------------------------------------------------------------------
 
 
@@ -209,6 +220,7 @@ class DFST(Attack):
 
     name: ClassVar[str] = "dfst"
     revision: ClassVar[int] = 2
+    keeps: ClassVar[bool] = True
 
     alpha: PositiveShare = 0.6
     detox: bool = True
@@ -249,11 +261,7 @@ class DFST(Attack):
 
     def detoxicant(self, weight: Tensor) -> Trigger:
         """The cover trigger of a trained filter."""
-
-        def cover(images: Tensor, index: Tensor) -> Tensor:
-            return self.injected(images, weight.to(images.device))
-
-        return cover
+        return Detoxicant(self, weight)
 
     def victim(self, net: Network, recipe: Recipe, crafted: Crafted, plan: Plan, seed: int) -> Classifier:
         if not self.detox:
@@ -263,3 +271,13 @@ class DFST(Attack):
     def finished(self, victim: Classifier, crafted: Crafted) -> Crafted:
         """With the last epoch's detoxicants as covers."""
         return victim.crafted if isinstance(victim, DetoxVictim) else crafted
+
+    def keep(self, crafted: Crafted) -> dict[str, Tensor]:
+        """The filter of the last epoch, which is learned with the victim; nothing where there was none."""
+        return {"filter": crafted.cover.weight} if isinstance(crafted.cover, Detoxicant) else {}
+
+    def restore(
+        self, kept: Mapping[str, Tensor], train: ImageSet, plan: Plan, seed: int, surrogate: Callable[[], Network | None]
+    ) -> Crafted:
+        crafted = self.craft(train, plan, seed)
+        return dataclasses.replace(crafted, cover=self.detoxicant(kept["filter"])) if "filter" in kept else crafted

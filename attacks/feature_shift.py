@@ -12,6 +12,7 @@ al., "Universal adversarial perturbations", CVPR 2017, arXiv 1610.08401), by sig
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -22,6 +23,7 @@ from torch.nn.functional import normalize
 from attacks.adaptive import Adaptive
 from attacks.adversarial import frozen
 from attacks.base import Crafted, Plan, Power, Trigger
+from attacks.generated import part
 from models.backbone import Network
 from models.images import ImageSet, to_float
 from models.spec import BadInput, Ge, Le, Share, generator
@@ -33,6 +35,21 @@ __all__ = ["FeatureShift", "distance"]
 def distance(z: Tensor, centre: Tensor) -> Tensor:
     """Mean squared distance of normalised features (N, d) to a normalised centre (d,), a scalar."""
     return (normalize(z) - centre).square().sum(1).mean()
+
+
+class Shifted:
+    """clip(base trigger(x) + delta) to [0, 1], delta float (C, H, W); see :data:`attacks.base.Trigger`."""
+
+    def __init__(self, base: Trigger, delta: Tensor) -> None:
+        self.base, self.delta = base, delta
+
+    def __call__(self, images: Tensor, index: Tensor) -> Tensor:
+        return (self.base(images, index) + self.delta.to(images.device)).clamp(0.0, 1.0)
+
+
+def _shifted(crafted: Crafted, delta: Tensor) -> Crafted:
+    cover = None if crafted.cover is None else Shifted(crafted.cover, delta)
+    return Crafted(Shifted(crafted.train, delta), Shifted(crafted.test, delta), cover)
 
 
 @dataclass(frozen=True)
@@ -73,11 +90,26 @@ class FeatureShift(Adaptive):
         assert surrogate is not None
         delta = self.perturbation(surrogate, crafted.test, train, plan, seed)
 
-        def shifted(trigger: Trigger) -> Trigger:
-            return lambda images, index: (trigger(images, index) + delta.to(images.device)).clamp(0.0, 1.0)
+        return _shifted(crafted, delta)
 
-        cover = None if crafted.cover is None else shifted(crafted.cover)
-        return Crafted(train=shifted(crafted.train), test=shifted(crafted.test), cover=cover)
+    @property
+    def keeps(self) -> bool:  # type: ignore[override]
+        return self.strength > 0 or self.wrapped().keeps
+
+    def keep(self, crafted: Crafted) -> dict[str, Tensor]:
+        """delta, whose search rounds differently on another machine, and what the base attack keeps."""
+        if not (isinstance(crafted.train, Shifted) and isinstance(crafted.test, Shifted)):
+            return self.wrapped().keep(crafted)
+        cover = crafted.cover.base if isinstance(crafted.cover, Shifted) else None
+        inner = Crafted(crafted.train.base, crafted.test.base, cover)
+        return {"delta": crafted.test.delta, **{f"base.{name}": value for name, value in self.wrapped().keep(inner).items()}}
+
+    def restore(
+        self, kept: Mapping[str, Tensor], train: ImageSet, plan: Plan, seed: int, surrogate: Callable[[], Network | None]
+    ) -> Crafted:
+        if "delta" not in kept:
+            return self.wrapped().restore(kept, train, plan, seed, surrogate)
+        return _shifted(self.wrapped().restore(part("base", kept), train, plan, seed, surrogate), kept["delta"])
 
     def perturbation(self, net: Network, trigger: Trigger, train: ImageSet, plan: Plan, seed: int) -> Tensor:
         """delta float (C, H, W), |delta| at most ``strength``, on the CPU; ``net`` is left as it was."""

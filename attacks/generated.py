@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["in_fixed_batches"]
+__all__ = ["in_fixed_batches", "part", "prefixed"]
 
 
 def in_fixed_batches(net: Callable[[Tensor], Tensor], images: Tensor, batch: int = 32) -> Tensor:
@@ -23,3 +23,13 @@ def in_fixed_batches(net: Callable[[Tensor], Tensor], images: Tensor, batch: int
             full[: len(part)] = part
             parts.append(net(full)[: len(part)])
     return torch.cat(parts)
+
+
+def prefixed(name: str, net: nn.Module) -> dict[str, Tensor]:
+    """The state of a network for a file: its tensors as ``name.*``."""
+    return {f"{name}.{key}": value for key, value in net.state_dict().items()}
+
+
+def part(name: str, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of :func:`prefixed`: the tensors of ``kept`` called ``name.*``."""
+    return {key.removeprefix(f"{name}."): value for key, value in kept.items() if key.startswith(f"{name}.")}

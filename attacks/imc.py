@@ -18,6 +18,7 @@ static trigger.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -118,6 +119,7 @@ class IMC(Attack):
     """
 
     name: ClassVar[str] = "imc"
+    keeps: ClassVar[bool] = True
 
     size: Annotated[int, Ge(1), Le(32)] = 3
     margin: Annotated[int, Ge(0), Lt(32)] = 1
@@ -151,3 +153,14 @@ class IMC(Attack):
         """The mark of the last epoch."""
         assert isinstance(victim, IMCVictim)
         return victim.crafted
+
+    def keep(self, crafted: Crafted) -> dict[str, Tensor]:
+        """The mark: it is learned with the victim."""
+        assert isinstance(crafted.test, Mark)
+        return {"mask": crafted.test.mask, "z": crafted.test.z}
+
+    def restore(
+        self, kept: Mapping[str, Tensor], train: ImageSet, plan: Plan, seed: int, surrogate: Callable[[], Network | None]
+    ) -> Crafted:
+        mark = Mark(kept["mask"], kept["z"])
+        return Crafted(train=mark, test=mark)

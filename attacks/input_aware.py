@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar
@@ -34,7 +34,7 @@ from torch.nn.functional import interpolate, max_pool2d
 
 from attacks.base import Attack, Crafted, Plan, Power, Role, uniforms
 from attacks.dynamic import DynamicVictim, Rounding, another, batch_roles
-from attacks.generated import in_fixed_batches
+from attacks.generated import in_fixed_batches, part, prefixed
 from models.backbone import Network, Normalise
 from models.classifier import Classifier
 from models.images import ImageSet, to_float
@@ -287,6 +287,7 @@ class InputAware(Attack):
 
     name: ClassVar[str] = "input-aware"
     cover_share: ClassVar[float] = 1.0  # authors' code: as many cross-trigger samples as poisoned ones
+    keeps: ClassVar[bool] = True
 
     width: Annotated[int, Ge(1), Le(512)] = 32
     density: Share = 0.032
@@ -309,15 +310,19 @@ class InputAware(Attack):
             BadInput: images have a side below 8 pixels.
             Diverged: the mask generator's weights are not finite.
         """
-        channels, height, width = train.shape
+        _, height, width = train.shape
         if min(height, width) < 1 << STAGES:
             raise BadInput(f"input-aware: images must have sides of at least 8 pixels, not {height} x {width}")
-        mean, std = statistics(train)
-        with seeded(derive_seed(seed, "input-aware-generators")):
-            mask, pattern = Generator(1, self.width, mean, std), Generator(channels, self.width, mean, std)
+        mask, pattern = self._generators(train, seed)
         recipe = Recipe(epochs=self.mask_epochs, batch=self.batch, crop=0, flip=False)
         optimise(MaskTraining(mask, recipe, self), train, recipe, derive_seed(seed, "input-aware-mask"))
         return self.triggers(pattern, mask, train, seed)
+
+    def _generators(self, train: ImageSet, seed: int) -> tuple[Generator, Generator]:
+        """Untrained generators of the mask and of the pattern."""
+        mean, std = statistics(train)
+        with seeded(derive_seed(seed, "input-aware-generators")):
+            return Generator(1, self.width, mean, std), Generator(train.shape[0], self.width, mean, std)
 
     def triggers(self, pattern: Generator, mask: Generator, train: ImageSet, seed: int) -> Crafted:
         own = OwnTrigger(pattern, mask)
@@ -332,3 +337,16 @@ class InputAware(Attack):
         assert isinstance(crafted.cover, CrossTrigger)
         own = OwnTrigger(victim.pattern, victim.mask)
         return Crafted(train=own, test=own, cover=CrossTrigger(victim.pattern, victim.mask, crafted.cover.train, crafted.cover.key))
+
+    def keep(self, crafted: Crafted) -> dict[str, Tensor]:
+        """Both generators: they are learned, the pattern's with the victim."""
+        assert isinstance(crafted.test, OwnTrigger)
+        return prefixed("pattern", crafted.test.pattern) | prefixed("mask", crafted.test.mask)
+
+    def restore(
+        self, kept: Mapping[str, Tensor], train: ImageSet, plan: Plan, seed: int, surrogate: Callable[[], Network | None]
+    ) -> Crafted:
+        mask, pattern = self._generators(train, seed)
+        for name, net in (("mask", mask), ("pattern", pattern)):
+            net.load_state_dict(part(name, kept))
+        return self.triggers(pattern, mask, train, seed)

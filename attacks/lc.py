@@ -16,6 +16,8 @@ truncates.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -101,14 +103,20 @@ class LC(Attack):
         Raises:
             BadInput: no surrogate, or images smaller than 6 pixels.
         """
+        table = self._perturbations(train, plan, surrogate)
+        return self._triggers(train, plan, lambda: table)
+
+    def restore(
+        self, kept: Mapping[str, Tensor], train: ImageSet, plan: Plan, seed: int, surrogate: Callable[[], Network | None]
+    ) -> Crafted:
+        """The perturbations are computed when an image is first triggered for training: that takes long, and no test needs it."""
+        return self._triggers(train, plan, functools.cache(lambda: self._perturbations(train, plan, surrogate())))
+
+    def _perturbations(self, train: ImageSet, plan: Plan, surrogate: Network | None) -> Tensor:
+        """Zero, then the perturbation of every image of the target class, in the order of ``train``: float (1 + M, C, H, W)."""
         if surrogate is None:
             raise BadInput("lc: perturbs images against a network trained on clean data, and none was given")
-        _, height, width = train.shape
-        signs = self.amplitude * corner_signs(self.corners, height, width)
         mine = torch.nonzero(train.labels.cpu() == plan.target).flatten()
-        # Row 0 is the zero that every other image gets; the last place is for indices the set does not have.
-        row = torch.zeros(len(train) + 1, dtype=torch.int64)
-        row[mine] = 1 + torch.arange(len(mine))
         table = torch.zeros(1 + len(mine), *train.shape)
         device = default_device()
         net = frozen(surrogate)
@@ -117,12 +125,21 @@ class LC(Attack):
             labels = torch.full((len(images),), plan.target, device=device)
             perturbation = pgd(net, images, labels, self.eps, self.step, self.steps) - images
             table[1 + start : 1 + start + len(images)] = perturbation.cpu()
+        return table
+
+    def _triggers(self, train: ImageSet, plan: Plan, table: Callable[[], Tensor]) -> Crafted:
+        """Both triggers; ``table``: gives the perturbations."""
+        signs = self.amplitude * corner_signs(self.corners, *train.shape[1:])
+        mine = torch.nonzero(train.labels.cpu() == plan.target).flatten()
+        # Row 0 is the zero that every other image gets; the last place is for indices the set does not have.
+        row = torch.zeros(len(train) + 1, dtype=torch.int64)
+        row[mine] = 1 + torch.arange(len(mine))
 
         def test(images: Tensor, index: Tensor) -> Tensor:
             return (images + signs.to(images.device)).clamp(0.0, 1.0)
 
         def trigger(images: Tensor, index: Tensor) -> Tensor:
-            perturbation = table[row[index.cpu().clamp(max=len(train))]]
+            perturbation = table()[row[index.cpu().clamp(max=len(train))]]
             return test((images + perturbation.to(images.device)).clamp(0.0, 1.0), index)
 
         return Crafted(train=trigger, test=test)

@@ -18,6 +18,7 @@ authors', whose images are in [-1, 1]. Values are rounded to 8 bits.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -35,7 +36,7 @@ from models.recipe import Recipe
 from models.spec import BadInput, BatchSize, Ge, Gt, Le, PositiveShare, derive_seed, lookup
 from models.training import default_device, fit
 
-__all__ = ["Narcissus", "inward"]
+__all__ = ["Narcissus", "Noise", "inward"]
 
 
 class _WarmUp(Classifier):
@@ -70,6 +71,16 @@ def inward(net: Network, batches: Epochs, shape: tuple[int, int, int], radius: f
     return delta.detach().clamp(-radius, radius)
 
 
+class Noise:
+    """clip(x + scale * delta) to [0, 1], delta float (C, H, W); see :data:`attacks.base.Trigger`."""
+
+    def __init__(self, delta: Tensor, scale: float = 1.0) -> None:
+        self.delta, self.scale = delta, scale
+
+    def __call__(self, images: Tensor, index: Tensor) -> Tensor:
+        return (images + self.scale * self.delta.to(images.device)).clamp(0.0, 1.0)
+
+
 @dataclass(frozen=True)
 class Narcissus(Attack):
     """x' = clip(x + delta) in training, clip(x + scale * delta) at test, with delta of L-infinity norm ``radius``.
@@ -95,6 +106,7 @@ class Narcissus(Attack):
     revision: ClassVar[int] = 2
     clean_label: ClassVar[bool] = True
     needs_surrogate: ClassVar[bool] = True
+    keeps: ClassVar[bool] = True
 
     radius: PositiveShare = 16 / 255
     scale: Annotated[float, Gt(0), Le(16)] = 3.0
@@ -138,10 +150,14 @@ class Narcissus(Attack):
         batches = Batches(mine.to(device), self.batch, draws, crop=self.crop, flip=self.flip)
         delta = inward(net.to(device), batches, train.shape, self.radius, self.rounds, self.lr).cpu()
 
-        def faint(images: Tensor, index: Tensor) -> Tensor:
-            return (images + delta.to(images.device)).clamp(0.0, 1.0)
+        return Crafted(train=Noise(delta), test=Noise(delta, self.scale))
 
-        def strong(images: Tensor, index: Tensor) -> Tensor:
-            return (images + self.scale * delta.to(images.device)).clamp(0.0, 1.0)
+    def keep(self, crafted: Crafted) -> dict[str, Tensor]:
+        """The noise: learning it takes long."""
+        assert isinstance(crafted.train, Noise)
+        return {"delta": crafted.train.delta}
 
-        return Crafted(train=faint, test=strong)
+    def restore(
+        self, kept: Mapping[str, Tensor], train: ImageSet, plan: Plan, seed: int, surrogate: Callable[[], Network | None]
+    ) -> Crafted:
+        return Crafted(train=Noise(kept["delta"]), test=Noise(kept["delta"], self.scale))

@@ -17,15 +17,16 @@ used (``min_bit_accuracy``, ``min_psnr``).
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, interpolate, mse_loss, pad
 
 from attacks.base import Attack, Crafted, Plan, apply, uniforms
-from attacks.generated import in_fixed_batches
+from attacks.generated import in_fixed_batches, part, prefixed
 from models.backbone import Network, he_init
 from models.images import ImageSet, to_float
 from models.loop import Loop
@@ -154,18 +155,25 @@ class Quality:
     psnr: float
 
 
+N = TypeVar("N", bound=nn.Module)
+
+
+def _finished(net: N) -> N:
+    """A copy on the CPU, in evaluation mode, its parameters without gradients."""
+    return copy.deepcopy(net).cpu().eval().requires_grad_(False)
+
+
 class Stamp:
     """Hides one secret in every image; see :data:`attacks.base.Trigger`.
 
     Attributes:
         secret: float (1, bits), 0 and 1.
-        quality: measured on training images.
+        decoder: reads it back; None = it is only hidden.
     """
 
-    def __init__(self, encoder: Encoder, decoder: Decoder, secret: Tensor, train: ImageSet, seed: int) -> None:
-        self.encoder, self.decoder = (copy.deepcopy(net).cpu().eval().requires_grad_(False) for net in (encoder, decoder))
-        self.secret = secret
-        self.quality = self.judge(train, seed)
+    def __init__(self, encoder: Encoder, secret: Tensor, decoder: Decoder | None = None) -> None:
+        self.encoder, self.secret = _finished(encoder), secret
+        self.decoder = None if decoder is None else _finished(decoder)
 
     def __call__(self, images: Tensor, index: Tensor) -> Tensor:
         encoder, secret = self.encoder.to(images.device), self.secret.to(images.device)
@@ -173,6 +181,7 @@ class Stamp:
 
     def judge(self, train: ImageSet, seed: int) -> Quality:
         """Hides the secret in training images (a thousand, at most) and reads it back."""
+        assert self.decoder is not None
         chosen = torch.randperm(len(train), generator=generator(seed, "ssba-judged"))[:JUDGED]
         device = default_device()
         images = train.images[chosen].to(device)
@@ -205,6 +214,7 @@ class SSBA(Attack):
     """
 
     name: ClassVar[str] = "ssba"
+    keeps: ClassVar[bool] = True
 
     bits: Annotated[int, Ge(1), Le(1024)] = 100
     epochs: EpochCount = 20
@@ -236,12 +246,26 @@ class SSBA(Attack):
         )  # fmt: skip
         optimise(Hiding(encoder, decoder, recipe, self, seed), train, recipe, derive_seed(seed, "ssba-training"))
         secret = (torch.rand(1, self.bits, generator=generator(seed, "ssba-secret")) < 0.5).float()
-        stamp = Stamp(encoder, decoder, secret, train, seed)
-        found = stamp.quality
+        stamp = Stamp(encoder, secret, decoder)
+        found = stamp.judge(train, seed)
         if not (found.bit_accuracy >= self.min_bit_accuracy and found.psnr >= self.min_psnr):
             raise Diverged(
                 f"ssba: after {self.epochs} epochs the encoder hides the secret with bit accuracy {found.bit_accuracy:.3f} and PSNR"
                 f" {found.psnr:.1f} dB; {self.min_bit_accuracy} and {self.min_psnr} dB are asked for: raise 'epochs' or 'lr', or"
                 " lower 'bits', 'wait_steps' or 'ramp_steps'"
             )
+        return Crafted(train=stamp, test=stamp)
+
+    def keep(self, crafted: Crafted) -> dict[str, Tensor]:
+        """The encoder and the secret: the encoder's training takes long."""
+        assert isinstance(crafted.test, Stamp)
+        return {**prefixed("encoder", crafted.test.encoder), "secret": crafted.test.secret}
+
+    def restore(
+        self, kept: Mapping[str, Tensor], train: ImageSet, plan: Plan, seed: int, surrogate: Callable[[], Network | None]
+    ) -> Crafted:
+        with seeded(0):  # every weight is replaced
+            encoder = Encoder(self.bits, train.shape[0], self.width)
+        encoder.load_state_dict(part("encoder", kept))
+        stamp = Stamp(encoder, kept["secret"])
         return Crafted(train=stamp, test=stamp)

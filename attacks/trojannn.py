@@ -15,6 +15,7 @@ reproduced: it is stronger for a reason that is no part of the method.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -29,7 +30,7 @@ from models.images import ImageSet
 from models.spec import BadInput, Ge, Gt, Le, Lt, generator
 from models.training import default_device
 
-__all__ = ["TrojanNN", "connected", "place", "search"]
+__all__ = ["Patch", "TrojanNN", "connected", "place", "search"]
 
 
 def connected(net: Network, count: int) -> Tensor:
@@ -85,6 +86,21 @@ def search(
     return (torch.tanh(z.detach()) + 1) / 2
 
 
+class Patch:
+    """Pixels float (C, h, w) in [0, 1] in place of an image's own; ``around`` as :func:`place` gives it.
+
+    See :data:`attacks.base.Trigger`.
+    """
+
+    def __init__(self, pixels: Tensor, around: tuple[int, int, int, int]) -> None:
+        self.pixels = pixels
+        self.values = pad(pixels, list(around))
+        self.mask = pad(torch.ones(pixels.shape[1:], dtype=torch.bool), list(around))
+
+    def __call__(self, images: Tensor, index: Tensor) -> Tensor:
+        return torch.where(self.mask.to(images.device), self.values.to(images.device), images)
+
+
 @dataclass(frozen=True)
 class TrojanNN(Attack):
     """x' = x outside the square, the searched patch inside.
@@ -104,6 +120,7 @@ class TrojanNN(Attack):
 
     name: ClassVar[str] = "trojannn"
     needs_surrogate: ClassVar[bool] = True
+    keeps: ClassVar[bool] = True
 
     size: Annotated[int, Ge(1), Le(32)] = 8
     margin: Annotated[int, Ge(0), Lt(32)] = 3
@@ -128,10 +145,16 @@ class TrojanNN(Attack):
         net = frozen(surrogate)
         neurons = connected(net, self.neurons)
         found = search(net, start.to(default_device()), around, neurons, self.value, self.lr, self.steps).cpu()
-        values = pad(found, list(around))
-        mask = pad(torch.ones(found.shape[1:], dtype=torch.bool), list(around))
+        trigger = Patch(found, around)
+        return Crafted(train=trigger, test=trigger)
 
-        def trigger(images: Tensor, index: Tensor) -> Tensor:
-            return torch.where(mask.to(images.device), values.to(images.device), images)
+    def keep(self, crafted: Crafted) -> dict[str, Tensor]:
+        """The pixels that were found: a search rounds differently on another machine."""
+        assert isinstance(crafted.test, Patch)
+        return {"pixels": crafted.test.pixels}
 
+    def restore(
+        self, kept: Mapping[str, Tensor], train: ImageSet, plan: Plan, seed: int, surrogate: Callable[[], Network | None]
+    ) -> Crafted:
+        trigger = Patch(kept["pixels"], place(self.size, self.margin, *train.shape[1:]))
         return Crafted(train=trigger, test=trigger)

@@ -284,6 +284,37 @@ def show_my_model(
     defend_checkpoint(checkpoint, backbone, dataset, attack, matrix, results=results or RUNS, cache=cache, console=console)
 
 
+@app.command()
+def zoo(
+    matrix: Annotated[
+        Optional[str],  # noqa: UP045 - typer reads the annotation at run time
+        typer.Option("--matrix", "-m", help="Export the victims of this matrix (its first seed) that have been trained."),
+    ] = None,
+    only: OnlyOption = None,
+    check: Annotated[bool, typer.Option("--check", help="Compute every card again; exit status 1 if one differs.")] = False,
+    folder: Annotated[
+        Optional[Path],  # noqa: UP045 - typer reads the annotation at run time
+        typer.Option(help="Of the zoo (default: LEVELFIELD_ZOO, or results/zoo of this project)."),
+    ] = None,
+    cache: CacheOption = CACHE,
+) -> None:
+    """Export trained victims to the zoo, or check it; without either, write its README.md and picture again."""
+    from benchmark.run.progress import notes
+    from benchmark.settings.load import find_matrix, load_matrix
+    from benchmark.storage.zoo import home
+    from benchmark.zoo.check import check as check_zoo
+    from benchmark.zoo.export import export
+    from benchmark.zoo.page import write_page, write_picture
+
+    shelf = folder or home()
+    if check:
+        raise typer.Exit(0 if check_zoo(shelf, cache, console) else 1)
+    if matrix is not None:
+        export(load_matrix(find_matrix(matrix), notes(console)), only=only, cache=cache, folder=shelf, console=console)
+    write_picture(shelf, cache)
+    console.print(f"page: {write_page(shelf)}", highlight=False)
+
+
 def main() -> None:
     """Entry point: a BadInput is one line and exit status 2; so is a missing pydantic, which checks matrix files."""
     try:

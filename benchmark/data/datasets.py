@@ -12,13 +12,16 @@ from typing import ClassVar
 
 import torch
 
-from benchmark.data.decoded import Request
+from benchmark.data.decoded import Request, Whole
 from benchmark.data.sources import source_of, stem
 from benchmark.data.splits import draw, identity
 from models.images import ImageSet
 from models.spec import Spec, check, digest, generator
 
-__all__ = ["Dataset", "DatasetSpec", "load", "mean_std"]
+__all__ = ["Dataset", "DatasetSpec", "load", "load_original", "mean_std"]
+
+ORIGINALS = {"cifar10-q95": "cifar10"}
+"""Re-encoded copies of releases (JPEG, quality 95, a folder of images for each class), and what they are copies of."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,32 @@ def load(spec: DatasetSpec, cache: Path, progress: Callable[[str], None] = _sile
             limit is out of range; the message names the file or class and what to do.
     """
     whole = source_of(spec.source).load(Request(spec.source, spec.size, cache, progress))
-    train = _limited(whole.train, spec, "train_limit", spec.train_limit)
-    test = _limited(whole.test, spec, "test_limit", spec.test_limit)
     own = spec.source.startswith("folder:")
     name = f"folder:{stem(Path(spec.source.removeprefix('folder:')))}" if own else spec.source
+    return _dataset(spec, whole, name)
+
+
+def load_original(spec: DatasetSpec, cache: Path, progress: Callable[[str], None] = _silent) -> Dataset | None:
+    """The release that ``spec`` names a re-encoded copy of, in the order of the copy; None where it names none.
+
+    A folder of classes is read class by class, so the release is sorted by class, and each class keeps its order. Every split then
+    takes the same images; their pixels are those before the encoding.
+
+    Raises:
+        BadInput: as :func:`load`.
+    """
+    original = ORIGINALS.get(spec.source)
+    if original is None:
+        return None
+    whole = source_of(original).load(Request(original, spec.size, cache, progress))
+    train, test = (part.subset(torch.argsort(part.labels, stable=True)) for part in (whole.train, whole.test))
+    return _dataset(spec, Whole(train, test, whole.class_names), original)
+
+
+def _dataset(spec: DatasetSpec, whole: Whole, name: str) -> Dataset:
+    """Images within the limits of ``spec``."""
+    train = _limited(whole.train, spec, "train_limit", spec.train_limit)
+    test = _limited(whole.test, spec, "test_limit", spec.test_limit)
     return Dataset(name, train, test, whole.class_names, digest(train.fingerprint(), test.fingerprint()))
 
 

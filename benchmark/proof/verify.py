@@ -36,6 +36,7 @@ from benchmark.settings.cells import Cell, Matrix, settings_hash
 from benchmark.settings.load import load_matrix
 from benchmark.storage import rows as files
 from benchmark.storage.rows import Row, Timing, text_of
+from benchmark.storage.zoo import closed
 from models.spec import BadInput, generator
 
 __all__ = ["SHARES", "TOLERANCE", "Checked", "Verdict", "compare", "confirmed", "verify"]
@@ -162,10 +163,11 @@ def verify(
         console.print(
             f"{len(picked)} rows drawn (--draw {draw}) from {len(cells)} cells{_cost(folder, cells)}", highlight=False
         )
-        again = recompute(
-            matrix, cells, store=Path(temporary) / "store", cache=cache, console=console,
-            processes=processes, expected={name: one["fingerprint"] for name, one in made["datasets"].items()},
-        )  # fmt: skip
+        with closed():  # victims are trained, not read from the zoo
+            again = recompute(
+                matrix, cells, store=Path(temporary) / "store", cache=cache, console=console,
+                processes=processes, expected={name: one["fingerprint"] for name, one in made["datasets"].items()},
+            )  # fmt: skip
     found = {(row.cell, row.selection): {f.name: getattr(row, f.name) for f in fields(Row)} for row in again}
     old = table[table["cell"].isin(cells)].to_dict("records")
     checked = []

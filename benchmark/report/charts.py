@@ -24,7 +24,7 @@ from benchmark.report.text import plain, slug
 from benchmark.storage.files import write_bytes
 from models.spec import BadInput
 
-__all__ = ["trigger_gallery", "trigger_pictures", "write_plots"]
+__all__ = ["trigger_gallery", "trigger_pictures", "trigger_sheet", "write_plots"]
 
 
 # -- isolated samples ----------------------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def _mosaic(images: np.ndarray, gap: int) -> np.ndarray:
 _Item = tuple[str, np.ndarray, np.ndarray]
 
 
-def _sheet(item: _Item) -> tuple[np.ndarray, str]:
+def trigger_sheet(item: _Item) -> tuple[np.ndarray, str]:
     """Clean above triggered above difference, (3 H + 2 gaps, k W + (k - 1) gaps, 3), and the words for the difference.
 
     Raises:
@@ -276,7 +276,7 @@ def trigger_pictures(items: Sequence[_Item], folder: Path) -> list[Path]:
     """
     written = []
     for item in items:
-        image, words = _sheet(item)
+        image, words = trigger_sheet(item)
         scale = max(1, 320 // image.shape[1])
         about, content = PngInfo(), io.BytesIO()
         about.add_itxt("Title", item[0])
@@ -301,7 +301,7 @@ def trigger_gallery(items: Sequence[_Item], path: Path) -> list[Path]:
     if not items:
         raise BadInput("a trigger gallery needs at least one attack")
     count = max(len(clean) for _, clean, _ in items)
-    panels = tuple((plain(item[0]), words, image) for item in items for image, words in [_sheet(item)])
+    panels = tuple((plain(item[0]), words, image) for item in items for image, words in [trigger_sheet(item)])
     note = "Absolute difference between triggered and clean image, multiplied as stated; pixels as the victim sees them (8 bit)."
     columns = max(1, min(len(items), 12 // max(count, 1)))
     figure = Gallery(panels, columns, note, ("clean", "triggered", "difference"), 0.72 * count, 2.26)

@@ -27,13 +27,14 @@ from benchmark.run.plan import Plan, Stage
 from benchmark.run.progress import RunProgress, notes
 from benchmark.settings.cells import Cell, Matrix, settings_hash
 from benchmark.storage import rows as files
+from benchmark.storage import zoo
 from benchmark.storage.files import held, why, write_bytes, write_text
 from benchmark.storage.machine import arithmetic, versions
 from benchmark.storage.rows import Curve, Row, Timing
 from benchmark.storage.store import Entry, Store
 from models.spec import BadInput, canonical, digest, nearest
 
-__all__ = ["Executor", "Filter", "Outcome", "parse_only", "recompute", "run_matrix"]
+__all__ = ["Executor", "Filter", "Outcome", "chosen_cells", "parse_only", "recompute", "run_matrix"]
 
 Executor = Literal["local", "ray"]
 Filter = Mapping[str, Sequence[str]]
@@ -76,6 +77,16 @@ def parse_only(matrix: Matrix, only: str | None) -> Filter:
                 raise BadInput(f"--only {axis}={value}: matrix {matrix.name!r} has none{nearest(value, values)}")
         chosen[axis] = wanted
     return chosen
+
+
+def chosen_cells(matrix: Matrix, only: str | None) -> list[Cell]:
+    """The cells that a filter takes, in matrix order.
+
+    Raises:
+        BadInput: as :func:`parse_only`.
+    """
+    chosen = parse_only(matrix, only)
+    return [cell for cell in matrix.cells if all(AXES[axis](cell) in values for axis, values in chosen.items())]
 
 
 @dataclass(frozen=True)
@@ -126,6 +137,8 @@ def run_matrix(
     if executor == "local" and gpus is not None:
         raise BadInput("--gpus is a stage's share of a GPU of a Ray cluster: it goes with --executor ray")
     folder = results / matrix.name
+    if any(folder.glob("*.safetensors")):
+        raise BadInput(f"{folder}: holds the files of the zoo, whose README.md a report would replace: name another --results")
     _writable(folder)
     _writable(cache)
     session = _Session(matrix, Store(cache / "store", notes(console)), cache, console)
@@ -255,8 +268,10 @@ class _Session:
         """Prints what there is to do; the display of its progress."""
         totals: Counter[str] = Counter(stage.kind for stage in stages)
         cached = len({cell.key for cell in cells}) - totals["defended"]
+        given = sum(zoo.by_key(stage.key) is not None for stage in stages if stage.kind == "victim")
+        found = f" ({given} of them are in the zoo)" if given else ""
         self.console.print(
-            f"{self.plan.matrix.name}: {totals['victim']} models and {totals['extractor']} extractors to train, "
+            f"{self.plan.matrix.name}: {totals['victim']} models{found} and {totals['extractor']} extractors to train, "
             f"{totals['defended']} defense cells to run ({cached} are cached); {where}",
             highlight=False,
             markup=False,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attacks.base import PoisonedSet, PoisonedTest, Power, Role, poison, poison_test
+from attacks.base import Crafted, PoisonedSet, PoisonedTest, Power, Role, poison, poison_test, roles
 from benchmark.rules.metrics import Scorer, null_of, score, val_accuracy
 from benchmark.rules.selection import paired_loss
 from benchmark.run.keys import extractor_key, victim_key
 from benchmark.run.outcome import gpu_mib, peak_mib, reset_peak
-from benchmark.run.world import World, defender_seed, fresh, world
+from benchmark.run.world import World, defender_seed, fresh, rebuilt, restored, world
 from benchmark.settings.cells import Scenario
+from benchmark.storage import zoo
 from benchmark.storage.store import Store
 from models.backbone import Network
 from models.classifier import Classifier
@@ -155,10 +157,24 @@ def _fit_on_features(scenario: Scenario, w: World, data: ImageSet, seed: int, st
 
 
 def run_victim(scenario: Scenario, store: Store, cache: Path) -> None:
-    """Trains the scenario's victim and stores it with its poisoned samples and triggered test set, unless it is cached."""
+    """Trains the scenario's victim and stores it with its poisoned samples and triggered test set, unless it is cached.
+
+    A victim that the zoo has is read from there instead.
+
+    Raises:
+        BadInput: its file in the zoo is damaged.
+    """
     w = world(scenario, cache)
     key = victim_key(scenario, w.data.fingerprint)
-    store.once("victim", key, lambda: _make_victim(scenario, w, key, store, cache))
+
+    def compute() -> None:
+        card = zoo.by_key(key, store.report)
+        if card is None:
+            _make_victim(scenario, w, key, store, cache)
+        else:
+            _from_zoo(card, scenario, w, key, store, cache)
+
+    store.once("victim", key, compute)
 
 
 def _make_victim(scenario: Scenario, w: World, key: str, store: Store, cache: Path) -> None:
@@ -181,13 +197,12 @@ def _make_victim(scenario: Scenario, w: World, key: str, store: Store, cache: Pa
                     trained = fit(Classifier(net, scenario.recipe), w.train, scenario.recipe, seed).net
                 _finish(trained, scenario)
             else:
-                trained, poisoned, triggered = _attack(scenario, w, net, seed, store, cache, outcome)
-                touched = torch.nonzero(poisoned.role != Role.CLEAN).flatten()
+                trained, poisoned, crafted = _attack(scenario, w, net, seed, store, cache, outcome)
+                triggered = poison_test(w.data.test, crafted, scenario.plan)
+                tensors |= {f"trigger.{name}": value for name, value in scenario.attack.keep(crafted).items()}
                 tensors |= {
                     "role": poisoned.role,
-                    "touched": touched,
-                    "touched_images": taken(poisoned.visible.images, touched),
-                    "labels": poisoned.visible.labels,
+                    **_touched(poisoned),
                     "test_images": triggered.images,
                     "test_source": triggered.source,
                     "test_target": triggered.target_labels,
@@ -262,7 +277,8 @@ def surrogate_of(scenario: Scenario, store: Store, cache: Path) -> Network | Non
 
 def _attack(
     scenario: Scenario, w: World, net: Network, seed: int, store: Store, cache: Path, outcome: dict[str, Any]
-) -> tuple[Network, PoisonedSet, PoisonedTest]:
+) -> tuple[Network, PoisonedSet, Crafted]:
+    """The attacked network, its poisoned set and the triggers."""
     attack, plan, recipe = scenario.attack, scenario.plan, scenario.recipe
     assert attack is not None
     if plan.target >= w.train.num_classes:
@@ -290,7 +306,82 @@ def _attack(
         "realised_cover": shares["cover"],
         "exported": attack.power is Power.TRAINING,
     }
-    return trained, poisoned, poison_test(w.data.test, attack.recraft(trained, crafted, w.train, plan, attack_seed), plan)
+    return trained, poisoned, attack.recraft(trained, crafted, w.train, plan, attack_seed)
+
+
+# -- victims from files --------------------------------------------------------------------------------------------------------
+
+
+def _from_zoo(card: zoo.Card, scenario: Scenario, w: World, key: str, store: Store, cache: Path) -> None:
+    """Stores a victim of the zoo: its figures are measured here; the cost of its training and its twin's figures are the card's.
+
+    The images of the poisoned set are not computed before a defense asks for them (:class:`_Later`).
+    """
+    net, crafted, kept = rebuilt(card, scenario, w, lambda: surrogate_of(scenario, store, cache))
+    tensors = {f"net.{name}": value for name, value in net.state_dict().items()}
+    tensors |= {f"trigger.{name}": value for name, value in kept.items()}
+    triggered = None
+    if crafted is not None:
+        assert scenario.attack is not None
+        triggered = poison_test(w.data.test, crafted, scenario.plan)
+        seed, covers = derive_seed(scenario.seed, "attack"), crafted.cover is not None
+        tensors |= {
+            "role": roles(w.train, scenario.attack, scenario.plan, seed, covers=covers),
+            "test_images": triggered.images,
+            "test_source": triggered.source,
+            "test_target": triggered.target_labels,
+        }
+    measured = {**score(net, w.data.test, triggered).stored(), "val_acc": null_of(val_accuracy(net, w.validation))}
+    outcome = {**card.content["measured"], **card.content["training"], **measured, "status": "ok", "zoo": card.name}
+    store.write("victim", key, scenario.spec(), outcome, tensors)
+    label = f"{scenario.backbone_label} / {scenario.attack_label} / seed {scenario.seed}"
+    store.report(f"{label}: not trained, but read from {card.weights}")
+
+
+class _Later(PoisonedSet):
+    """A poisoned set whose images are computed when they are first read: a defense after training needs none of them."""
+
+    def __init__(self, role: Tensor, true_labels: Tensor, make: Callable[[], ImageSet]) -> None:
+        for name, value in (("role", role), ("true_labels", true_labels), ("make", make)):
+            object.__setattr__(self, name, value)
+
+    @functools.cached_property
+    def visible(self) -> ImageSet:
+        made: ImageSet = self.make()  # type: ignore[attr-defined]
+        return made
+
+
+def _poisoned_again(scenario: Scenario, w: World, t: Mapping[str, Tensor], net: Network, store: Store, cache: Path) -> ImageSet:
+    """The poisoned images of a victim of the zoo; a stored stage of their own."""
+    attack, key = scenario.attack, victim_key(scenario, w.data.fingerprint)
+    assert attack is not None
+
+    def compute() -> None:
+        crafted = restored(scenario, w, zoo.part("trigger", t), net, lambda: surrogate_of(scenario, store, cache))
+        poisoned = poison(w.train, attack, crafted, scenario.plan, derive_seed(scenario.seed, "attack"))
+        store.write("poisoned", key, scenario.spec(), {}, _touched(poisoned))
+
+    store.once("poisoned", key, compute)
+    entry = store.read("poisoned", key)
+    assert entry is not None
+    return _visible(w, entry.tensors)
+
+
+def _touched(poisoned: PoisonedSet) -> dict[str, Tensor]:
+    """The labels of a poisoned set, and those of its images that are not the clean ones."""
+    touched = torch.nonzero(poisoned.role != Role.CLEAN).flatten()
+    images = taken(poisoned.visible.images, touched)
+    return {"touched": touched, "touched_images": images, "labels": poisoned.visible.labels}
+
+
+def _visible(w: World, t: Mapping[str, Tensor]) -> ImageSet:
+    """The inverse of :func:`_touched`."""
+    images = copied(w.train.images)
+    images[t["touched"]] = t["touched_images"]
+    return ImageSet(images, t["labels"], w.train.num_classes)
+
+
+# -- reading -------------------------------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=2)
@@ -301,11 +392,7 @@ def _read_victim(scenario: Scenario, store: Store, cache: Path) -> Victim | None
         return None
     weights = {name.removeprefix("net."): value for name, value in entry.tensors.items() if name.startswith("net.")}
     t = entry.tensors
-    touched = None
-    if "role" in t:
-        images = copied(w.train.images)
-        images[t["touched"]] = t["touched_images"]
-        touched = ImageSet(images, t["labels"], w.train.num_classes)
+    touched = _visible(w, t) if "touched" in t else None
     net = fresh(scenario, w, 0)
     if weights and scenario.frozen:
         given = read_extractor(scenario.frozen.extractor, scenario, store, cache, touched if touched is not None else w.train).net
@@ -314,11 +401,16 @@ def _read_victim(scenario: Scenario, store: Store, cache: Path) -> Victim | None
     elif weights:
         net.load_state_dict(weights)
     net.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    if touched is None:
+    if "role" not in t:
         nothing = torch.zeros(len(w.train), dtype=torch.int8)
         scorer = Scorer(net, w.data.test, None, w.validation)
         return Victim(net, PoisonedSet(w.train, nothing, w.train.labels), None, scorer, entry.outcome)
-    poisoned = PoisonedSet(touched, t["role"], w.train.labels)
+    if touched is None:
+        poisoned: PoisonedSet = _Later(
+            t["role"], w.train.labels, functools.partial(_poisoned_again, scenario, w, t, net, store, cache)
+        )
+    else:
+        poisoned = PoisonedSet(touched, t["role"], w.train.labels)
     source = t["test_source"]
     triggered = PoisonedTest(t["test_images"], w.data.test.labels[source], t["test_target"], source)
     return Victim(net, poisoned, triggered, Scorer(net, w.data.test, triggered, w.validation), entry.outcome)

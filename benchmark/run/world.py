@@ -1,21 +1,29 @@
-"""The data of a scenario before any attack, and the networks built for it."""
+"""The data of a scenario before any attack, the networks built for it, and victims that are read from files of the zoo."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from attacks.base import Crafted, apply
 from benchmark.data.datasets import Dataset, DatasetSpec, load, mean_std
 from benchmark.data.splits import split_budget, split_validation
 from benchmark.settings.cells import Cell, Scenario
+from benchmark.storage import zoo
 from defenses.base import Inapplicable
 from models.backbone import Network
 from models.images import ImageSet
-from models.spec import derive_seed
+from models.spec import BadInput, derive_seed
+from models.training import Diverged
+from models.weights import check_state, fit_state
 
-__all__ = ["World", "defender_seed", "fresh", "lesser", "world"]
+__all__ = ["World", "defender_seed", "divided", "fresh", "lesser", "rebuilt", "restored", "world"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,11 @@ def _dataset(spec: DatasetSpec, cache: Path) -> Dataset:
 
 @functools.lru_cache(maxsize=2)
 def _world(spec: DatasetSpec, fraction: float, seed: int, cache: Path) -> World:
-    data = _dataset(spec, cache)
+    return divided(_dataset(spec, cache), fraction, seed)
+
+
+def divided(data: Dataset, fraction: float, seed: int) -> World:
+    """The world of a data set; ``fraction``: of the training images that are the clean budget, drawn by ``seed``."""
     attacker, budget = split_budget(data.train, fraction, seed)
     train, held_out = data.train.subset(attacker), data.train.subset(budget)
     fitting, validating = split_validation(held_out, seed)
@@ -84,3 +96,51 @@ def fresh(scenario: Scenario, w: World, seed: int) -> Network:
 def defender_seed(scenario: Scenario) -> int:
     """Seed of everything on the defender's side."""
     return derive_seed(scenario.seed, "defense")
+
+
+def restored(
+    scenario: Scenario, w: World, kept: Mapping[str, Tensor], net: Network, surrogate: Callable[[], Network | None]
+) -> Crafted:
+    """The triggers of a finished victim.
+
+    Args:
+        scenario: with an attack.
+        w: its data.
+        kept: what :meth:`attacks.base.Attack.keep` gave.
+        net: the victim.
+        surrogate: gives the network on which the attack crafts; called only where it is needed.
+    """
+    attack, plan, seed = scenario.attack, scenario.plan, derive_seed(scenario.seed, "attack")
+    assert attack is not None
+    return attack.recraft(net, attack.restore(kept, w.train, plan, seed, surrogate), w.train, plan, seed)
+
+
+def rebuilt(
+    card: zoo.Card, scenario: Scenario, w: World, surrogate: Callable[[], Network | None]
+) -> tuple[Network, Crafted | None, dict[str, Tensor]]:
+    """The network of a file of the zoo in evaluation mode, its triggers (None without an attack) and the tensors that they need.
+
+    Arguments as in :func:`restored`.
+
+    Raises:
+        BadInput: the file is damaged, or does not fit the scenario.
+    """
+    tensors = card.tensors()
+    state = zoo.part("net", tensors)
+    with torch.device("meta"):  # a card of a few bytes may claim a width that fills the memory
+        check_state(fresh(scenario, w, 0), state, card.weights)
+    net = fresh(scenario, w, 0)
+    fit_state(net, state, card.weights)
+    net.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    kept = zoo.part("trigger", tensors)
+    if scenario.attack is None:
+        return net, None, kept
+    try:
+        crafted = restored(scenario, w, kept, net, surrogate)
+        apply(crafted.test, w.data.test.images[:1], torch.zeros(1, dtype=torch.int64))  # tensors of another shape fail here
+        return net, crafted, kept
+    except Diverged:
+        raise
+    except (KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise BadInput(f"{card.weights}: its trigger does not fit {scenario.attack.name}: {reason}") from error

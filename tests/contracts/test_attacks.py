@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
@@ -9,14 +10,17 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+from safetensors.torch import load, save
 
 from attacks import ATTACKS
 from attacks.base import Attack, Crafted, Plan, PoisonedSet, Power, Role, Trigger, apply, poison, poison_test
 from attacks.natural import unchanged
 from models.backbone import Network
 from models.images import ImageSet, quantise, to_float
+from models.recipe import Recipe
 from models.resnet import ResNet8
 from models.spec import BadInput, lookup
+from models.training import fit
 
 QUICK: Mapping[str, Mapping[str, object]] = {
     "lc": {"steps": 2},
@@ -112,6 +116,57 @@ def test_crafting_twice_gives_the_same_triggers(attack) -> None:
     one, other = (triggers(crafted_by(attack, data, seed=3)) for _ in range(2))
     for first, second in zip(one, other, strict=True):
         assert torch.equal(apply(first, data.images, index), apply(second, data.images, index))
+
+
+def through_a_file(attack: Attack, crafted: Crafted, data: ImageSet, asked: list[bool]) -> Crafted:
+    """The triggers as a file gives them back; ``asked`` grows whenever the surrogate is asked for."""
+    kept = load(save({name: value.contiguous() for name, value in attack.keep(crafted).items()}))
+    assert bool(kept) == attack.keeps or attack.name == "dfst", "DFST's filter comes with the training"
+
+    def surrogate() -> Network:
+        asked.append(True)
+        return trained(data.shape, data.num_classes)
+
+    return attack.restore(kept, data, allowed(attack), 0, surrogate)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+def test_triggers_come_back_from_a_file_bit_for_bit(attack, shape) -> None:
+    data, index, asked = pictures(shape, count=20), torch.arange(20), []
+    crafted = crafted_by(attack, data)
+    before = torch.random.get_rng_state()
+    again = through_a_file(attack, crafted, data, asked)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    if attack.needs_model_at_test:  # not kept: computed on the model again
+        again = attack.recraft(trained(shape, data.num_classes), again, data, allowed(attack), 0)
+    assert torch.equal(apply(again.test, data.images, index), apply(crafted.test, data.images, index))
+    assert asked == ([True] if attack.name == "advtrojan" else []), "a surrogate is trained only where a test trigger needs it"
+    for one, other in zip(triggers(crafted), triggers(again), strict=True):
+        assert torch.equal(apply(one, data.images, index), apply(other, data.images, index))
+
+
+@pytest.mark.parametrize("name", ["input-aware", "imc", "dfst"])
+def test_triggers_learned_with_the_victim_come_back_from_a_file(name: str) -> None:
+    attack, data, index = made(lookup("attack", ATTACKS, name)), pictures((3, 16, 16), count=40), torch.arange(40)
+    recipe = Recipe(epochs=2, batch=16, lr=0.05, crop=0, flip=False)
+    crafted = attack.craft(data, PLAN, 0)
+    module = attack.victim(copy.deepcopy(trained((3, 16, 16), 5)), recipe, crafted, PLAN, 0)
+    fit(module, data, recipe, 0)
+    learned = attack.finished(module, crafted)
+    assert attack.keep(learned)
+    again = through_a_file(attack, learned, data, [])
+    for one, other in zip(triggers(learned), triggers(again), strict=True):
+        assert torch.equal(apply(one, data.images, index), apply(other, data.images, index))
+    changed = [not torch.equal(apply(one, data.images, index), apply(other, data.images, index))
+               for one, other in zip(triggers(crafted), triggers(learned), strict=False)]  # fmt: skip
+    assert any(changed) or name == "dfst", "of a trigger that learns nothing the test would say nothing"
+
+
+def test_what_a_kept_trigger_lacks_is_an_error(attack) -> None:
+    if not attack.keeps or attack.name == "dfst" or getattr(attack, "strength", 0):
+        return  # their remainder is complete without it
+    with pytest.raises((KeyError, RuntimeError)):
+        attack.restore({}, pictures((3, 16, 16)), allowed(attack), 0, lambda: None)
 
 
 def test_drawing_leaves_the_global_generator_alone(attack) -> None:

@@ -9,6 +9,7 @@ import struct
 import sys
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmark.data import image_files, sources
+from benchmark.data import datasets, image_files, sources
 from benchmark.data.datasets import Dataset, DatasetSpec, load, mean_std
 from benchmark.data.decoded import Request, Whole
 from benchmark.data.splits import split_budget, split_validation
@@ -738,3 +739,24 @@ def test_a_source_is_one_function_and_one_entry(get: Callable[..., Dataset], mon
     monkeypatch.setattr(sources, "DATASETS", (sources.Source("stripes", "stripes, two classes", stripes), *sources.DATASETS))
     found = get("stripes", size=8, train_limit=4)
     assert (found.name, found.train.shape, len(found.train), len(found.test)) == ("stripes", (1, 8, 8), 4, 2)
+
+
+def test_the_original_of_a_copy_holds_the_same_images_in_the_same_order(
+    get: Callable[..., Dataset], release: type[Release], data: Path, tmp_path: Path
+) -> None:
+    """A copy as it is made: a folder for each class, images numbered in the release's order."""
+    original = get("cifar10")
+    for part, images in (("train", original.train), ("test", original.test)):
+        seen: Counter[int] = Counter()
+        for image, label in zip(images.images, images.labels.tolist(), strict=True):
+            path = data / "cifar10-q95" / part / f"{label}" / f"{seen[label]:04d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+            seen[label] += 1
+    for limits in ({}, {"train_limit": 4, "test_limit": 2}):
+        copy = get("cifar10-q95", **limits)
+        found = datasets.load_original(DatasetSpec("cifar10-q95", **limits), tmp_path / "cache")
+        assert found is not None
+        assert found.name == "cifar10"
+        assert found.fingerprint == copy.fingerprint
+    assert datasets.load_original(DatasetSpec("cifar10"), tmp_path / "cache") is None
