@@ -1,8 +1,9 @@
 """Published beside measured: what the literature printed about the same attack and defense, next to what came out here.
 
 Publications disagree (half of the cells that two of them share are more than 10 points of ASR apart, a quarter more than 50), and
-almost every matrix here follows another protocol. So the printed figures are shown as a band, each with its source, and no verdict
-depends on them. :mod:`benchmark.run.literature` compares the undefended victims that follow the literature's protocol.
+almost every matrix here follows another protocol. So the printed figures are shown as a band, each with its source; no gate, choice
+or rank depends on them. :mod:`benchmark.analysis.reproduction` says by rule who meets the band, :mod:`benchmark.run.literature`
+compares the undefended victims that follow the literature's protocol.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ __all__ = [
 ]  # fmt: skip
 
 FOLDER = Path(__file__).parent / "published"
-"""Where the figures are: two CSV files."""
+"""Where the figures are, as CSV files."""
 METRICS = ("acc", "asr", "ra")
 BOARD = "BackdoorBench leaderboard, backdoorbench.github.io@b98eab4"
 """The source of every line of ``undefended.csv``."""

@@ -12,10 +12,22 @@ import pandas as pd
 from scipy import stats as scipy_stats
 
 from benchmark.analysis.intervals import RESAMPLES, Interval
-from benchmark.analysis.stats import RANK_KEY, SCENARIO, SCRATCH, WORLD, entries, field, headline, implanted_worlds, seed_means
+from benchmark.analysis.stats import (
+    RANK_KEY,
+    SCENARIO,
+    SCRATCH,
+    WORLD,
+    entries,
+    field,
+    headline,
+    implanted_worlds,
+    seed_means,
+    tracks,
+)  # fmt: skip
 
 __all__ = [
-    "LEVEL", "MIN_BLOCKS", "Significance", "blocks_needed", "holm", "least_p", "paired", "signed_rank", "significance",
+    "LEVEL", "MIN_BLOCKS", "Significance", "blocks_needed", "critical_difference", "holm", "least_p", "paired", "signed_rank",
+    "significance",
 ]  # fmt: skip
 
 LEVEL = 0.05
@@ -67,6 +79,19 @@ def blocks_needed(comparisons: int = 1) -> int:
     return next(count for count in range(1, 1000) if comparisons * least_p(count) < LEVEL)
 
 
+def critical_difference(entries: int, blocks: int) -> float:
+    """Nemenyi's critical difference: two average ranks differ significantly (5 %, all pairs at once) if they are further apart.
+
+    ``q / sqrt(2) * sqrt(k (k + 1) / (6 N))``, with the 95 % point q of the studentized range of ``k`` values (Demsar, "Statistical
+    comparisons of classifiers over multiple data sets", JMLR 7, 2006, section 3.2.2).
+
+    Args:
+        entries: k, at least 2. blocks: N, at least 1.
+    """
+    q = float(scipy_stats.studentized_range.ppf(1 - LEVEL, entries, np.inf))
+    return q / math.sqrt(2) * math.sqrt(entries * (entries + 1) / (6 * blocks))
+
+
 class Significance(NamedTuple):
     """Rank tests over implanted scenarios.
 
@@ -77,6 +102,8 @@ class Significance(NamedTuple):
         cliques: sets of two entries or more, no two of them significantly different; largest sets only, best first. One set of
             all entries where Friedman's test is not significant.
         incomplete: competing entries left out because a scenario is missing.
+        critical: Nemenyi's critical difference (:func:`critical_difference`). groups: as ``cliques``, of entries whose average
+            ranks are not further apart.
     """
 
     blocks: int
@@ -85,14 +112,16 @@ class Significance(NamedTuple):
     ranks: dict[tuple[str, str], float]
     cliques: list[tuple[tuple[str, str], ...]]
     incomplete: list[tuple[str, str]]
+    critical: float
+    groups: list[tuple[tuple[str, str], ...]]
 
 
 def significance(rows: pd.DataFrame, track: str, selection: str) -> Significance | None:
-    """Friedman's test over the competing entries with a value in every implanted scenario, then pairwise Wilcoxon tests, on RA.
+    """Friedman's test over the competing entries with a value in every implanted scenario, then every pair of them, on RA.
 
     As Demsar, "Statistical comparisons of classifiers over multiple data sets" (JMLR 7, 2006), with scenarios in the place of data
-    sets and Holm-adjusted signed-rank tests in the place of Nemenyi's. None with fewer than 11 implanted scenarios or 3 entries,
-    or when all entries are equal everywhere (nothing to test).
+    sets. Pairs are tested by Holm-adjusted signed-rank tests, and by Nemenyi's critical difference of average ranks. None with
+    fewer than 11 implanted scenarios or 3 entries, or when all entries are equal everywhere (nothing to test).
     """
     table = field(rows, track)
     table = implanted_worlds(table[table["selection"] == selection])
@@ -112,7 +141,10 @@ def significance(rows: pd.DataFrame, track: str, selection: str) -> Significance
     ranks = dict(sorted(zip(columns, map(float, mean), strict=True), key=lambda item: item[1]))
     together = pairs if friedman >= LEVEL else [pair for pair in pairs if pair[2] >= LEVEL]
     left_out = [entry for entry in entries(table) if entry not in ranks]
-    return Significance(len(values), friedman, pairs, ranks, _cliques(ranks, [(a, b) for a, b, _ in together]), left_out)
+    critical = critical_difference(len(ranks), len(values))
+    close = [(a, b) for a, b in combinations(ranks, 2) if friedman >= LEVEL or ranks[b] - ranks[a] <= critical]
+    cliques = _cliques(ranks, [(a, b) for a, b, _ in together])
+    return Significance(len(values), friedman, pairs, ranks, cliques, left_out, critical, _cliques(ranks, close))
 
 
 def _cliques(
@@ -136,17 +168,23 @@ def _present_mean(values: np.ndarray, axis: int) -> np.ndarray:
     return means
 
 
-def _by_blocks(table: pd.DataFrame) -> tuple[Interval, np.ndarray]:
+def _by_blocks(table: pd.DataFrame, *, scenarios: bool = False) -> tuple[Interval, np.ndarray]:
     """Mean over scenarios of means over seeds of the column ``difference``, its interval, and the mean of each block.
 
     A block is all worlds of one data set and seed in ``table``. They are not independent: they share the clean budget, and on each
     backbone the benign twin and the network trained from scratch, whatever the attack. So the interval resamples whole blocks (all
     scenarios of a data set get the same draw of seeds); otherwise it is that of :func:`interval`.
+
+    With ``scenarios`` a block is a scenario, with the mean over its seeds, as in the rank tests: the interval then says how much
+    depends on which attacks and networks were run, and seeds may differ in number.
     """
-    grids = [
-        mine.pivot_table(index=SCENARIO, columns="seed", values="difference", sort=False).to_numpy(np.float64)
-        for _, mine in table.groupby("dataset", sort=False)
-    ]
+    if scenarios:
+        grids = [table.groupby(SCENARIO, sort=False)["difference"].mean().to_numpy(np.float64)[None, :]]
+    else:
+        grids = [
+            mine.pivot_table(index=SCENARIO, columns="seed", values="difference", sort=False).to_numpy(np.float64)
+            for _, mine in table.groupby("dataset", sort=False)
+        ]
 
     def statistic(*draws: np.ndarray, axis: int = -1) -> np.ndarray:
         means = [_present_mean(grid[:, draw.astype(int)], axis=-1) for grid, draw in zip(grids, draws, strict=True)]
@@ -163,42 +201,61 @@ def _by_blocks(table: pd.DataFrame) -> tuple[Interval, np.ndarray]:
     return Interval(mean, low, high), np.concatenate([_present_mean(grid, axis=0) for grid in grids])
 
 
-def paired(rows: pd.DataFrame, track: str, control: str = SCRATCH) -> pd.DataFrame:
-    """Every competing entry of a track against one control, attacked model by attacked model, in RA and in ACC.
+def _judged_control(rows: pd.DataFrame, track: str, control: str) -> pd.DataFrame:
+    """The implanted rows of the first whole-network entry whose label is, or begins with, ``control``, under the selection that its
+    track is ranked by: of the track's own field, or else of the first track that has it. Empty where no track has it."""
+    for name in dict.fromkeys([track, *tracks(rows)]):
+        table = field(rows, name)
+        table = table[(table["selection"] == headline(rows, name)) & (table["scope"] == "whole")]
+        found = implanted_worlds(table[table["defense"].str.startswith(control)])
+        if len(found):
+            mine: pd.DataFrame = found[found["defense"] == found["defense"].iloc[0]]
+            return mine
+    return rows.iloc[:0]
 
-    A pair is an implanted world that both finished, under the selection the track is ranked by. Empty where the matrix has no such
-    control, or nothing is implanted. The control is the first entry whose label is, or begins with, ``control``.
 
-    Columns: ``defense``, ``scope``, ``control``, ``metric`` (``ra`` | ``acc``), ``pairs``, ``worlds`` (pairs there would be if
-    nothing were missing), ``difference`` (entry minus control: mean over scenarios of means over seeds), ``difference_low``,
-    ``difference_high`` (bootstrap of blocks), ``p`` (signed-rank test over pairs), ``p_holm`` (adjusted over all lines of the
-    track), ``p_least`` (the smallest p so many pairs can give), and the same test over the means of the blocks: ``blocks``,
-    ``p_blocks``, ``p_blocks_least``.
+def paired(
+    rows: pd.DataFrame, track: str, control: str = SCRATCH, *, metrics: Sequence[str] = ("ra", "acc"), scenarios: bool = False
+) -> pd.DataFrame:
+    """Every competing entry of a track against one control, attacked model by attacked model.
+
+    A pair is an implanted world that both finished, each under the selection that its track is ranked by. Empty where the matrix
+    has no such control, or nothing is implanted. The control is the first entry on the whole network whose label is, or begins
+    with, ``control``. It may be a competing entry too, and of another track where this one has none; it is not compared with
+    itself.
+
+    Args:
+        metrics: columns of ``rows`` to compare. scenarios: a block is a scenario instead of a data set's seed.
+
+    Returns:
+        Columns: ``defense``, ``scope``, ``control``, ``metric``, ``pairs``, ``worlds`` (pairs there would be if nothing were
+        missing), ``difference`` (entry minus control: mean over scenarios of means over seeds), ``difference_low``,
+        ``difference_high`` (bootstrap of blocks), ``p`` (signed-rank test over pairs), ``p_holm`` (adjusted over all lines of the
+        track), ``p_least`` (the smallest p so many pairs can give), and the same test over the means of the blocks: ``blocks``,
+        ``p_blocks``, ``p_blocks_least``.
     """
     table = field(rows, track)
     table = implanted_worlds(table[table["selection"] == headline(rows, track)])
-    controls = table[(table["role"] == "control") & table["defense"].str.startswith(control)]
-    if controls.empty or not (table["role"] == "defense").any():
+    base = _judged_control(rows, track, control)
+    own = [entry for entry in entries(table[table["role"] == "defense"]) if entry not in entries(base)]
+    if base.empty or not own:
         return pd.DataFrame()
-    chosen = entries(controls)[0]
-    metrics = ["ra", "acc"]
+    columns = list(metrics)
 
-    def finished(entry: tuple[str, str]) -> pd.DataFrame:
-        mine = table[(table["defense"] == entry[0]) & (table["scope"] == entry[1]) & (table["status"] == "ok")]
-        return mine.set_index(WORLD)[metrics]
+    def finished(mine: pd.DataFrame) -> pd.DataFrame:
+        return mine[mine["status"] == "ok"].set_index(WORLD)[columns]
 
-    base = finished(chosen).add_suffix("_control")
     lines = []
-    for entry in entries(table[table["role"] == "defense"]):
-        both = finished(entry).join(base, how="inner", validate="one_to_one").reset_index()
-        worlds = int(((table["defense"] == entry[0]) & (table["scope"] == entry[1])).sum())
-        for metric in metrics:
+    for entry in own:
+        mine = table[(table["defense"] == entry[0]) & (table["scope"] == entry[1])]
+        both = finished(mine).join(finished(base).add_suffix("_control"), how="inner", validate="one_to_one").reset_index()
+        for metric in columns:
             both["difference"] = both[metric] - both[f"{metric}_control"]
             pairs = both.dropna(subset="difference")
-            found, blocks = _by_blocks(pairs) if len(pairs) else (Interval(*[math.nan] * 3), np.empty(0))
+            found, blocks = _by_blocks(pairs, scenarios=scenarios) if len(pairs) else (Interval(*[math.nan] * 3), np.empty(0))
             lines.append({
-                "defense": entry[0], "scope": entry[1], "control": chosen[0], "metric": metric, "pairs": len(pairs),
-                "worlds": worlds, "difference": found.mean, "difference_low": found.low, "difference_high": found.high,
+                "defense": entry[0], "scope": entry[1], "control": base["defense"].iloc[0], "metric": metric, "pairs": len(pairs),
+                "worlds": len(mine), "difference": found.mean, "difference_low": found.low, "difference_high": found.high,
                 "p": signed_rank(pairs["difference"].to_numpy(np.float64)) if len(pairs) else math.nan,
                 "p_least": least_p(len(pairs)), "blocks": len(blocks),
                 "p_blocks": signed_rank(blocks) if len(blocks) else math.nan, "p_blocks_least": least_p(len(blocks)),
@@ -206,3 +263,4 @@ def paired(rows: pd.DataFrame, track: str, control: str = SCRATCH) -> pd.DataFra
     found_lines = pd.DataFrame(lines)
     found_lines.insert(10, "p_holm", holm(list(found_lines["p"])))
     return found_lines
+

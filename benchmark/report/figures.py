@@ -153,7 +153,10 @@ class Dots:
 
 @dataclass(frozen=True)
 class HeatPanel:
-    """Coloured cells with text: (names, columns) in percent; NaN = white. ``dead``: columns that are hatched, not coloured."""
+    """Coloured cells with text: (names, columns) in percent; NaN = white. ``dead``: columns that are hatched, not coloured.
+
+    Columns without a name at the end are room that keeps the cells of several panels equally wide.
+    """
 
     title: str
     columns: tuple[str, ...]
@@ -165,15 +168,19 @@ class HeatPanel:
 
 @dataclass(frozen=True)
 class Heat:
-    """Heat maps, ``columns`` side by side, with one colour bar. ``rules``: lines below so many names."""
+    """Heat maps, ``columns`` side by side. ``rules``: lines below so many names.
+
+    ``palette``: of a colour bar with ``label``; or a few colours for equal steps from 0 to 100, without a bar. ``cell``: inches.
+    """
 
     panels: tuple[HeatPanel, ...]
     columns: int
     note: str
-    palette: str
-    label: str
+    palette: str | tuple[str, ...]
+    label: str = ""
     rules: tuple[int, ...] = ()
     key: Key = ()
+    cell: tuple[float, float] = (0.84, 0.33)
 
 
 @dataclass(frozen=True)

@@ -290,8 +290,10 @@ def _heat_panel(axes: Axes, panel: HeatPanel, figure: Heat) -> None:
     import seaborn
 
     blank = np.isnan(panel.values)
-    seaborn.heatmap(panel.values, mask=blank, annot=panel.texts, fmt="", ax=axes, cmap=figure.palette, vmin=0, vmax=100, cbar=False,
-                    linewidths=1.5, linecolor="white", annot_kws={"fontsize": 9})  # fmt: skip
+    few = isinstance(figure.palette, tuple)
+    seaborn.heatmap(panel.values, mask=blank, annot=panel.texts, fmt="", ax=axes, vmin=0, vmax=100, cbar=False, linewidths=1.5,
+                    cmap=list(figure.palette) if few else figure.palette, linecolor="white",
+                    annot_kws={"fontsize": 8.0 if few else 9, "linespacing": 1.25})  # fmt: skip
     for row, column in zip(*np.nonzero(blank), strict=True):
         dead = column in panel.dead and panel.texts[row, column][:1].isdigit()
         axes.text(column + 0.5, row + 0.5, panel.texts[row, column], ha="center", va="center", zorder=3,
@@ -299,7 +301,7 @@ def _heat_panel(axes: Axes, panel: HeatPanel, figure: Heat) -> None:
     for column in panel.dead:
         axes.axvspan(column, column + 1, zorder=2, **area_style(Mark(kind="hatch")))
     for rule in figure.rules:
-        axes.axhline(rule, color="#333333", linewidth=1.2, zorder=4)
+        axes.axhline(rule, xmax=sum(map(bool, panel.columns)) / len(panel.columns), color="#333333", linewidth=1.2, zorder=4)
     axes.xaxis.tick_top()
     axes.set_xticks(np.arange(len(panel.columns)) + 0.5, panel.columns, rotation=0)
     axes.set_yticks(np.arange(len(panel.names)) + 0.5, panel.names, rotation=0)
@@ -320,7 +322,7 @@ def cells_of(figure: Figure, known: Looks) -> tuple[list[Cell], Key]:
     if isinstance(figure, Dots):
         return _dots(figure)
     if isinstance(figure, Heat):
-        return [Cell(panel.title, 0.84 * len(panel.columns), 0.33 * len(panel.names),
+        return [Cell(panel.title, figure.cell[0] * len(panel.columns), figure.cell[1] * len(panel.names),
                      partial(_heat_panel, panel=panel, figure=figure)) for panel in figure.panels], figure.key  # fmt: skip
     return [Cell(title, figure.width, figure.height, partial(_picture, caption=caption, image=image, names=figure.names))
             for title, caption, image in figure.panels], ()  # fmt: skip

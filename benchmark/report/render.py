@@ -60,12 +60,12 @@ def style() -> Iterator[None]:
 # -- the page ------------------------------------------------------------------------------------------------------------------
 
 
-def _colour_bar(page: Sheet, figure: Heat) -> None:
+def _colour_bar(page: Sheet, palette: str, label: str) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    bar = page.colorbar(ScalarMappable(Normalize(0, 100), figure.palette), ax=page.axes, ticks=[0, 25, 50, 75, 100], fraction=0.03,
-                        aspect=40, pad=0.01, label=figure.label)  # fmt: skip
+    bar = page.colorbar(ScalarMappable(Normalize(0, 100), palette), ax=page.axes, ticks=[0, 25, 50, 75, 100], fraction=0.03,
+                        aspect=40, pad=0.01, label=label)  # fmt: skip
     bar.ax.tick_params(length=0)
 
 
@@ -155,8 +155,8 @@ def sheet(figure: Figure, title: str, known: Looks | None = None) -> Sheet:
     page = Sheet(figsize=(max(_MIN_WIDTH, wide + 2), tall * 1.3 + 2 + 0.25 * len(key)), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(page)
     axes = _drawcells_of(page, cells, columns)
-    if isinstance(figure, Heat):
-        _colour_bar(page, figure)
+    if isinstance(figure, Heat) and isinstance(figure.palette, str):
+        _colour_bar(page, figure.palette, figure.label)
     engine: Any = page.get_layout_engine()
     engine.set(w_pad=0.08, h_pad=0.08, wspace=0.02, hspace=0.02)
     _surround(page, title, figure.note, key)

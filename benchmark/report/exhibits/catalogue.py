@@ -4,14 +4,18 @@ from __future__ import annotations
 
 # ruff: noqa: I001 - an import line for each exhibit would be most of this file
 from benchmark.report.exhibits import (
-    adaptive, alpha, benign, budget, canary, controls, detectors, elsewhere, extractor, natural, performance, pruned, rate,
-    replaced, robust, scope, selection, significance, size, threshold, training, validity,
+    adaptive, alpha, benign, budget, canary, controls, detectors, elsewhere, extractor, natural, performance, pruned, ranks, rate,
+    replaced, reproduction, robust, scope, selection, seminal, significance, size, threshold, training, validity,
 )  # fmt: skip
 from benchmark.report.exhibits.evidence import Exhibit
 
 __all__ = ["EXHIBITS"]
 
 EXHIBITS: tuple[Exhibit, ...] = (
+    Exhibit("reproduction", "Reproduction", "Do the defenses do here what their papers report?", "cifar10-cpu", reproduction),
+    Exhibit("seminal", "Older and newer defenses",
+            "Which defense beats fine-tuning on the same clean images, and which the untouched model?", "cifar10-cpu", seminal),
+    Exhibit("ranks", "Ranks", "Which defenses differ over many attacks, by rank tests?", "cifar10-cpu", ranks),
     Exhibit("benign", "Benign accuracy", "Why do benign accuracies differ between tables, and what is the poisoning rate?", "quick",
             benign),
     Exhibit("robust-accuracy", "Robust accuracy", "What is robust accuracy?", "quick", robust),

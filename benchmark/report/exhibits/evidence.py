@@ -25,7 +25,7 @@ import pandas as pd
 from benchmark.analysis import intervals, stats
 from benchmark.analysis.intervals import Interval
 from benchmark.analysis.stats import SCENARIO, WORLD
-from benchmark.report.figures import DotPanel, Dots, Lines, Series
+from benchmark.report.figures import DotPanel, Figure, Series
 from benchmark.report.words import gate_words
 from benchmark.settings.cells import Matrix
 
@@ -103,7 +103,7 @@ class Answer(Protocol):
     @property
     def COLUMNS(self) -> Columns: ...  # noqa: N802
     def frame(self, source: Source) -> pd.DataFrame: ...
-    def figure(self, table: pd.DataFrame) -> Lines | Dots | None: ...
+    def figure(self, table: pd.DataFrame) -> Figure | None: ...
 
 
 @dataclass(frozen=True)
@@ -261,6 +261,12 @@ def victims_words(table: pd.DataFrame) -> pd.Series:
 
 def implanted_words(worlds: pd.DataFrame) -> str:
     return f"{int(worlds['implanted'].astype(bool).sum())} of {len(worlds)}"
+
+
+def idle_words(cells: pd.DataFrame) -> dict[Entry, str]:
+    """Entries with finished cells in which nothing was changed: "no change in 3 of 12"."""
+    found = {entry: of_entry(cells, entry)["mark"] == "no change" for entry in stats.entries(cells)}
+    return {entry: f"no change in {idle.sum()} of {len(idle)}" for entry, idle in found.items() if idle.any()}
 
 
 def no_figure(table: pd.DataFrame) -> None:

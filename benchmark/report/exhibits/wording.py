@@ -3,8 +3,8 @@
 A template reads ``lines`` (the table, one mapping per line), everything in ``table.attrs``, and the constants of the attack gate as
 texts: ``half`` (the least ASR of an implanted attack), ``tau`` (the tolerated loss of ACC in points). It is rendered to one
 paragraph. What it sets at its top is no text: ``about`` (what the table counts, for captions), ``brief`` (names of the columns on
-the page; default all) and ``by`` (by which column the page picks lines where the table is long). Names that come from settings are
-hostile until ``name`` or ``entry`` has escaped them.
+the page; default all), ``by`` (by which column the page picks lines where the table is long) and ``longest`` (lines; default 10).
+Names that come from settings are hostile until ``name`` or ``entry`` has escaped them.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Words(NamedTuple):
     about: str
     brief: tuple[str, ...]
     by: str
+    longest: int = 10
 
 
 def percent(value: float, digits: int = 1) -> str:
@@ -120,5 +121,5 @@ def words_of(template: str, table: pd.DataFrame) -> Words:
     """The wording of an exhibit: ``template`` is its module's name."""
     given: dict[Any, Any] = {"lines": table.to_dict("records"), **table.attrs}
     found: Any = _environment().get_template(f"{template}.md.j2").make_module(given)
-    brief = getattr(found, "brief", "")
-    return Words(" ".join(str(found).split()), found.about, tuple(brief.split()), getattr(found, "by", ""))
+    brief, by, longest = getattr(found, "brief", ""), getattr(found, "by", ""), getattr(found, "longest", 10)
+    return Words(" ".join(str(found).split()), found.about, tuple(brief.split()), by, longest)

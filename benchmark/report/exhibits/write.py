@@ -33,8 +33,6 @@ __all__ = ["brief_table", "caption", "command", "source_of", "table_latex", "tab
 
 _FOLDER = "exhibits"
 _MISSING = "\N{EN DASH}"
-_LINES = 10
-"""Most lines of a table on the page."""
 
 
 def command(exhibit: Exhibit) -> str:
@@ -113,15 +111,15 @@ def table_markdown(exhibit: Exhibit, table: pd.DataFrame, only: Sequence[str] = 
 
 
 def brief_table(exhibit: Exhibit, table: pd.DataFrame, words: Words) -> str:
-    """What the page shows of a table: the columns its template names; of a long table ten lines, without controls."""
+    """What the page shows of a table: the columns its template names; of a long table its first lines, without controls."""
     full = f"[{exhibit.name}.csv]({_FOLDER}/{exhibit.name}.csv)"
     kept = table
-    if len(table) > _LINES:
+    if len(table) > words.longest:
         role = "control" if "control" in table else "role"
         kept = table[table[role].isin(["", "defense"])] if "defense" in table and role in table else table
         if words.by:
             kept = kept.loc[kept[words.by].abs().sort_values(ascending=False, kind="stable").index]
-        kept = kept.head(_LINES)
+        kept = kept.head(words.longest)
     heads = [f", sorted by {column.head}" for column in exhibit.answer.COLUMNS if words.by == column.name]
     note = f"{len(kept)} of {len(table)} lines{''.join(heads)}; all: {full}." if len(kept) < len(table) else f"Whole table: {full}."
     return f"{table_markdown(exhibit, kept, words.brief)}\n{note}"

@@ -187,7 +187,7 @@ def steady(values: dict[str, float], other: float = 0.3) -> Callable[[Cell, floa
 def test_every_exhibit_reads_a_shipped_matrix_and_has_a_name_of_its_own() -> None:
     assert {exhibit.matrix for exhibit in EXHIBITS} <= set(matrix_names())
     assert len({exhibit.name for exhibit in EXHIBITS}) == len(EXHIBITS)
-    assert command(EXHIBITS[0]) == "make benchmark"
+    assert {command(exhibit) for exhibit in EXHIBITS if exhibit.matrix == "quick"} == {"make benchmark"}
     assert {command(exhibit) for exhibit in EXHIBITS if exhibit.matrix == "alpha"} == {"make benchmark MATRIX=alpha"}
 
 
@@ -207,7 +207,7 @@ def test_every_exhibit_answers_from_its_own_matrix(answer: str, matrix: str) -> 
     lines = table_markdown(exhibit, table).splitlines()
     assert len(lines) == len(table) + 2
     assert len({line.count(" | ") for line in lines}) == 1
-    assert len(brief_table(exhibit, table, written).splitlines()) <= 10 + 4
+    assert len(brief_table(exhibit, table, written).splitlines()) <= written.longest + 4
     assert {*written.brief, *([written.by] if written.by else [])} <= set(table.columns)
     words = caption(exhibit, source, written.about)
     for part in ("dataset: digits", "backbone: ", "attack (poisoning rate): ", "seed: 0, 1", "scenarios implanted", "judged by"):
