@@ -22,7 +22,7 @@ NAMES = ("resnet8", "preact-resnet18", "wrn16-1", "vgg11-bn", "vgg11")
 
 def made(name: str, seed: int = 0) -> Network:
     net = lookup("backbone", BACKBONES, name)(width=2, hidden=8).build(10, (1, 8, 8), [0.3], [0.4], seed)
-    net.train()(to_float(pictures(64)))  # running statistics of its own, so that classes vary
+    net.train()(to_float(pictures(64)))  # running statistics of its own
     return net.eval()
 
 
@@ -36,7 +36,7 @@ def edited(net: Network, writer: Writer) -> Iterator[Network]:
     layers = unit_layers(net, Scope.WHOLE)
     masks = {layer.name: top_share(0.4)(torch.rand(layer.size, generator=draw)) for layer in layers}
     yield copy.deepcopy(net)
-    for layer in (*layers[::4], *reversed(layers)):
+    for layer in (*layers[::5], *reversed(layers[::4])):
         yield prune(net, {layer.name: masks[layer.name]}, writer)
     yield prune(net, {EMBEDDING: top_share(0.4)(torch.rand(embedding_layer(net).size, generator=draw))}, writer)
     yield prune(net, {layer.name: masks[layer.name] for layer in unit_layers(net, Scope.HEAD)}, writer)
@@ -48,34 +48,28 @@ def edited(net: Network, writer: Writer) -> Iterator[Network]:
     yield moved
 
 
-@pytest.mark.parametrize("room", [0, 100_000, 2**29])
+@pytest.mark.parametrize("room", [0, 30_000, 2**29])
 @pytest.mark.parametrize("name", NAMES)
-def test_predictions_are_the_plain_ones(name: str, room: int) -> None:
-    net, sets = made(name), {"many": pictures(503), "few": pictures(40)}  # a full batch and a part; less than one
-    variants, seen = Variants(net, sets, room), set()
+def test_predictions_and_logits_are_the_plain_ones(name: str, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, sets = made(name), {"many": pictures(503 if name == "vgg11-bn" else 50), "few": pictures(20)}  # 503: a batch and a part
+    variants, logits = Variants(net, sets, room), []
+    argmax = Tensor.argmax
+    monkeypatch.setattr(Tensor, "argmax", lambda x, dim: logits.append(x.clone()) or argmax(x, dim))
+    ran = 0
     for one in edited(net, Writer.GAMMA):
         for which, images in sets.items():
             expected = predict(one, images)
+            plain = torch.cat(logits)
+            logits.clear()
             assert torch.equal(variants.predict(one, which), expected)
-            seen.add(tuple(expected.tolist()))
-    assert len(seen) > 6, "networks that all say the same would show nothing"
+            if logits:  # otherwise they are remembered
+                assert torch.equal(torch.cat(logits), plain), "not only the classes, which may agree by luck"
+                ran += 1
+            logits.clear()
+    assert ran > 10
     held = sum(x.nbytes for kept in variants._kept.values() for batches in kept.values() for x in batches)
     assert held <= room
     assert (held > 0) == (room > 0)
-
-
-def test_logits_are_the_plain_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Classes might agree by luck: the very floats before the argmax."""
-    net, images, seen = made("preact-resnet18"), pictures(70), []
-    argmax = Tensor.argmax
-    monkeypatch.setattr(Tensor, "argmax", lambda x, dim: seen.append(x.clone()) or argmax(x, dim))
-    variants = Variants(net, {"all": images})
-    for one in edited(net, Writer.GAMMA_BETA):
-        seen.clear()
-        variants.predict(one, "all")
-        ours = seen.copy()
-        expected = one(to_float(images).contiguous(memory_format=torch.channels_last))
-        assert all(torch.equal(x, expected) for x in ours)
 
 
 def test_only_what_is_edited_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
