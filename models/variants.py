@@ -48,7 +48,8 @@ class Variants:
     def predict(self, net: Network, which: str) -> Tensor:
         """Predicted classes int64 (N,) of the images ``which`` by ``net``. The pass is not tallied (:mod:`models.cost`)."""
         images = self.images[which]
-        if type(net) is not Network or not len(images) or any(part._forward_hooks or part._forward_pre_hooks for part in net.modules()):
+        hooked = any(part._forward_hooks or part._forward_pre_hooks for part in net.modules())
+        if type(net) is not Network or hooked or not len(images):
             return predict(net, images)
         steps = _steps(net)
         first = self._first_edited(steps)

@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Annotated
 from unittest import mock
@@ -111,11 +111,12 @@ def measure(matrix: str, only: str | None, work: Path, console: Console) -> dict
 
 def draw(parts: dict[str, Part], command: str) -> str:
     """The page SCORING.md."""
-    total = Part(*(sum(getattr(part, name) for part in parts.values()) for name in Part.__dataclass_fields__))
+    total = Part(*(sum(column) for column in zip(*map(astuple, parts.values()), strict=True)))
     lines = [
         "# Scoring\n\n",
         "CPU-seconds of one process from an empty store. Alone: every network is run on every set of images. Shared: what a\n",
-        "candidate has in common with the victim is run once, and no network twice. Both were run, and their predictions compared.\n\n",
+        "candidate has in common with the victim is run once, and no network twice. Both were run and their predictions\n",
+        "compared.\n\n",
         "| part | all but scoring | predictions | scoring, alone | scoring, shared | predictions that differ |\n",
         "| :-- | --: | --: | --: | --: | --: |\n",
     ]
@@ -124,8 +125,8 @@ def draw(parts: dict[str, Part], command: str) -> str:
         lines.append(f"| {name} | {' | '.join(map(str, numbers))} |\n")
     before, after = total.rest + total.plain, total.rest + total.shared
     lines.append(
-        f"\nScoring is {100 * total.plain / before:.0f} % of {before:.0f} CPU-seconds alone, and {100 * total.shared / after:.0f} % of "
-        f"{after:.0f} CPU-seconds shared.\n"
+        f"\nScoring is {100 * total.plain / before:.0f} % of {before:.0f} CPU-seconds alone, and "
+        f"{100 * total.shared / after:.0f} % of {after:.0f} CPU-seconds shared.\n"
     )
     return "".join([*lines, f"\nDrawn by\n\n```bash\n{command}\n```\n"])
 

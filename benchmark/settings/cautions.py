@@ -55,9 +55,9 @@ def _too_narrow(cells: Iterable[Cell], datasets: Mapping[str, Dataset]) -> Itera
         if narrow:
             layer = min(narrow, key=narrow.__getitem__)
             yield (
-                f"{cell.defense_label} ({cell.scope.value}) on {scenario.backbone_label}: its threshold of {u:g} standard deviations "
-                f"prunes nothing in {len(narrow)} of {len(sizes[key])} layers. In the narrowest, {layer} with {narrow[layer]} units, "
-                f"no score is more than {max(0.0, largest_z(narrow[layer])):.2f} above the mean: (n - 1) / sqrt(n)"
+                f"{cell.defense_label} ({cell.scope.value}) on {scenario.backbone_label}: its threshold of {u:g} standard "
+                f"deviations prunes nothing in {len(narrow)} of {len(sizes[key])} layers. In the narrowest, {layer} with "
+                f"{narrow[layer]} units, no score is more than {largest_z(narrow[layer]):.2f} above the mean: (n - 1) / sqrt(n)"
             )
 
 

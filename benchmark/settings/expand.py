@@ -59,7 +59,7 @@ class _Attacked(NamedTuple):
 
 
 class _Entrant(NamedTuple):
-    """A defense of the matrix on one extractor and one clean budget: evaluated on every scenario that its table does not leave out."""
+    """A defense of the matrix on one extractor and one clean budget; ``meets``: the scenarios that its table does not leave out."""
 
     label: str
     defense: Defense

@@ -106,8 +106,8 @@ class AttackTable(_Method):
 class DefenseTable(_Method):
     """``[[defense]]``.
 
-    ``tracks`` may be left out by controls only. ``extractors``, ``backbones`` and ``attacks`` are labels of this matrix, ``seeds`` some
-    of its seeds; None = no extractor, and all of the others.
+    ``tracks`` may be left out by controls only. ``extractors``, ``backbones`` and ``attacks`` are labels of this matrix, ``seeds``
+    are some of its seeds; None = no extractor, and all of the others.
     ``budgets`` are shares of the training set, None = the whole clean budget.
     """
 

@@ -11,8 +11,8 @@ import torch
 from benchmark.data.datasets import load
 from benchmark.settings import cautions as module
 from benchmark.settings.cautions import cautions, largest_z
-from benchmark.settings.load import load_matrix
 from benchmark.settings.cells import Cell
+from benchmark.settings.load import load_matrix
 from models.spec import canonical
 from models.units import mean_std
 
@@ -58,8 +58,9 @@ def test_no_score_exceeds_the_largest_z_and_one_reaches_it(units: int) -> None:
     scores = torch.rand((2000, units), generator=draw, dtype=torch.float64) ** 20  # a few far above the others
     lone = torch.zeros(1, units, dtype=torch.float64)
     lone[0, 0] = 1.0
-    z = ((torch.cat([scores, lone]) - torch.cat([scores, lone]).mean(1, True)) / torch.cat([scores, lone]).std(1, keepdim=True)).max(1)
-    assert float(z.values.max()) == pytest.approx(largest_z(units), rel=1e-9)
+    scores = torch.cat([scores, lone])
+    z = (scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True)
+    assert float(z.max()) == pytest.approx(largest_z(units), rel=1e-9)
     assert bool(mean_std(3.0)(lone[0]).any()) == (largest_z(units) > 3.0)
 
 
@@ -69,10 +70,10 @@ def test_eleven_units_are_the_fewest_in_which_clp_can_prune() -> None:
 
 def test_a_threshold_out_of_reach_is_named_once_with_its_layer_and_reason(tmp_path: Path) -> None:
     lines = told(tmp_path)
-    assert len(lines) == 2  # the wide backbone, Hölder's other rules, u = 2.5 at 10 units and the control are well; two seeds, once
+    assert len(lines) == 2  # the wide backbone, Hölder's other rule, u = 2.5 at 10 units and the control are well; two seeds, once
     assert lines[0] == (
-        "clp (head) on vgg11-bn-w4: its threshold of 3 standard deviations prunes nothing in 1 of 1 layers. In the narrowest, head.0 "
-        "with 10 units, no score is more than 2.85 above the mean: (n - 1) / sqrt(n)"
+        "clp (head) on vgg11-bn-w4: its threshold of 3 standard deviations prunes nothing in 1 of 1 layers. In the narrowest, "
+        "head.0 with 10 units, no score is more than 2.85 above the mean: (n - 1) / sqrt(n)"
     )
     assert lines[1].startswith("clp (whole) on vgg11-bn-w4: ")
     assert "in 3 of 9 layers" in lines[1]  # 4, 8 and the head's 10
