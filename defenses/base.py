@@ -239,6 +239,11 @@ class Defense(Spec, ABC):
         return None
 
     @property
+    def z_threshold(self) -> float | None:
+        """The published threshold in standard deviations above the mean of a layer's scores; None for a method of another rule."""
+        return None
+
+    @property
     def knob(self) -> float | None:
         """This instance's value of the knob; None for a method without one."""
         return None

@@ -54,6 +54,10 @@ class CLP(Defense):
     def needs(self) -> Knowledge:
         return Knowledge.MODEL
 
+    @property
+    def z_threshold(self) -> float:
+        return self.u
+
     def candidates(self, view: DefenderView) -> Iterator[Candidate]:
         model = view.model
         scores = weight_bounds(model, prunable(model, view.scope, self.pairing))

@@ -183,6 +183,10 @@ class HolderPruning(HolderSettings, Defense):
         return Knowledge.MODEL | (Knowledge.TRAIN if self.pairs == "train" else Knowledge.CLEAN)
 
     @property
+    def z_threshold(self) -> float | None:
+        return self.u if self.rule == "mean-std" else None
+
+    @property
     def policy(self) -> Policy:
         """The default's threshold rule, per layer."""
         if self.rule == "fixed":

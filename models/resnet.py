@@ -80,7 +80,7 @@ class _PreActBlock(nn.Module):
         return out + skip
 
 
-class _Trunk(nn.Module):
+class _Trunk(nn.Sequential):
     """Stem, stages ``layer1``, ``layer2``, ..., global average. ``blocks[i]`` = number of blocks of stage i."""
 
     def __init__(self, channels: int, width: int, blocks: Sequence[int], *, preact: bool, last_norm: bool = False) -> None:
@@ -89,7 +89,6 @@ class _Trunk(nn.Module):
         self.conv1 = _conv(channels, width)
         self.bn1 = nn.Identity() if preact else nn.BatchNorm2d(width)
         self.act = nn.Identity() if preact else nn.ReLU()
-        self.stages: list[str] = []
         size = width
         for stage, count in enumerate(blocks):
             outputs = width * 2**stage
@@ -97,18 +96,10 @@ class _Trunk(nn.Module):
             for block in range(count):
                 layers.append(kind(size, outputs, 2 if stage and not block else 1))
                 size = outputs
-            self.stages.append(f"layer{stage + 1}")
-            self.add_module(self.stages[-1], nn.Sequential(*layers))
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
         self.last = nn.Sequential(nn.BatchNorm2d(size), nn.ReLU()) if last_norm else nn.Identity()
         self.pool = GlobalAverage()
         he_init(self, "fan_out")
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.bn1(self.conv1(x)))
-        for stage in self.stages:
-            x = self.get_submodule(stage)(x)
-        out: Tensor = self.pool(self.last(x))
-        return out
 
 
 @dataclass(frozen=True)

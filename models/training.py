@@ -13,7 +13,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -28,8 +28,8 @@ from models.loop import Loop, run
 from models.recipe import Precision, Recipe
 
 __all__ = [
-    "Diverged", "Fitted", "accuracy", "arithmetic", "default_device", "embed", "fit", "logits", "optimise", "predict",
-    "predict_head", "seeded",
+    "Diverged", "Fitted", "accuracy", "arithmetic", "default_device", "embed", "fit", "in_batches", "logits", "on_device",
+    "optimise", "predict", "seeded",
 ]  # fmt: skip
 
 FLOOR = 16
@@ -148,7 +148,7 @@ def fit(module: Classifier, data: ImageSet, recipe: Recipe, seed: int) -> Fitted
 
 
 @contextmanager
-def _evaluated(net: Network) -> Iterator[torch.device]:
+def on_device(net: Network) -> Iterator[torch.device]:
     """``net`` on the default device and in evaluation mode; where it was, and its mode, are restored."""
     home, was_training, device = next(net.parameters()).device, net.training, default_device()
     net.to(device).eval()
@@ -158,7 +158,7 @@ def _evaluated(net: Network) -> Iterator[torch.device]:
         net.to(home).train(was_training)
 
 
-def _in_batches(step: Callable[[Tensor], Tensor], images: Tensor, batch: int | None, device: torch.device) -> list[Tensor]:
+def in_batches(step: Callable[[Tensor], Tensor], images: Tensor, batch: int | None, device: torch.device) -> list[Tensor]:
     """``step`` of float images on ``device``, in batches of fixed size: ``batch``, or what suits the device.
 
     Where memory does not suffice for a batch it is halved, and those after it are as small.
@@ -196,8 +196,8 @@ def predict(net: Network, images: Tensor, batch: int | None = None) -> Tensor:
 
     Computed on the default device; mode and place of the network are restored. The pass is tallied as forward samples.
     """
-    with _evaluated(net) as device:
-        parts = _in_batches(lambda part: net(part).argmax(1).cpu(), images, batch, device)
+    with on_device(net) as device:
+        parts = in_batches(lambda part: net(part).argmax(1).cpu(), images, batch, device)
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 
@@ -207,23 +207,15 @@ def embed(net: Network, images: Tensor, batch: int | None = None) -> list[Tensor
 
     They stay on the default device; mode and place of the network are restored.
     """
-    with _evaluated(net) as device:
-        return _in_batches(net.embed, images, batch, device)
+    with on_device(net) as device:
+        return in_batches(net.embed, images, batch, device)
 
 
 @torch.no_grad()
 def logits(net: Network, images: Tensor, batch: int | None = None) -> Tensor:
     """Logits float (N, num_classes) of uint8 images (N, C, H, W) in evaluation mode, on the CPU; otherwise as :func:`predict`."""
-    with _evaluated(net) as device:
-        return torch.cat(_in_batches(lambda part: net(part).cpu(), images, batch, device))
-
-
-@torch.no_grad()
-def predict_head(net: Network, embedded: Sequence[Tensor]) -> Tensor:
-    """The classes of :func:`predict`, from the embeddings of :func:`embed`, without a pass through the features."""
-    with _evaluated(net):
-        parts = [net.head(z).argmax(1).cpu() for z in embedded]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+    with on_device(net) as device:
+        return torch.cat(in_batches(lambda part: net(part).cpu(), images, batch, device))
 
 
 def accuracy(net: Network, data: ImageSet, batch: int | None = None) -> float:

@@ -203,11 +203,15 @@ class Planted:
 
     def asr(self, net: Network) -> float:
         """Share of the probes that ``net`` classifies as the target; NaN without probes."""
-        return _hits(net, self.probes, self.target)
+        return self.share(predict(net, self.probes))
+
+    def share(self, predicted: Tensor) -> float:
+        """The same from the classes predicted for the probes, int64 (M,)."""
+        return _hits(predicted, self.target)
 
 
-def _hits(net: Network, images: Tensor, target: int) -> float:
-    return float((predict(net, images) == target).double().mean()) if len(images) else math.nan
+def _hits(predicted: Tensor, target: int) -> float:
+    return float((predicted == target).double().mean()) if len(predicted) else math.nan
 
 
 class _Planter(Classifier):
@@ -241,7 +245,7 @@ class _Planter(Classifier):
 
     def on_train_epoch_end(self) -> None:
         moved = float((predict(self.net, self.clean) != self.classes).double().mean())
-        if moved <= self.how.moved and _hits(self.net, self.probes, self.target) > self.how.reached:
+        if moved <= self.how.moved and _hits(predict(self.net, self.probes), self.target) > self.how.reached:
             self.trainer.should_stop = True
 
 

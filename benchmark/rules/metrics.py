@@ -22,7 +22,8 @@ from torch import Tensor
 from attacks.base import PoisonedTest
 from models.backbone import Network
 from models.images import ImageSet
-from models.training import embed, predict, predict_head
+from models.training import predict
+from models.variants import Variants
 
 __all__ = [
     "ADVERSARIAL_ASR", "COSTS_POINTS", "COSTS_SHARE", "IMPLANTED_ASR", "IMPLANTED_EFFECT", "Gate", "Score", "Scorer", "der", "gate",
@@ -88,40 +89,33 @@ def score(net: Network, test: ImageSet, triggered: PoisonedTest | None) -> Score
 
 
 class Scorer:
-    """Scores the candidates of a defense of one victim, on the same sets each time.
-
-    Many candidates differ from the victim in the head alone (scope HEAD, or nothing pruned before it). Their features are the
-    victim's, bit for bit, so the victim's embeddings are computed once and only the head is run, on the same batches.
-    """
+    """Scores the candidates of a defense of one victim, on the same sets each time, and computes nothing twice
+    (:mod:`models.variants`)."""
 
     def __init__(self, victim: Network, test: ImageSet, triggered: PoisonedTest | None, validation: ImageSet) -> None:
         self.test, self.triggered, self.validation = test, triggered, validation
-        self._features = {name: value.clone() for name, value in victim.state_dict().items() if not name.startswith("head.")}
-        self._embedded: dict[str, list[Tensor]] = {}
+        images = {"test": test.images, "validation": validation.images}
+        self._variants = Variants(victim, images if triggered is None else images | {"triggered": triggered.images})
 
     def __call__(self, net: Network) -> Score:
         """ACC, ASR and RA of ``net``."""
-        acc = _share(self._classes(net, "test", self.test.images) == self.test.labels)
+        acc = _share(self.right(net))
         if self.triggered is None or not len(self.triggered.images):
             return Score(acc)
-        predicted = self._classes(net, "triggered", self.triggered.images)
+        predicted = self._variants.predict(net, "triggered")
         return Score(acc, _share(predicted == self.triggered.target_labels), _share(predicted == self.triggered.true_labels))
+
+    def right(self, net: Network) -> Tensor:
+        """Which test images ``net`` classifies correctly, bool (N,)."""
+        return self._variants.predict(net, "test") == self.test.labels
 
     def val_right(self, net: Network) -> Tensor:
         """Which images of the validation part of the clean budget ``net`` classifies correctly, bool (N,)."""
-        return self._classes(net, "validation", self.validation.images) == self.validation.labels
+        return self._variants.predict(net, "validation") == self.validation.labels
 
     def val_acc(self, net: Network) -> float:
         """Accuracy on the validation part of the clean budget."""
         return _share(self.val_right(net))
-
-    def _classes(self, net: Network, which: str, images: Tensor) -> Tensor:
-        state = net.state_dict()
-        if not all(name in state and torch.equal(state[name].cpu(), value) for name, value in self._features.items()):
-            return predict(net, images)
-        if which not in self._embedded:
-            self._embedded[which] = embed(net, images)
-        return predict_head(net, self._embedded[which])
 
 
 def der(before: Score, after: Score) -> float:

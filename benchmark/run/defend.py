@@ -36,8 +36,9 @@ from models.backbone import Network
 from models.cost import Cost, metered
 from models.extractors import Extractor
 from models.spec import derive_seed, generator
-from models.training import Diverged, Fitted, predict
+from models.training import Diverged, Fitted
 from models.units import Scope, unit_layers
+from models.variants import Variants
 
 __all__ = ["clean_seeds", "defend", "read_canary", "run_cell"]
 
@@ -201,7 +202,8 @@ class _Trial:
             if sum(one.starts for one in new) != 1 and (left is None or left > len(new)):
                 return f"must mark exactly one default among its {len(new)} candidates"
         if Knowledge.MODEL in self.cell.defense.needs and not isinstance(self.cell.defense, NoDefense):
-            self._add(Candidate(self.victim.net, is_default=False), self.victim.scorer(self.victim.net), kept=True)
+            known = self.untouched or self.victim.scorer(self.victim.net)
+            self._add(Candidate(self.victim.net, is_default=False), known, kept=True)
         return ""
 
     def _collect(self, variant: Defense, left: int | None) -> None:
@@ -244,7 +246,8 @@ class _Trial:
         before = Score.read(self.victim.outcome)
         for chosen in {choose(how, self.scored, before, self.cell.tau) for how in Selection} - {None}:
             assert chosen is not None
-            again = score(self.nets[chosen], self.w.data.test, recraft(self.nets[chosen]))
+            nothing = self.w.data.test.subset(torch.zeros(0, dtype=torch.int64))  # its ACC is known
+            again = score(self.nets[chosen], nothing, recraft(self.nets[chosen]))
             self.scored[chosen] = dataclasses.replace(self.scored[chosen], asr_recraft=again.asr, ra_recraft=again.ra)
 
     def outcome(self) -> dict[str, Any]:
@@ -382,8 +385,10 @@ def _on_copy(
     copy before the defense.
     """
 
+    variants = Variants(one.net, {"probes": one.probes, "validation": w.validation.images})
+
     def right(net: Network) -> Tensor:
-        return predict(net, w.validation.images) == w.validation.labels
+        return variants.predict(net, "validation") == w.validation.labels
 
     before = right(one.net)
     settings: list[tuple[float | None, float, bool]] = []
@@ -396,7 +401,8 @@ def _on_copy(
         for candidate, cost, _ in _metered_candidates(variant.candidates(view)):
             spent.forward, spent.backward = spent.forward + cost.forward, spent.backward + cost.backward
             settings.append((variant.knob, nan_of(candidate.dial), candidate.is_default))
-            found.append((one.asr(candidate.model), paired_loss(before, right(candidate.model))[0]))
+            predicted = variants.predict(candidate.model, "probes")
+            found.append((one.share(predicted), paired_loss(before, right(candidate.model))[0]))
     spent.forward, spent.backward = spent.forward + one.forward, spent.backward + one.backward
     kept = one.asr(one.net), 0.0
 

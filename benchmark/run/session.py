@@ -25,6 +25,7 @@ from benchmark.run.local import places, run_stages
 from benchmark.run.outcome import CellResult, cell_rows
 from benchmark.run.plan import Plan, Stage
 from benchmark.run.progress import RunProgress, notes
+from benchmark.settings.cautions import cautions
 from benchmark.settings.cells import Cell, Matrix, settings_hash
 from benchmark.storage import rows as files
 from benchmark.storage import zoo
@@ -247,6 +248,8 @@ class _Session:
         if order:
             defended = [stage for stage in stages if stage.kind == "defended"]
             stages = [*(stage for stage in stages if stage.kind != "defended"), *order(defended)]
+        for line in cautions((stage.cell for stage in cells if stage.cell is not None), self.datasets):
+            self.console.print(line, style="yellow", highlight=False, markup=False)
         if executor == "ray":
             from benchmark.run.on_ray import connected
 
@@ -255,10 +258,6 @@ class _Session:
         else:
             count = min(processes or places(), len(stages))
             gpu = " and one GPU for all" if torch.cuda.is_available() else ""
-            if not gpu and any(cell.scenario.recipe.precision == "bf16" for cell in cells):
-                # Measured on forward, backward and step of ResNet-8 and VGG-11-BN at width 8, one thread with AVX2: 5 to 10.
-                words = "bf16 without a GPU takes 5 to 10 times as long as float32 where the processor has no instructions for it"
-                self.console.print(words, highlight=False, markup=False)
             where = f"{count} process{'es' if count > 1 else ''}, one thread each{gpu}"
             with self._progress(stages, cells, where) as progress:
                 failed = run_stages(stages, self.plan, self.store.root, self.cache, progress, count)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from attacks.base import Crafted, PoisonedSet, PoisonedTest, Power, Role, poison, poison_test, roles
-from benchmark.rules.metrics import Scorer, null_of, score, val_accuracy
+from benchmark.rules.metrics import Scorer, null_of, score
 from benchmark.rules.selection import paired_loss
 from benchmark.run.keys import extractor_key, victim_key
 from benchmark.run.outcome import gpu_mib, peak_mib, reset_peak
@@ -32,7 +32,7 @@ from models.extractors import Extractor, embeddings, fit_head, mlp
 from models.images import ImageSet
 from models.room import copied, taken
 from models.spec import BadInput, derive_seed
-from models.training import Diverged, Fitted, fit, predict
+from models.training import Diverged, Fitted, fit
 from models.weights import round_to_half
 
 __all__ = ["Victim", "read_extractor", "read_victim", "run_extractor", "run_victim", "surrogate_of"]
@@ -207,13 +207,13 @@ def _make_victim(scenario: Scenario, w: World, key: str, store: Store, cache: Pa
                     "test_source": triggered.source,
                     "test_target": triggered.target_labels,
                 }
-        measured = score(trained, w.data.test, triggered)
+        scorer = Scorer(trained, w.data.test, triggered, w.validation)
         outcome |= {
             "status": "ok",
-            **measured.stored(),
+            **scorer(trained).stored(),
             **_single_keys(scenario, w, trained),
-            **_against_twin(w, twin, trained, triggered),
-            "val_acc": null_of(val_accuracy(trained, w.validation)),
+            **_against_twin(twin, trained, scorer),
+            "val_acc": null_of(scorer.val_acc(trained)),
             "samples_forward": cost.forward,
             "samples_backward": cost.backward,
             "train_size": len(w.train),
@@ -240,13 +240,12 @@ def _finish(net: Network, scenario: Scenario) -> None:
             raise Diverged(f"the weights cannot be rounded to float16: {error}") from error
 
 
-def _against_twin(w: World, twin: Victim | None, net: Network, triggered: PoisonedTest | None) -> dict[str, Any]:
+def _against_twin(twin: Victim | None, net: Network, scorer: Scorer) -> dict[str, Any]:
     """ASR and RA of the benign twin, and the paired loss of ACC against it; empty for a twin, or where its training failed."""
-    if twin is None or triggered is None or twin.outcome["status"] != "ok":
+    if twin is None or scorer.triggered is None or twin.outcome["status"] != "ok":
         return {}
-    benign = score(twin.net, w.data.test.subset(torch.zeros(0, dtype=torch.int64)), triggered)
-    right = [predict(one, w.data.test.images) == w.data.test.labels for one in (twin.net, net)]
-    loss, error = paired_loss(right[0], right[1])
+    benign = scorer(twin.net)
+    loss, error = paired_loss(scorer.right(twin.net), scorer.right(net))
     found = {"asr_benign": benign.asr, "ra_benign": benign.ra, "acc_loss": loss, "acc_loss_se": error}
     return {name: null_of(value) for name, value in found.items()}
 
@@ -256,7 +255,8 @@ def _single_keys(scenario: Scenario, w: World, net: Network) -> dict[str, Any]:
     if scenario.attack is None:
         return {}
     keys = scenario.attack.single_keys(net, w.train, scenario.plan, derive_seed(scenario.seed, "attack"))
-    alone = {name: score(net, w.data.test, poison_test(w.data.test, key, scenario.plan)) for name, key in keys.items()}
+    nothing = w.data.test.subset(torch.zeros(0, dtype=torch.int64))  # ACC is known
+    alone = {name: score(net, nothing, poison_test(w.data.test, key, scenario.plan)) for name, key in keys.items()}
     return {"single_keys": {name: {"asr": null_of(one.asr), "ra": null_of(one.ra)} for name, one in alone.items()}} if alone else {}
 
 

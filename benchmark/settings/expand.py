@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from attacks import ATTACKS
@@ -59,7 +59,7 @@ class _Attacked(NamedTuple):
 
 
 class _Entrant(NamedTuple):
-    """A defense of the matrix on one extractor and one clean budget: evaluated on every scenario of its backbones."""
+    """A defense of the matrix on one extractor and one clean budget; ``meets``: the scenarios that its table does not leave out."""
 
     label: str
     defense: Defense
@@ -68,7 +68,7 @@ class _Entrant(NamedTuple):
     scopes: list[Scope]
     extractor: str
     budget: float | None
-    backbones: list[str]
+    meets: Callable[[Scenario], bool]
 
 
 def expand(table: MatrixTable, found: Found) -> tuple[tuple[Scenario, ...], tuple[Cell, ...]]:
@@ -85,7 +85,7 @@ def expand(table: MatrixTable, found: Found) -> tuple[tuple[Scenario, ...], tupl
     hosts = _backbones(table, extractors, found)
     attacks = [one for entry in table.attack for one in _attacks(entry, found)]
     _printable("attack", [one.label for one in attacks])
-    labels = [host.label for host in hosts]
+    labels = {"backbones": [host.label for host in hosts], "attacks": [one.label for one in attacks]}
     entrants = [one for entry in table.defense for one in _entrants(entry, table, labels, extractors, found)]
     _printable("defense", [entrant.label for entrant in entrants])
     scenarios = tuple(_scenarios(table, hosts, attacks))
@@ -203,12 +203,11 @@ def _with_pairs(
 
 
 def _entrants(
-    entry: DefenseTable, table: MatrixTable, backbones: list[str], extractors: Mapping[str, Extractor], found: Found
+    entry: DefenseTable, table: MatrixTable, labels: Mapping[str, list[str]], extractors: Mapping[str, Extractor], found: Found
 ) -> list[_Entrant]:
-    """A defense on each of its extractors and clean budgets."""
+    """A defense on each of its extractors and clean budgets. ``labels``: of the matrix's backbones and attacks."""
     where = f"defense {entry.name}"
-    hosts = backbones if entry.backbones is None else entry.backbones
-    _known(where, "backbones", hosts, backbones)
+    meets = _meets(entry, table, labels, where)
     cls: type[Defense] = lookup("defense", [*DEFENSES, *found[Defense]], entry.name)
     tracks = _tracks(entry, cls, where)
     given = _with_pairs(entry.settings, "like_settings", "like", where, cls, DEFENSES)
@@ -218,10 +217,27 @@ def _entrants(
     scopes = _scopes(entry.scopes, defense, where)
     budgets = _budgets(entry.budgets, table.dataset.clean_fraction, tracks, where)
     return [
-        _Entrant(f"{entry.called}{f' on {name}' if name else ''}{words}", defense, preset, tracks, scopes, name, budget, hosts)
+        _Entrant(f"{entry.called}{f' on {name}' if name else ''}{words}", defense, preset, tracks, scopes, name, budget, meets)
         for name in names
         for budget, words in budgets
     ]
+
+
+def _meets(entry: DefenseTable, table: MatrixTable, labels: Mapping[str, list[str]], where: str) -> Callable[[Scenario], bool]:
+    """Whether a defense is run on a scenario.
+
+    Raises:
+        BadInput: a backbone, an attack or a seed that is not in the matrix.
+    """
+    backbones = labels["backbones"] if entry.backbones is None else entry.backbones
+    attacks = labels["attacks"] if entry.attacks is None else entry.attacks
+    seeds = table.seeds if entry.seeds is None else entry.seeds
+    _known(where, "backbones", backbones, labels["backbones"])
+    _known(where, "attacks", attacks, labels["attacks"])
+    for seed in seeds:
+        if seed not in table.seeds:
+            raise BadInput(f"{where}: seeds: {seed} is not among the matrix's seeds {table.seeds}")
+    return lambda one: one.backbone_label in backbones and one.attack_label in attacks and one.seed in seeds
 
 
 def _tracks(entry: DefenseTable, cls: type[Defense], where: str) -> list[Track]:
@@ -345,7 +361,7 @@ def _cross(
         )
         for scenario in scenarios
         for each in entrants
-        if scenario.backbone_label in each.backbones
+        if each.meets(scenario)
         for track in each.tracks
         for scope in each.scopes
     )  # fmt: skip

@@ -106,7 +106,8 @@ class AttackTable(_Method):
 class DefenseTable(_Method):
     """``[[defense]]``.
 
-    ``tracks`` may be left out by controls only. ``extractors`` and ``backbones`` are labels of this matrix, None = none and all.
+    ``tracks`` may be left out by controls only. ``extractors``, ``backbones`` and ``attacks`` are labels of this matrix, ``seeds``
+    are some of its seeds; None = no extractor, and all of the others.
     ``budgets`` are shares of the training set, None = the whole clean budget.
     """
 
@@ -115,6 +116,8 @@ class DefenseTable(_Method):
     scopes: list[str] = ["whole"]
     extractors: list[str] | None = None
     backbones: list[str] | None = None
+    attacks: list[str] | None = None
+    seeds: list[int] | None = None
     budgets: list[float] | None = None
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["arithmetic", "sources", "versions"]
+__all__ = ["arithmetic", "has_bfloat16", "sources", "versions"]
 
 VERSIONED = ("torch", "torchvision", "pytorch-lightning", "numpy", "scipy", "scikit-learn", "pandas", "safetensors")
 PACKAGES = ("attacks", "benchmark", "defenses", "models")
@@ -38,13 +38,25 @@ def arithmetic() -> dict[str, str]:
     }
 
 
-def _processor(cpuinfo: Path) -> str:
-    """Vendor, family and model of the first processor as Linux reports them in ``cpuinfo``; elsewhere what Python knows."""
+def has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the processor multiplies bfloat16 numbers itself: AVX512-BF16 or AMX-BF16, or BF16 of ARM."""
+    fields = _fields(cpuinfo)
+    flags = {*fields.get("flags", "").split(), *fields.get("Features", "").split()}  # Features: ARM
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16", "svebf16"})
+
+
+def _fields(cpuinfo: Path) -> dict[str, str]:
+    """What Linux reports of the first processor in ``cpuinfo``; nothing elsewhere."""
     try:
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").split("\n\n")[0].splitlines()
     except OSError:
         lines = []
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def _processor(cpuinfo: Path) -> str:
+    """Vendor, family and model of the first processor as Linux reports them in ``cpuinfo``; elsewhere what Python knows."""
+    fields = _fields(cpuinfo)
     names = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")  # the last two: ARM
     return " ".join(fields[name] for name in names if name in fields) or platform.processor() or "unknown"
 

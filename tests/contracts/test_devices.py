@@ -36,7 +36,8 @@ from models.loop import pl
 from models.mixmatch import MixMatch
 from models.recipe import Precision, Recipe
 from models.resnet import ResNet8
-from models.training import accuracy, embed, fit, logits, predict, predict_head
+from models.training import accuracy, fit, logits, predict
+from models.variants import Variants
 from models.vgg import VGG11BN
 
 # -- a device that is only said to be one ---------------------------------------------------------------------------------------
@@ -265,8 +266,9 @@ def test_training_and_evaluation(where: Where, optimizer: Any, monkeypatch: pyte
         done = fit(Classifier(network(), recipe), data, recipe, seed=1)
         again = fit(Classifier(network(), recipe), data, recipe, seed=1)
         said, scores = predict(done.net, data.images), logits(done.net, data.images)
-        embedded = embed(done.net, data.images)
-        assert torch.equal(predict_head(done.net, embedded), said)
+        variants = Variants(plain, {"all": data.images})
+        for net in (plain, done.net, plain):
+            assert torch.equal(variants.predict(net, "all"), predict(net, data.images))
         share = accuracy(done.net, data)
     assert on_the_cpu(done.net)
     assert same(done.net, again.net), "the same arguments, the same bits"

@@ -20,7 +20,7 @@ from models.images import ImageSet
 from models.recipe import Recipe
 from models.resnet import ResNet8
 from models.spec import BadInput, canonical, generator
-from models.training import Diverged, accuracy, arithmetic, embed, fit, logits, predict, predict_head, seeded
+from models.training import Diverged, accuracy, arithmetic, embed, fit, logits, predict, seeded
 
 TINY = Recipe(epochs=2, batch=8, lr=0.05, crop=1)
 
@@ -280,9 +280,7 @@ def test_an_evaluation_for_which_memory_does_not_suffice_goes_on_in_smaller_batc
     assert cramped.sizes == [128, 64, 32, 32, 32, 32, 22]
     assert cost == plenty, "a batch that did not fit is not charged"
     torch.testing.assert_close(logits(net, data.images), expected[1])
-    embedded = embed(net, data.images)
-    torch.testing.assert_close(torch.cat(embedded), expected[2])
-    assert torch.equal(predict_head(net, embedded), expected[0])
+    torch.testing.assert_close(torch.cat(embed(net, data.images)), expected[2])
     assert accuracy(net, data) == float((expected[0] == data.labels).double().mean())
 
 
@@ -302,7 +300,7 @@ def test_the_ways_to_evaluate_say_the_same() -> None:
     net, data = tiny(width=4), some_images(50)
     expected = predict(net, data.images)
     assert torch.equal(logits(net, data.images).argmax(1), expected)
-    assert torch.equal(predict_head(net, embed(net, data.images, batch=7)), expected)
+    assert torch.equal(net.head(torch.cat(embed(net, data.images, batch=7))).argmax(1), expected)
 
 
 def test_tf32_is_float32_on_the_cpu_but_not_its_key() -> None:

@@ -308,3 +308,22 @@ def test_a_defense_meets_the_backbones_it_names_and_by_default_all(tmp_path: Pat
     assert met(two.replace('name = "clp"', 'name = "clp"\nbackbones = ["resnet8-w2"]')) == {"resnet8-w2"}
     with pytest.raises(BadInput, match=r"defense clp: backbones: 'resnet8-w22' is not in this matrix.*resnet8-w2"):
         load_matrix(written(tmp_path, two.replace('name = "clp"', 'name = "clp"\nbackbones = ["resnet8-w22"]')))
+
+
+def test_a_defense_meets_the_attacks_and_seeds_it_names_and_by_default_all(tmp_path: Path) -> None:
+    two = GOOD.replace("[[attack]]", '[[attack]]\nname = "blended"\nlabel = "blend"\n[[attack]]', 1)
+    two = "\n".join("seeds = [0, 1]" if line.startswith("seeds") else line for line in two.splitlines())
+
+    def met(keys: str) -> set[tuple[str, int]]:
+        cells = load_matrix(written(tmp_path, two.replace('name = "clp"', f'name = "clp"\n{keys}'))).cells
+        return {(cell.scenario.attack_label, cell.scenario.seed) for cell in cells if cell.defense.name == "clp"}
+
+    attacks = {attack for attack, _ in met("")}
+    assert met("") == {(attack, seed) for attack in attacks for seed in (0, 1)}
+    assert len(attacks) > 1
+    assert met('attacks = ["blend"]') == {("blend", 0), ("blend", 1)}
+    assert met('attacks = ["blend"]\nseeds = [1]') == {("blend", 1)}
+    with pytest.raises(BadInput, match=r"defense clp: attacks: 'blended' is not in this matrix.*blend"):
+        met('attacks = ["blended"]')
+    with pytest.raises(BadInput, match=r"defense clp: seeds: 2 is not among the matrix's seeds \[0, 1\]"):
+        met("seeds = [2]")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmark.storage.machine import _processor, arithmetic
+from benchmark.storage.machine import _processor, arithmetic, has_bfloat16
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,22 @@ from benchmark.storage.machine import _processor, arithmetic
 def test_a_processor_is_named_by_vendor_family_and_model(tmp_path: Path, text: str, expected: str) -> None:
     (tmp_path / "cpuinfo").write_text(text)
     assert _processor(tmp_path / "cpuinfo") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("flags\t\t: fpu avx512f avx512_bf16 amx_tile\n", True),
+        ("flags\t\t: fpu amx_bf16\n", True),
+        ("Features\t: fp asimd bf16\n", True),
+        ("flags\t\t: fpu avx2 avx512f\n\nflags\t\t: avx512_bf16\n", False),
+        ("", False),
+    ],
+)
+def test_instructions_for_bfloat16_are_read_from_the_processors_flags(tmp_path: Path, text: str, expected: bool) -> None:
+    (tmp_path / "cpuinfo").write_text(text)
+    assert has_bfloat16(tmp_path / "cpuinfo") is expected
+    assert not has_bfloat16(tmp_path / "none")
 
 
 def test_a_system_without_cpuinfo_names_what_python_knows(tmp_path: Path) -> None:

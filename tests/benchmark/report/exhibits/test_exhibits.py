@@ -109,7 +109,7 @@ def made_up(
 
     ``again``: how much more ASR a trigger has that is found again on the defended model.
     """
-    matrix = matrix or load_matrix(find_matrix(name))
+    matrix = matrix or load_matrix(find_matrix("quick-all" if name == "quick" else name))  # with every defense
     every = []
     for cell in matrix.cells:
         if cell.scenario.seed > 1 or not keep(cell):
@@ -680,7 +680,7 @@ def test_the_page_says_what_was_not_run_and_a_second_run_writes_the_same_bytes(t
 
 @pytest.mark.usefixtures("few")
 def test_rows_that_cannot_answer_say_why_and_hostile_names_stay_text(tmp_path: Path) -> None:
-    matrix = load_matrix(find_matrix("quick"))
+    matrix = load_matrix(find_matrix("quick-all"))
     evil = "<script>|$x$ `b` [l](u)"
     cells = tuple(dataclasses.replace(cell, defense_label=evil if cell.defense_label == "clp" else cell.defense_label)
                   for cell in matrix.cells)  # fmt: skip

@@ -154,7 +154,7 @@ def test_the_small_matrices_change_the_training_alone(name: str) -> None:
     first, other = recipes["badnets 0"]
     if name == "precision-small":
         assert dataclasses.replace(first, precision="bf16") == other
-        quick = {str(scenario.spec()) for scenario in load_matrix(find_matrix("quick")).scenarios}
+        quick = {str(scenario.spec()) for scenario in load_matrix(find_matrix("quick-all")).scenarios}
         assert all(str(s.spec()) in quick for s in matrix.scenarios if s.backbone_label == "float32"), "the store holds them once"
     else:
         assert first == Recipe(), "the literature's"
