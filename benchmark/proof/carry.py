@@ -27,7 +27,9 @@ from benchmark.data.sources import VARIABLE, on_disk
 from benchmark.proof.processes import ROOT
 from benchmark.run.plan import Plan
 from benchmark.settings.cells import Matrix
+from benchmark.settings.load import FOLDER
 from benchmark.storage.files import write_bytes, write_text
+from benchmark.storage.rows import FILES
 from benchmark.storage.store import Store
 from models.spec import BadInput
 
@@ -42,7 +44,7 @@ LIMIT = 60
 CODE, IMAGES = "code.tar.gz", "images.tar"
 SUMS = "SHA256SUMS"
 """Name and hash of every part, as ``sha256sum --check`` reads them; in the first transfer."""
-ROWS = ("rows.csv", "curves.csv", "timings.csv", "manifest.json")
+ROWS = (*FILES, "manifest.json")
 MISSING = ("pydantic", "pydantic_core", "annotated-types", "typing-inspection", "typing_extensions")
 """What the benchmark needs beside torch, Lightning and the scientific stack: pydantic and its dependencies."""
 PLATFORMS = ("manylinux2014_x86_64", "manylinux_2_17_x86_64")
@@ -225,7 +227,7 @@ def wheels(wanted: Wheels, folder: Path, root: Path = ROOT) -> str:
     )
 
 
-def _code(matrix: Matrix, staging: Path, wanted: Wheels | None) -> tuple[Path, list[str]]:
+def _code(matrix: Matrix, checkout: Sequence[str], staging: Path, wanted: Wheels | None) -> tuple[Path, list[str]]:
     """The archive of checkout, rows so far and wheels; notes on what is in it and what is not."""
     notes = []
     archive, carried = staging / CODE, staging / "wheels"
@@ -234,7 +236,7 @@ def _code(matrix: Matrix, staging: Path, wanted: Wheels | None) -> tuple[Path, l
         notes.append(missing)
     before = _rows(matrix.name, ROOT)
     with tarfile.open(archive, "w:gz") as tar:
-        for name in _checkout(ROOT):
+        for name in checkout:
             tar.add(ROOT / name, f"checkout/{name}")
         for wheel in sorted(carried.iterdir()):
             tar.add(wheel, f"wheels/{wheel.name}")
@@ -299,15 +301,15 @@ def pack(
     Raises:
         BadInput: the images are not on this machine, the matrix is outside of the checkout, or this is no git checkout.
     """
-    path = matrix.path.resolve()
-    if not path.is_relative_to(ROOT):
-        raise BadInput(f"{matrix.path}: a matrix outside of the checkout is not carried; put it below {ROOT}")
+    path, checkout = matrix.path.resolve(), _checkout(ROOT)
+    if not path.is_relative_to(ROOT) or path.relative_to(ROOT).as_posix() not in checkout:
+        raise BadInput(f"{matrix.path}: not carried: it is outside of the checkout, or git ignores it; put it into {FOLDER}")
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("transfer-*"):
         shutil.rmtree(old)
     with tempfile.TemporaryDirectory(dir=out) as temporary:
         staging = Path(temporary)
-        code, notes = _code(matrix, staging, wanted)
+        code, notes = _code(matrix, checkout, staging, wanted)
         images = _images(matrix, staging, cache)
         each = limit * MIB - MIB // 16  # room for the script and the list of parts
         parts = [part for archive in (code, images) if archive is not None for part in cut(archive, each)]
@@ -356,7 +358,7 @@ def victims(plan: Plan, order: Iterable[int], store: Store, folder: Path, limit:
         exact = scenario.recipe.weights == "half"
         card = {
             "scenario": scenario.spec(), "fingerprint": plan.fingerprint(scenario), "measured": entry.outcome,
-            "weights": "rounded to float16; the figures were measured " + ("on them" if exact else "before, on the float32 weights"),
+            "weights": "rounded to float16, " + ("and measured so" if exact else "after they were measured in float32"),
         }  # fmt: skip
         write_bytes(folder / f"{name}.safetensors", content)
         write_text(folder / f"{name}.json", json.dumps(card, indent=1) + "\n")

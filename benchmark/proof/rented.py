@@ -26,6 +26,7 @@ from typing import Annotated, Protocol
 
 import torch
 import typer
+from rich.console import Console
 
 from benchmark.data.datasets import load
 from benchmark.data.sources import VARIABLE
@@ -34,6 +35,7 @@ from benchmark.proof.carry import pack as packed_parts
 from benchmark.proof.processes import ROOT
 from benchmark.proof.throughput import flops, named_recipes, utilisation
 from benchmark.run.plan import Plan
+from benchmark.run.session import cached_rows
 from benchmark.settings.cells import Matrix
 from benchmark.settings.load import find_matrix, load_matrix
 from benchmark.settings.slices import Slice, kind_of, slices
@@ -101,7 +103,7 @@ def attend(process: Process, deadline: Deadline, send: Callable[[int, int], None
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
         send(process.pid, signal.SIGINT)
     try:
-        process.wait(timeout=deadline.reserve / 2)
+        process.wait(timeout=deadline.reserve / 3)
     except subprocess.TimeoutExpired:
         send(process.pid, signal.SIGKILL)
         process.wait()
@@ -302,6 +304,9 @@ class Rental:
             "--processes", str(self.processes), "--results", str(self.results), "--cache", str(self.cache),
         )  # fmt: skip
         how, seconds = attend(process, self.deadline), time.monotonic() - begun
+        if how.startswith("killed"):  # an interrupted run writes these rows itself
+            only, quiet = part.only(self.matrix), Console(quiet=True)
+            cached_rows(self.matrix, results=self.results, cache=self.cache, console=quiet, only=only)
         done = self.done()
         rows = sum(self.plan.cells[position].name in done for position in part.cells)
         return Ended(part.title, how, len(part.cells), rows, seconds, self._share(keys - before, seconds))
@@ -334,8 +339,9 @@ class Rental:
         else:
             arguments += ["--images", "256"]
         process, limit = self.start("benchmark.proof.throughput", *arguments), 60 * minutes * SHARE
-        how = attend(process, Deadline(time.time() + limit + LEAST, LEAST))
-        return "throughput.md: the speed of training" if path.is_file() else f"no throughput: {how} after {limit:.0f} s"
+        # Killed where it takes too long: it has nothing to write, and an interrupt prints where it was.
+        how = attend(process, Deadline(time.time() + limit + LEAST, LEAST), lambda group, _: os.killpg(group, signal.SIGKILL))
+        return "throughput.md: the speed of training" if path.is_file() else f"no throughput: {how}, limit {limit:.0f} s"
 
     def close(self, ended: Sequence[Ended], notes: Sequence[str], limit: float) -> str:
         """Writes victims and summary; returns the summary."""
