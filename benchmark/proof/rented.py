@@ -69,7 +69,7 @@ class Deadline:
     Attributes:
         end: seconds of ``clock``.
         reserve: seconds before it at which a running slice is interrupted.
-        clock: what tells the time.
+        clock: gives the time.
     """
 
     end: float
@@ -258,7 +258,7 @@ class Rental:
 
     @property
     def about(self) -> Path:
-        """Where what is said about the machine is written."""
+        """Folder of what is not rows: throughput, utilisation, the table of slices, victims."""
         return self.results / f"rented-{self.matrix.name}"
 
     def start(self, module: str, *arguments: str) -> subprocess.Popen[bytes]:
