@@ -84,6 +84,7 @@ def check_command(words: list[str]) -> None:
             check_options(words[3], words[4:])
     elif program in ("python", "python3") and words[1] == "-m" and words[2].startswith("benchmark."):
         module = ROOT / f"{words[2].replace('.', '/')}.py"
+        module = module if module.is_file() else module.with_suffix("") / "__main__.py"
         source = module.read_text()
         for word in words[3:]:
             assert not word.startswith("--") or f'"{word}"' in source or f" {word[2:].replace('-', '_')}: " in source, words
@@ -109,7 +110,8 @@ def test_commands_and_their_options_exist(path: Path) -> None:
 
 def test_a_wrong_command_is_found() -> None:
     for wrong in ("make bench", "make benchmark MATRX=quick", "make benchmark MATRIX=quik", "rm -rf /", "python -m benchmark runn",
-                  'make benchmark ARGS="--olny seed=0"', "python -m benchmark run --proceses 2", "bash x/go.sh --minuts 2"):  # fmt: skip
+                  'make benchmark ARGS="--olny seed=0"', "python -m benchmark run --proceses 2",
+                  "bash x/go.sh --minuts 2"):  # fmt: skip
         with pytest.raises(AssertionError):
             check_command(shlex.split(wrong))
 

@@ -8,12 +8,19 @@ from benchmark.settings.cells import Cell, Matrix
 from defenses.base import Knowledge
 from defenses.controls import NoDefense
 
-__all__ = ["FIRST", "KINDS", "Slice", "kind_of", "slices"]
+__all__ = ["FIRST", "KINDS", "LONG", "TRAINS", "Slice", "kind_of", "slices"]
 
 FIRST = ("badnets", "blended", "wanet", "input-aware", "sig")
 """Attacks whose rows come first: a patch, a blend, a warp, a trigger of its own for each image, and clean labels."""
-KINDS = ("undefended", "post-training defenses", "abl", "dbd", "controls that train", "other in-training defenses")
+LONG = ("anp",)
+"""Post-training defenses that take longer than the others together: thousands of passes at each value of their knob."""
+KINDS = (
+    "undefended", "post-training defenses", "long post-training defenses", "abl", "dbd", "controls that train",
+    "other in-training defenses",
+)  # fmt: skip
 """Kinds of cells, in the order in which they are run."""
+TRAINS = KINDS.index("abl")
+"""The first kind that trains a network of its own."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +51,10 @@ def kind_of(cell: Cell) -> int:
     if isinstance(cell.defense, NoDefense):
         return 0
     if Knowledge.MODEL in cell.defense.needs:
-        return 1
+        return 2 if cell.defense.name in LONG else 1
     if cell.defense.name in KINDS:
         return KINDS.index(cell.defense.name)
-    return 4 if cell.defense.control else 5
+    return KINDS.index("controls that train" if cell.defense.control else "other in-training defenses")
 
 
 def _place(cell: Cell) -> tuple[int, str, str, int, int]:
@@ -55,18 +62,21 @@ def _place(cell: Cell) -> tuple[int, str, str, int, int]:
     attack, kind, seed = cell.scenario.attack, kind_of(cell), cell.scenario.seed
     first = attack is not None and attack.name in FIRST
     which = "the first attacks" if first else "the other attacks"
-    if kind < 2:
+    if kind < TRAINS:
         return 0 if first else 3, "", which, seed, kind
-    if first and kind < 4:
-        return kind - 1, "", which, seed, kind
-    return 4 if kind == 4 else 5, "" if kind == 4 else cell.defense_label, "all attacks" if kind > 3 else which, seed, kind
+    if first and KINDS[kind] in ("abl", "dbd"):
+        return 1 + kind - TRAINS, "", which, seed, kind
+    if KINDS[kind] == "controls that train":
+        return 4, "", "all attacks", seed, kind
+    return 5, cell.defense_label, "the other attacks" if KINDS[kind] in ("abl", "dbd") else "all attacks", seed, kind
 
 
 def slices(matrix: Matrix) -> list[Slice]:
     """All cells of a matrix in the order of what they tell for their time.
 
-    Seed by seed, :data:`FIRST` undefended and then under every post-training defense; ABL on them; DBD on them; the same for the
-    other attacks; controls that train; what is left, defense by defense.
+    Seed by seed, :data:`FIRST` undefended and then under every post-training defense, the :data:`LONG` ones last; ABL on them;
+    DBD on them; the other attacks, undefended and under post-training defenses; controls that train; the other in-training
+    defenses, one after the other.
     """
     groups: dict[tuple[int, str, str, int, int], list[int]] = {}
     for position, cell in enumerate(matrix.cells):

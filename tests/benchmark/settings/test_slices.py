@@ -10,7 +10,7 @@ from benchmark.settings.load import find_matrix, load_matrix
 from benchmark.settings.slices import FIRST, Slice, slices
 
 POST = (
-    "fine-tuning", "fine-pruning", "anp", "clp", "holder-pruning (pixel)", "holder-pruning (bound)",
+    "fine-tuning", "fine-pruning", "clp", "holder-pruning (pixel)", "holder-pruning (bound)",
     "holder-pruning (poisoned pairs)", "benign-salience", "random-pruning (as clp)", "pruning",
 )  # fmt: skip
 
@@ -31,18 +31,18 @@ def test_the_order_on_cifar10() -> None:
     first = "attack=badnets|blended|wanet|sig|input-aware"  # in the matrix's order
     post = "|".join(POST)
     assert set(first.removeprefix("attack=").split("|")) == set(FIRST)
-    assert order[:12] == [
+    assert order[:15] == [
         *(
             f"seed={seed},{first},defense={defenses}"
             for seed in (0, 1, 2)
-            for defenses in ("none", post)
+            for defenses in ("none", post, "anp")
         ),
         *(f"seed={seed},{first},defense=abl" for seed in (0, 1, 2)),
         *(f"seed={seed},{first},defense=dbd" for seed in (0, 1, 2)),
     ]
-    assert order[12].startswith("seed=0,attack=lf|bpp|trojannn|lc|ssba|")
-    assert order[12].endswith(",defense=none")
-    assert order[18].endswith("defense=training-from-scratch|perfect-filter")
+    assert order[15].startswith("seed=0,attack=lf|bpp|trojannn|lc|ssba|")
+    assert order[15].endswith(",defense=none")
+    assert order[24].endswith("defense=training-from-scratch|perfect-filter")
     assert order[-1].startswith("seed=2,attack=badnets|blended|wanet|sig|lf|")
     assert order[-1].endswith("defense=hid without pruning")
 

@@ -17,15 +17,16 @@ import safetensors.torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from benchmark.proof import rented
-from benchmark.proof.carry import victims
-from benchmark.proof.rented import Deadline, Ended, Meter, Rental, Sample, app, attend, figures, run_slices, summary
+from benchmark.proof.rented import rental
+from benchmark.proof.rented.__main__ import app
+from benchmark.proof.rented.carry import victims
+from benchmark.proof.rented.rental import Deadline, Ended, Meter, Rental, Sample, attend, figures, run_slices, summary
 from benchmark.run.session import cached_rows
 from benchmark.settings.load import load_matrix
 from benchmark.settings.slices import Slice
 from benchmark.storage.rows import Row, read
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 class Clock:
@@ -75,7 +76,7 @@ def test_time_left_is_counted_to_the_reserve() -> None:
         (50.0, 0.0, 0, "finished", [], 50.0),
         (50.0, 0.0, 2, "failed with exit status 2", [], 50.0),
         (71.0, 4.0, 130, "interrupted", [signal.SIGINT], 74.0),
-        (71.0, 99.0, 0, "killed: it did not end when interrupted", [signal.SIGINT, signal.SIGKILL], 80.0),
+        (71.0, 99.0, 0, "killed: it did not end when interrupted", [signal.SIGINT, signal.SIGKILL], 85.0),
     ],
 )
 def test_a_slice_is_stopped_in_time(seconds: float, after: float, status: int, how: str, sent: list[int], ended: float) -> None:
@@ -208,7 +209,7 @@ def test_slices_are_normal_runs_and_the_next_call_goes_on(tmp_path: Path, capfd:
     matrix = load_matrix(tmp_path / "tiny.toml")
     begun = Rental(matrix, tmp_path / "work", Deadline(time.time() + 500, 100), processes=1)
     undefended = next(iter(begun.todo()))
-    assert begun.needed(undefended) == rented.START
+    assert begun.needed(undefended) == rental.START
     ended = [begun.run(undefended)]
     assert (ended[0].how, ended[0].cells, ended[0].rows) == ("finished", 1, 1)
     assert len(begun.done()) == 1
@@ -216,7 +217,7 @@ def test_slices_are_normal_runs_and_the_next_call_goes_on(tmp_path: Path, capfd:
     again = Rental(matrix, tmp_path / "work", Deadline(time.time() + 500, 100), processes=1)
     left = [part for part in again.todo() if part.cells]
     assert [part.only(matrix) for part in left] == ["seed=0,attack=badnets,defense=clp"]
-    assert again.needed(left[0]) >= rented.START
+    assert again.needed(left[0]) >= rental.START
     ended = run_slices(again.todo(), again.deadline, lambda part: 0.0, again.run)
     assert [(one.how, one.rows) for one in ended] == [("finished", 1)]
     rows = read(tmp_path / "work" / "runs" / "tiny" / "rows.csv", Row)

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmark.proof import carry
-from benchmark.proof.carry import CODE, IMAGES, MIB, SUMS, Wheels, cut, deliver, joined, pack, pins, unpacked, wheels
+from benchmark.proof.rented import carry
+from benchmark.proof.rented.carry import CODE, IMAGES, MIB, SUMS, Wheels, cut, deliver, joined, pack, pins, unpacked, wheels
 from benchmark.settings.load import FOLDER, load_matrix
 from models.spec import BadInput, generator
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 def noise(size: int, *key: int) -> bytes:
