@@ -72,14 +72,20 @@ class DynamicVictim(Classifier):
         super().__init__(net, recipe)
         self.crafted, self.plan, self.cover_rate, self.rounding = crafted, plan, cover_rate, rounding
         self.key = derive_seed(seed, "dynamic-roles")
-        self.counts = dict.fromkeys(Role, 0)
+        self.counts = {kind: torch.zeros((), dtype=torch.int64) for kind in Role}
         self.before_augment = self.poison_batch
 
     @property
     def realised(self) -> dict[str, float]:
         """Poisoned and cover samples as shares of all samples seen so far, in [0, 1]; zeros before training."""
-        seen = max(1, sum(self.counts.values()))
-        return {"poison": self.counts[Role.POISON] / seen, "cover": self.counts[Role.COVER] / seen}
+        counts = {kind: int(count) for kind, count in self.counts.items()}
+        seen = max(1, sum(counts.values()))
+        return {"poison": counts[Role.POISON] / seen, "cover": counts[Role.COVER] / seen}
+
+    def count(self, role: Tensor) -> None:
+        """Adds a batch's roles (N,) to the counts, which stay on its device: reading them would wait for the GPU in every step."""
+        for kind in Role:
+            self.counts[kind] = self.counts[kind].to(role.device) + (role == kind).sum()
 
     def poison_batch(self, images: Tensor, labels: Tensor, index: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """The attacker's batch: see :data:`models.images.BeforeAugment`. Triggered images are rounded to 8 bits."""
@@ -91,8 +97,7 @@ class DynamicVictim(Classifier):
         labels[poisoned] = self.plan.relabel(labels[poisoned], self._num_classes())
         if self.crafted.cover is not None:
             images[covers] = to_float(quantise(self.crafted.cover(images[covers], visit[covers])))
-        for kind in Role:
-            self.counts[kind] += int((role == kind).sum())
+        self.count(role)
         return images, labels
 
     def _num_classes(self) -> int:

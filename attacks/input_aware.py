@@ -217,8 +217,7 @@ class InputAwareVictim(DynamicVictim):
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels, index = batch
         role = batch_roles(self.draws(index), self.plan.rate, self.cover_rate, self.rounding)
-        for kind in Role:
-            self.counts[kind] += int((role == kind).sum())
+        self.count(role)
         with torch.autocast(images.device.type, enabled=False):  # triggers are pictures: float32, as they are at test
             images, labels, apart = self.triggered(images, labels, role)
         return self.loss(self(images), labels, index) + self.attack.diversity_weight * apart

@@ -87,12 +87,12 @@ def run(
         typer.Option(min=0, max=1, help="With ray: a stage's share of a GPU (default: a third, if there are any). No row changes."),
     ] = None,
     wandb: Annotated[bool, typer.Option(help="Log every cell to Weights & Biases (offline by default).")] = True,
+    draw: Annotated[bool, typer.Option(help="Draw tables, plots, page and report, and log to W&B; --no-draw: rows alone.")] = True,
     publish: Annotated[bool, typer.Option("--publish", help="For maintainers: write the committed folder, results.")] = False,
     results: WriteOption = None,
     cache: CacheOption = CACHE,
 ) -> None:
     """Run a matrix: train attacked models, defend them, score; then draw tables, plots, page and report."""
-    from benchmark.present import present
     from benchmark.run.progress import notes
     from benchmark.run.session import run_matrix
     from benchmark.settings.load import find_matrix, load_matrix
@@ -112,8 +112,11 @@ def run(
                 executor=executor.value,
                 gpus=gpus,
             )
-            present(outcome.folder, loaded, cache=cache, console=console, track=wandb)
-            _compare(outcome.folder)
+            if draw:
+                from benchmark.present import present
+
+                present(outcome.folder, loaded, cache=cache, console=console, track=wandb)
+                _compare(outcome.folder)
     except KeyboardInterrupt:
         console.print("\ninterrupted; finished stages are cached, finished cells have rows: issue the same command again to go on")
         raise typer.Exit(130) from None

@@ -183,14 +183,15 @@ class ANP(Defense):
 
     def learn(self, net: Network, layers: Sequence[UnitLayer], view: DefenderView) -> Tensor:
         """Masks float (units of all layers,) in [0, 1]. The weights of ``net`` stay; its running statistics may drift."""
-        device, data = default_device(), view.clean
+        device = default_device()
+        data = view.clean.to(device)  # once, not batch by batch
         net = net.to(device).requires_grad_(False).train(view.scope is Scope.WHOLE)
         units = sum(layer.size for layer in layers)
         draw = generator(view.seed, "anp", "draws")
         mask = torch.ones(units, device=device, requires_grad=True)
         optimizer = torch.optim.SGD([mask], lr=self.lr, momentum=self.momentum)
         for iteration in range(self.iterations):
-            picked = data.subset(torch.randint(0, len(data), (self.batch,), generator=draw)).to(device)
+            picked = data.subset(torch.randint(0, len(data), (self.batch,), generator=draw))
             seed = derive_seed(view.seed, "anp", "augment", iteration)
             batch = Batches(picked, self.batch, seed, crop=view.recipe.crop, flip=view.recipe.flip)
             images, labels, _ = next(iter(batch))

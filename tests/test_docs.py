@@ -84,11 +84,14 @@ def check_command(words: list[str]) -> None:
             check_options(words[3], words[4:])
     elif program in ("python", "python3") and words[1] == "-m" and words[2].startswith("benchmark."):
         module = ROOT / f"{words[2].replace('.', '/')}.py"
+        module = module if module.is_file() else module.with_suffix("") / "__main__.py"
         source = module.read_text()
         for word in words[3:]:
             assert not word.startswith("--") or f'"{word}"' in source or f" {word[2:].replace('-', '_')}: " in source, words
     elif program == "python" and words[1].endswith(".py"):
         assert (ROOT / words[1]).is_file(), words
+    elif program == "bash" and Path(words[1]).name == "go.sh":
+        check_command(["python", "-m", "benchmark.proof.rented", "go", *words[2:]])
     elif program == "wandb":
         assert words[1] in ("login", "sync")
     else:
@@ -107,7 +110,8 @@ def test_commands_and_their_options_exist(path: Path) -> None:
 
 def test_a_wrong_command_is_found() -> None:
     for wrong in ("make bench", "make benchmark MATRX=quick", "make benchmark MATRIX=quik", "rm -rf /", "python -m benchmark runn",
-                  'make benchmark ARGS="--olny seed=0"', "python -m benchmark run --proceses 2"):  # fmt: skip
+                  'make benchmark ARGS="--olny seed=0"', "python -m benchmark run --proceses 2",
+                  "bash x/go.sh --minuts 2"):  # fmt: skip
         with pytest.raises(AssertionError):
             check_command(shlex.split(wrong))
 

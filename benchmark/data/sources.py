@@ -28,7 +28,7 @@ from benchmark.storage.files import held
 from models.images import ImageSet, quantise
 from models.spec import BadInput, nearest
 
-__all__ = ["DATASETS", "VARIABLE", "Release", "Source", "source_of", "stem"]
+__all__ = ["DATASETS", "VARIABLE", "Release", "Source", "on_disk", "source_of", "stem"]
 
 VARIABLE = "LEVELFIELD_DATA"
 _ARCHIVE_SUFFIXES = (".tar", ".tar.xz", ".tar.gz")
@@ -263,6 +263,25 @@ def _named_path(source: str) -> Path:
         raise BadInput(f"unknown dataset {source!r}: neither {source} nor {source}.tar(.xz, .gz) is in {VARIABLE} = {root}"
                        f"{nearest(source, [*_names_in(root), *known])}")  # fmt: skip
     return path
+
+
+def on_disk(source: str, cache: Path) -> Path | None:
+    """The folder or archive with the images of a source on this machine; None for ``digits``, which come with scikit-learn.
+
+    Raises:
+        BadInput: they are not here; names what is missing.
+    """
+    known = source_of(source).load
+    if known is _digits:
+        return None
+    if known is _own:
+        return _given_path(source) if source.startswith("folder:") else _named_path(source)
+    names = [known.folder] if isinstance(known, Release) else ["tiny-imagenet-200", source]
+    root = _data_root()
+    found = _search(names, [*([root] if root else []), cache / "data"])
+    if found is None:
+        raise BadInput(f"{source}: no {names[0]} in {VARIABLE} or {cache / 'data'}; run a matrix on it here first, or put it there")
+    return found
 
 
 def _stored(path: Path, request: Request, *, tiny: bool = False) -> Whole:

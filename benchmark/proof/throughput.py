@@ -38,7 +38,7 @@ from models.classifier import Classifier
 from models.files import write_text
 from models.images import Batches, ImageSet
 from models.recipe import Precision, Recipe
-from models.spec import BadInput, generator, lookup
+from models.spec import BadInput, generator, lookup, nearest
 from models.training import arithmetic, default_device, fit, predict
 
 __all__ = [
@@ -283,12 +283,14 @@ def pace_together(backbone: Backbone, recipe: Recipe, images: int, rounds: int, 
     return processes * rounds * images / (max(end for _, end in spans) - min(start for start, _ in spans))
 
 
-def paces(backbones: Sequence[Backbone], rounds: int, images: int, device: str, together: bool) -> tuple[Pace, ...]:
-    """Every backbone under every recipe of :func:`named_recipes`; ``together`` also measures processes that share the device."""
+def paces(
+    backbones: Sequence[Backbone], chosen: Mapping[str, Recipe], rounds: int, images: int, device: str, together: bool
+) -> tuple[Pace, ...]:
+    """Every backbone under every chosen recipe; ``together`` also measures processes that share the device."""
     data = random_images(images)
     found = []
     for backbone in backbones:
-        for name, recipe in named_recipes().items():
+        for name, recipe in chosen.items():
             one = pace(backbone, name, recipe, data, rounds, device)
             if together:
                 one = dataclasses.replace(one, together=pace_together(backbone, recipe, images, rounds, SHARING))
@@ -363,6 +365,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Medians are over so many rounds.")] = 5,
     images: Annotated[int, typer.Option(min=0, help="Images per training; 0 = 1,280, or a CIFAR training set on a GPU.")] = 0,
     together: Annotated[bool, typer.Option(help="On a GPU, also measure processes that share it.")] = True,
+    recipe: Annotated[list[str] | None, typer.Option(help="On a GPU, a recipe by name; may be given several times.")] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the table there, as Markdown.")] = None,
 ) -> None:
     """Measures training speed: on a CPU against a bare PyTorch loop, on a GPU against its peak."""
@@ -378,7 +381,11 @@ def main(
             header, words, lines, caption = HEADER, 1, [_cells(speed) for speed in report.speeds], _caption(report)
         else:
             named, images = torch.cuda.get_device_name(device), images or TRAIN_SIZE
-            found = paces(chosen, rounds, images, named, together)
+            every = named_recipes()
+            for name in recipe or ():
+                if name not in every:
+                    raise BadInput(f"unknown recipe {name!r}{nearest(name, list(every))}")
+            found = paces(chosen, {name: every[name] for name in recipe or every}, rounds, images, named, together)
             header, words, caption = PACE_HEADER, 2, _pace_caption(named, rounds, images)
             lines = [_pace_cells(one) for one in found]
         if out is not None:

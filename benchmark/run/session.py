@@ -35,7 +35,7 @@ from benchmark.storage.rows import Curve, Row, Timing
 from benchmark.storage.store import Entry, Store
 from models.spec import BadInput, canonical, digest, nearest
 
-__all__ = ["Executor", "Filter", "Outcome", "chosen_cells", "parse_only", "recompute", "run_matrix"]
+__all__ = ["Executor", "Filter", "Outcome", "cached_rows", "chosen_cells", "parse_only", "recompute", "run_matrix"]
 
 Executor = Literal["local", "ray"]
 Filter = Mapping[str, Sequence[str]]
@@ -143,19 +143,31 @@ def run_matrix(
     _writable(folder)
     _writable(cache)
     session = _Session(matrix, Store(cache / "store", notes(console)), cache, console)
-    stages = zip(session.plan.cells, matrix.cells, strict=True)
-    cells = [stage for stage, cell in stages if all(AXES[axis](cell) in values for axis, values in chosen.items())]
+    cells = session.chosen(chosen)
     used: dict[str, str] = {}
     try:
         failures = session.execute(cells, processes, order, executor, gpus, used)
     except KeyboardInterrupt:
-        cached = [cell for cell in cells if session.plan.is_cached(cell, session.store)]
-        if cached:
-            session.write(folder, session.collect(cached, {}), whole=False, used=_used(executor, used, folder))
+        session.write_cached(folder, cells, _used(executor, used, folder))
         raise
     found = session.collect(cells, failures)
     changed = session.write(folder, found, whole=not chosen, used=_used(executor, used, folder))
     return Outcome(folder, found, changed)
+
+
+def cached_rows(matrix: Matrix, *, results: Path, cache: Path, console: Console, only: str | None = None) -> int:
+    """Writes the rows of the cells that are cached, as :func:`run_matrix` does when it is interrupted, and runs nothing.
+
+    Returns:
+        The number of these cells.
+
+    Raises:
+        BadInput: as :func:`run_matrix`.
+    """
+    folder = results / matrix.name
+    _writable(folder)
+    session = _Session(matrix, Store(cache / "store", notes(console)), cache, console)
+    return session.write_cached(folder, session.chosen(parse_only(matrix, only)), arithmetic())
 
 
 def recompute(
@@ -276,6 +288,18 @@ class _Session:
             markup=False,
         )
         return RunProgress(self.console, totals)
+
+    def chosen(self, axes: Filter) -> list[Stage]:
+        """The cells that a filter takes, in matrix order."""
+        stages = zip(self.plan.cells, self.plan.matrix.cells, strict=True)
+        return [stage for stage, cell in stages if all(AXES[axis](cell) in values for axis, values in axes.items())]
+
+    def write_cached(self, folder: Path, cells: Sequence[Stage], used: Mapping[str, str]) -> int:
+        """Writes the rows of those ``cells`` that are cached, merged with what is in the files; returns their number."""
+        cached = [cell for cell in cells if self.plan.is_cached(cell, self.store)]
+        if cached:
+            self.write(folder, self.collect(cached, {}), whole=False, used=used)
+        return len(cached)
 
     def collect(self, cells: Sequence[Stage], failures: Mapping[str, str]) -> list[CellResult]:
         """Rows of every cell, in matrix order, from the store; cells that failed become rows with their reason."""
