@@ -124,9 +124,9 @@ def main(
         found = measure(DatasetSpec(source=source), backbone, width, recipe, seed, cache)
         file = out / "regimes.csv"
         before = pd.read_csv(file).to_dict("records") if file.is_file() else []
-        table = pd.DataFrame([*before, asdict(found)])
-        write_text(file, table.to_csv(index=False, lineterminator="\n"))
-        write_text(out / "REGIMES.md", markdown([Regime(**line) for line in table.to_dict("records")]))
+        lines = [Regime(**{str(name): value for name, value in line.items()}) for line in before]
+        write_text(file, pd.DataFrame([asdict(line) for line in (*lines, found)]).to_csv(index=False, lineterminator="\n"))
+        write_text(out / "REGIMES.md", markdown([*lines, found]))
     except BadInput as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from error

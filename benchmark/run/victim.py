@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from attacks.base import Crafted, PoisonedSet, PoisonedTest, Power, Role, poison, poison_test, roles
-from benchmark.rules.metrics import Scorer, null_of, score
+from benchmark.rules.metrics import Scorer, null_of, score, val_accuracy
 from benchmark.rules.selection import paired_loss
 from benchmark.run.keys import extractor_key, victim_key
 from benchmark.run.outcome import gpu_mib, peak_mib, reset_peak
