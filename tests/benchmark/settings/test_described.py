@@ -37,7 +37,7 @@ def test_every_victim_of_the_shipped_matrices_comes_back(name: str) -> None:
 def test_what_is_no_victim_is_named() -> None:
     spec = load_matrix(FOLDER / "smoke.toml").scenarios[0].spec()
     for change, words in (
-        ({"backbone": spec["backbone"] | {"name": "resnet9"}}, "unknown backbone 'resnet9'; did you mean 'resnet"),
+        ({"backbone": spec["backbone"] | {"name": "resnet7"}}, "unknown backbone 'resnet7'; did you mean 'resnet"),
         ({"recipe": spec["recipe"] | {"epochs": -1}}, "recipe: epochs = -1 is out of range"),
         ({"recipe": spec["recipe"] | {"batch": "many"}}, "recipe: batch = 'many' should be a integer"),
         ({"recipe": spec["recipe"] | {"momentun": 0.9}}, "recipe: momentun = 0.9 there, None here"),
