@@ -186,8 +186,8 @@ def test_its_surrogate_is_trained_apart_in_the_victims_architecture_or_another()
     victim = ResNet8(width=4, hidden=16)
     assert Narcissus().own_surrogate(victim) == victim
     assert Narcissus(surrogate="vgg11-bn").own_surrogate(victim) == VGG11BN(width=4, hidden=16)
-    with pytest.raises(BadInput, match="unknown backbone 'resnet9'; did you mean 'resnet"):
-        Narcissus(surrogate="resnet9")
+    with pytest.raises(BadInput, match="unknown backbone 'resnet7'; did you mean 'resnet"):
+        Narcissus(surrogate="resnet7")
 
 
 def test_what_it_needs_is_asked_for(natural) -> None:
