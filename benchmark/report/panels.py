@@ -309,7 +309,8 @@ def _heat_panel(axes: Axes, panel: HeatPanel, figure: Heat) -> None:
 
 
 def _picture(axes: Axes, caption: str, image: np.ndarray, names: Sequence[str]) -> None:
-    axes.imshow(image, interpolation="nearest", aspect="auto")
+    axes.imshow(image, interpolation="nearest", aspect="equal")
+    axes.set_anchor("W")
     axes.set_yticks((np.arange(len(names)) + 0.5) * len(image) / len(names), names)
     axes.set_xticks([image.shape[1] / 2], [caption])  # no label of the axis: those are written once for equal neighbours
     axes.tick_params(length=0)

@@ -40,15 +40,15 @@ TRAINING = (
 
 
 def names_of(scenarios: Sequence[Scenario]) -> dict[Scenario, str]:
-    """A file name for each victim: its attack (``benign`` for none) and, where more than one backbone has it, its backbone.
+    """A file name for each victim: its attack (``benign`` for none) and, but for the first backbone that has it, its backbone.
 
     Two of one name are numbered, in their order.
     """
     found: dict[Scenario, str] = {}
     for scenario in scenarios:
-        same = {one.backbone_label for one in scenarios if one.attack_label == scenario.attack_label}
+        first = next(one.backbone_label for one in scenarios if one.attack_label == scenario.attack_label)
         attack = "benign" if scenario.attack is None else scenario.attack_label
-        name, number = slug(f"{attack} {scenario.backbone_label}" if len(same) > 1 else attack), 1
+        name, number = slug(attack if scenario.backbone_label == first else f"{attack} {scenario.backbone_label}"), 1
         while (name if number == 1 else f"{name}-{number}") in found.values():
             number += 1
         found[scenario] = name if number == 1 else f"{name}-{number}"

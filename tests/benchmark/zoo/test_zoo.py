@@ -117,8 +117,8 @@ preset = "smoke"
 backbones = ["VGG 11"]
 """
 NAMES = [
-    "adap-blend", "adap-patch", "advtrojan", "badnets-10", "benign-resnet8-w2", "benign-vgg-11", "blended-10-resnet8-w2",
-    "blended-10-vgg-11", "blended-5-resnet8-w2", "blended-5-vgg-11", "bpp", "input-aware", "lc", "lf", "sig", "ssba", "trojannn",
+    "adap-blend", "adap-patch", "advtrojan", "badnets-10", "benign", "benign-resnet8-w2", "blended-10", "blended-10-resnet8-w2",
+    "blended-5", "blended-5-resnet8-w2", "bpp", "input-aware", "lc", "lf", "sig", "ssba", "trojannn",
     "wanet",
 ]  # fmt: skip
 KEPT = {"input-aware", "ssba", "trojannn"}
@@ -209,7 +209,7 @@ def test_exporting_again_changes_no_byte_and_a_part_only_its_own(trained: Traine
     for path in copy.iterdir():
         path.unlink()
     named = export(trained.matrix, only="attack=blended 5 %,backbone=VGG 11", cache=trained.cache, folder=copy, console=quiet())
-    assert sorted(named) == ["benign-vgg-11", "blended-5-vgg-11"]
+    assert sorted(named) == ["benign", "blended-5"]
     assert all(path.read_bytes() == before[path.name] for path in copy.iterdir())
 
 
@@ -229,7 +229,7 @@ def test_what_cannot_be_exported_is_refused(trained: Trained, tmp_path: Path, mo
             export(matrix, only=only, cache=trained.cache, folder=folder, console=quiet())
         assert not folder.exists()
 
-    fails("benign-vgg-11: its weights are not rounded", load_matrix(plain))
+    fails("benign: its weights are not rounded", load_matrix(plain))
     fails("none of its victims is in the store", untrained(trained))
     fails("takes victims of its first seed alone, which is 4", trained.matrix, "seed=5")
     monkeypatch.setattr(zoo, "LIMIT", 10_000)
@@ -358,7 +358,7 @@ def test_a_trigger_that_lacks_its_tensors_is_refused(copy: Path, tmp_path: Path)
 
 
 def test_a_trigger_crafted_on_the_twin_needs_its_file(copy: Path, tmp_path: Path) -> None:
-    (copy / "benign-vgg-11.json").unlink()
+    (copy / "benign.json").unlink()
     refused("lacks the network on which advtrojan is crafted", "advtrojan", cache=tmp_path, folder=copy)
     load_victim("lc", cache=tmp_path, folder=copy)  # no test image needs it
 
@@ -439,14 +439,14 @@ def test_the_verb_exports_writes_the_page_and_checks(trained: Trained, tmp_path:
     places = ["--folder", str(shelf), "--cache", str(trained.cache)]
     done = runner.invoke(cli.app, ["zoo", "--matrix", str(trained.path), "--only", only, *places])
     assert done.exit_code == 0, done.output
-    names = ["benign-resnet8-w2", "benign-vgg-11", "blended-5-resnet8-w2", "blended-5-vgg-11", "ssba"]
+    names = ["benign", "benign-resnet8-w2", "blended-5", "blended-5-resnet8-w2", "ssba"]
     page = (shelf / "README.md").read_text()
     table = [line for line in page.splitlines() if line.startswith("| `") and ".safetensors" not in line]
     assert [line.split("`")[1] for line in table[: len(names)]] == names
     assert "| ssba | " in page
     assert "(triggers.png)" in page
     assert (shelf / "triggers.png").is_file()
-    assert 'load_victim("blended-5-resnet8-w2")' in page
+    assert 'load_victim("blended-5")' in page
     card = json.loads((shelf / "ssba.json").read_text())
     for field in card:
         assert field == "name" or f"`{field}`" in page, field
