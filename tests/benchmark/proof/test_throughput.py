@@ -118,4 +118,4 @@ def test_the_command_prints_a_table_and_writes_only_where_told(tmp_path: Path) -
 def test_a_wrong_name_is_named() -> None:
     code, _, error = run("--backbone", "resnet7")
     assert code == 2
-    assert "did you mean 'resnet8'?" in error
+    assert "did you mean 'resnet9'?" in error

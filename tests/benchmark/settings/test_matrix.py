@@ -178,7 +178,7 @@ BAD = {
     "unknown data set key": (GOOD.replace("clean_fraction", "clean_fractoin"), "did you mean 'clean_fraction'"),
     "unknown attack": (GOOD.replace("badnets", "badnet"), "unknown attack 'badnet'; did you mean 'badnets'"),
     "unknown defense": (GOOD.replace('"clp"', '"clpp"'), "unknown defense 'clpp'; did you mean 'clp'"),
-    "unknown backbone": (GOOD.replace("resnet8", "resnet7"), "unknown backbone 'resnet7'; did you mean 'resnet8'"),
+    "unknown backbone": (GOOD.replace("resnet8", "resnet7"), "unknown backbone 'resnet7'; did you mean 'resnet9'"),
     "unknown setting": (GOOD.replace("u = 2", "uu = 2"), "defense clp: unknown key 'uu'; did you mean 'u'"),
     "unknown attack setting": (GOOD.replace("rate = 0.05", "raet = 0.05"), "unknown key 'raet'; did you mean 'rate'"),
     "unknown recipe key": (GOOD.replace("epochs = 2", "epoch = 2"), "recipe: unknown key 'epoch'; did you mean 'epochs'"),
