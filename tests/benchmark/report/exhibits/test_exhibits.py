@@ -648,8 +648,9 @@ def test_runs_elsewhere_have_the_same_settings_and_another_arithmetic(tmp_path: 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """A catalogue of four: lines, dots, no figure, and one that was not run."""
-    names = ("robust-accuracy", "performance", "budget", "alpha")
-    monkeypatch.setattr(exhibits, "EXHIBITS", tuple(exhibit for exhibit in EXHIBITS if exhibit.name in names))
+    names = {"robust-accuracy": "quick", "performance": "quick", "budget": "budget", "alpha": "alpha"}
+    chosen = (dataclasses.replace(one, matrix=names[one.name]) for one in EXHIBITS if one.name in names)
+    monkeypatch.setattr(exhibits, "EXHIBITS", tuple(chosen))
 
 
 def run_results(results: Path) -> None:
