@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from models.files import write_bytes
 from models.spec import BadInput
 
-__all__ = ["check_state", "fit_state", "load_weights", "read_state", "round_to_half", "save_weights"]
+__all__ = ["check_state", "fit_state", "halved", "load_weights", "read_state", "round_to_half", "save_weights"]
 
 _NESTED = ("state_dict", "model")
 """Keys under which checkpoints keep the weights: Lightning's and most authors' codes; BackdoorBench's."""
@@ -51,17 +51,26 @@ def save_weights(net: nn.Module, path: Path) -> None:
     write_bytes(path, safetensors.save(state))
 
 
+def halved(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors rounded to the nearest float16, by name; integers stay as they are.
+
+    Raises:
+        OverflowError: a value is beyond float16's range.
+    """
+    half = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
+    for name, value in half.items():
+        if not bool(torch.isfinite(value).all()):
+            raise OverflowError(f"{name} holds a value beyond float16's range (65,504)")
+    return half
+
+
 def round_to_half(net: nn.Module) -> None:
     """Rounds parameters and buffers to the nearest float16, in place; they stay float32, and integers stay as they are.
 
     Raises:
         OverflowError: a value is beyond float16's range; ``net`` is then unchanged.
     """
-    state = {name: value.half() for name, value in net.state_dict().items() if value.is_floating_point()}
-    for name, value in state.items():
-        if not bool(torch.isfinite(value).all()):
-            raise OverflowError(f"{name} holds a value beyond float16's range (65,504)")
-    net.load_state_dict(state, strict=False)
+    net.load_state_dict(halved(net.state_dict()))
 
 
 def load_weights(net: nn.Module, path: Path) -> None:

@@ -87,7 +87,11 @@ def chosen_cells(matrix: Matrix, only: str | None) -> list[Cell]:
         BadInput: as :func:`parse_only`.
     """
     chosen = parse_only(matrix, only)
-    return [cell for cell in matrix.cells if all(AXES[axis](cell) in values for axis, values in chosen.items())]
+    return [cell for cell in matrix.cells if _taken(cell, chosen)]
+
+
+def _taken(cell: Cell, axes: Filter) -> bool:
+    return all(AXES[axis](cell) in values for axis, values in axes.items())
 
 
 @dataclass(frozen=True)
@@ -292,7 +296,7 @@ class _Session:
     def chosen(self, axes: Filter) -> list[Stage]:
         """The cells that a filter takes, in matrix order."""
         stages = zip(self.plan.cells, self.plan.matrix.cells, strict=True)
-        return [stage for stage, cell in stages if all(AXES[axis](cell) in values for axis, values in axes.items())]
+        return [stage for stage, cell in stages if _taken(cell, axes)]
 
     def write_cached(self, folder: Path, cells: Sequence[Stage], used: Mapping[str, str]) -> int:
         """Writes the rows of those ``cells`` that are cached, merged with what is in the files; returns their number."""

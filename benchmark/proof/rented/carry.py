@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
-import torch
 
 from benchmark.data.sources import VARIABLE, on_disk
 from benchmark.proof.processes import ROOT
@@ -32,6 +31,7 @@ from benchmark.storage.files import write_bytes, write_text
 from benchmark.storage.rows import FILES
 from benchmark.storage.store import Store
 from models.spec import BadInput
+from models.weights import halved
 
 __all__ = [
     "CODE", "IMAGES", "LIMIT", "MIB", "SUMS", "Part", "Wheels", "cut", "deliver", "joined", "pack", "pins", "unpacked", "victims",
@@ -339,17 +339,20 @@ def victims(plan: Plan, order: Iterable[int], store: Store, folder: Path, limit:
         folder: where to. limit: MiB of all files of weights.
 
     Returns:
-        How many were written and how many were left out for lack of room, in words.
+        How many were written, and how many were left out and why, in words.
     """
-    left, written, out = limit * MIB, 0, 0
+    left, written, out, beyond = limit * MIB, 0, 0, 0
     for key in dict.fromkeys(plan.cells[position].victims[0] for position in order):
         scenario, entry = plan.stages[key].scenario, store.read("victim", key)
         if entry is None or entry.outcome["status"] != "ok":
             continue
         weights = {name.removeprefix("net."): value for name, value in entry.tensors.items() if name.startswith("net.")}
-        half = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
-        content = safetensors.torch.save(half)
-        if len(content) > left or not all(bool(torch.isfinite(value).all()) for value in half.values()):
+        try:
+            content = safetensors.torch.save(halved(weights))
+        except OverflowError:
+            beyond += 1
+            continue
+        if len(content) > left:
             out += 1
             continue
         left, written = left - len(content), written + 1
@@ -362,7 +365,8 @@ def victims(plan: Plan, order: Iterable[int], store: Store, folder: Path, limit:
         }  # fmt: skip
         write_bytes(folder / f"{name}.safetensors", content)
         write_text(folder / f"{name}.json", json.dumps(card, indent=1) + "\n")
-    return f"{written} victims in half precision" + (f", {out} left out: more than {limit:g} MiB" if out else "")
+    words = {f"more than {limit:g} MiB": out, "weights beyond float16's range": beyond}
+    return f"{written} victims in half precision" + "".join(f", {count} left out: {why}" for why, count in words.items() if count)
 
 
 def deliver(results: Path, out: Path, back: int) -> None:
