@@ -105,6 +105,21 @@ class Scorer:
         predicted = self._variants.predict(net, "triggered")
         return Score(acc, _share(predicted == self.triggered.target_labels), _share(predicted == self.triggered.true_labels))
 
+    def on_part(self, victim: Network, count: int) -> Scorer:
+        """The same on ``count`` of the test images and of the triggered ones, evenly spaced; all where there are no more.
+
+        Both sets are class-balanced or in random order, so that every part is close to the whole.
+        """
+
+        def spaced(size: int) -> Tensor:
+            return torch.arange(min(count, size)) * size // min(count, size) if size else torch.arange(0)
+
+        few = self.triggered
+        if few is not None:
+            at = spaced(len(few.images))
+            few = PoisonedTest(few.images[at], few.true_labels[at], few.target_labels[at], few.source[at])
+        return Scorer(victim, self.test.subset(spaced(len(self.test))), few, self.validation)
+
     def right(self, net: Network) -> Tensor:
         """Which test images ``net`` classifies correctly, bool (N,)."""
         return self._variants.predict(net, "test") == self.test.labels

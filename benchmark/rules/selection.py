@@ -87,6 +87,7 @@ class CandidateScore(Score):
         ra_recraft: RA with that trigger.
         canary_asr: ASR of every canary after the same setting was applied to its copy; None where no canary was planted.
         canary_loss: paired loss of validation accuracy of every such copy.
+        on_part: whether ACC, ASR and RA were measured on a part of the test images, because no rule selects it; None = no.
     """
 
     knob: float = math.nan
@@ -111,6 +112,7 @@ class CandidateScore(Score):
     ra_recraft: float | None = None
     canary_asr: tuple[float, ...] | None = None
     canary_loss: tuple[float, ...] | None = None
+    on_part: bool | None = None
 
 
 def paired_loss(before: Tensor, after: Tensor) -> tuple[float, float]:
@@ -131,7 +133,7 @@ def choose(how: Selection, measured: Sequence[CandidateScore], before: Score, ta
     """Position of the selected candidate; None where there are no validation images, or no canaries, for a rule that needs them.
 
     A single candidate is always selected. Where no candidate is within the tolerance and none is the untouched model (defenses
-    that train anew), the most accurate one is taken.
+    that train anew), the most accurate one is taken. Rules of hindsight read only candidates scored on all test images.
 
     Args:
         how: the rule.
@@ -139,9 +141,11 @@ def choose(how: Selection, measured: Sequence[CandidateScore], before: Score, ta
         before: scores of the undefended model.
         tau: tolerated loss of validation accuracy, in [0, 1].
     """
-    everything = range(len(measured))
+    everything: Sequence[int] = range(len(measured))
     if how is Selection.DEFAULT or len(measured) == 1:
         return next(i for i in everything if measured[i].is_default)
+    if how in HINDSIGHT:
+        everything = [i for i in everything if not measured[i].on_part]
     if how is Selection.ORACLE:
         if all(math.isnan(one.ra) for one in measured):
             return max(everything, key=lambda i: (measured[i].acc, -i))

@@ -1,12 +1,7 @@
-"""Two stored stages: defense runs and canaries.
-
-A defense run holds the scores of all candidates of a cell. A canary is a copy of a victim with a backdoor planted by the benchmark;
-all defenses share it.
-"""
+"""The stored stage of a defense run: the scores of all candidates of a cell."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import itertools
@@ -20,11 +15,12 @@ import torch
 from torch import Tensor
 
 from attacks.base import PoisonedSet, PoisonedTest, Role, poison_test
-from benchmark.rules.canary import Canary, Planted, Planting, plant
+from benchmark.rules.canary import Canary, Planted, Planting
 from benchmark.rules.metrics import Score, Scorer, nan_of, null_of, score, val_accuracy
 from benchmark.rules.selection import CandidateScore, Selection, choose, paired_loss
 from benchmark.rules.tracks import view_for
-from benchmark.run.keys import canary_key, cell_key
+from benchmark.run.copies import read_canary
+from benchmark.run.keys import cell_key
 from benchmark.run.outcome import gpu_mib, peak_mib, reset_peak
 from benchmark.run.victim import Victim, read_extractor, read_victim, surrogate_of
 from benchmark.run.world import World, defender_seed, fresh, lesser, world
@@ -40,7 +36,7 @@ from models.training import Diverged, Fitted
 from models.units import Scope, unit_layers
 from models.variants import Variants
 
-__all__ = ["clean_seeds", "defend", "read_canary", "run_cell"]
+__all__ = ["clean_seeds", "defend", "run_cell"]
 
 SEEDS_PER_CLASS = 10
 """Training samples of every class known to be clean, where a track grants them (protocol of ASD: Gao et al., CVPR 2023)."""
@@ -155,6 +151,7 @@ def defend(
         keep += trial.nets
     if copies:
         canary = _canary_scores(cell, w, victim, trial.scored, copies)
+    trial.score_chosen()
     if recraft is not None:
         trial.score_again(recraft)
     return trial.outcome() | canary
@@ -171,7 +168,8 @@ def _copies(cell: Cell, planted: Callable[[Canary], Planted] | None) -> tuple[li
 
 
 class _Trial:
-    """A defense on an attacked model, setting by setting of its knob; every candidate is scored at once.
+    """A defense on an attacked model, setting by setting of its knob. Every candidate is scored at once, where the cell says so on
+    a part of the test images.
 
     Attributes:
         scored: the candidates.
@@ -188,6 +186,7 @@ class _Trial:
         self.right = victim.scorer.val_right(victim.net) if Knowledge.CLEAN in cell.grants else None
         self.weights = {name: value.clone() for name, value in victim.net.state_dict().items()}
         known = {name: victim.outcome.get(name) for name in ("acc", "asr", "ra")}
+        self.on_part = victim.scorer.on_part(victim.net, cell.curve_images) if cell.on_part and cell.curve_images else None
         self.untouched = None if None in known.values() else Score.read(known)
 
     def run(self) -> str:
@@ -212,10 +211,13 @@ class _Trial:
         for candidate, cost, seconds in itertools.islice(_metered_candidates(variant.candidates(view)), left):
             self.seconds += seconds
             changed = not _alike(candidate.model, self.weights)
-            score = self.victim.scorer(candidate.model) if changed or self.untouched is None else self.untouched
+            default = candidate.is_default and left is None
+            known = None if changed else self.untouched
+            part = None if default or known else self.on_part  # the default is read in every row
+            score = known or (part or self.victim.scorer)(candidate.model)
             self._add(
-                candidate, score, knob=nan_of(variant.knob), is_default=candidate.is_default and left is None,
-                starts=candidate.is_default, changed=changed, forward=cost.forward, backward=cost.backward,
+                candidate, score, knob=nan_of(variant.knob), is_default=default, starts=candidate.is_default, changed=changed,
+                forward=cost.forward, backward=cost.backward, on_part=None if part is None else True,
                 **_isolation(candidate.isolated, self.victim.poisoned.role),
             )  # fmt: skip
         self.used, self.trained = self.used | view.used, self.trained or view.trained
@@ -240,6 +242,17 @@ class _Trial:
                 **untouched | about,
             )
         )
+
+    def score_chosen(self) -> None:
+        """Scores on all test images what a rule selects. The rules of hindsight first select by the part; of what was scored on all
+        images they then take the best, so that no other rule can beat the oracle."""
+        before = Score.read(self.victim.outcome)
+        first = [dataclasses.replace(one, on_part=None) for one in self.scored]
+        for chosen in {choose(how, first, before, self.cell.tau) for how in Selection} - {None}:
+            assert chosen is not None
+            if self.scored[chosen].on_part:
+                whole = dataclasses.asdict(self.victim.scorer(self.nets[chosen]))
+                self.scored[chosen] = dataclasses.replace(self.scored[chosen], on_part=None, **whole)
 
     def score_again(self, recraft: Callable[[Network], PoisonedTest]) -> None:
         """Scores the candidates that a selection chooses with the trigger crafted again on each."""
@@ -318,41 +331,7 @@ def _validated(victim: Victim, net: Network, right: Tensor | None) -> dict[str, 
     return {"val_acc": float(now.double().mean()), "val_loss": loss, "val_loss_se": error}
 
 
-def read_canary(cell: Cell, w: World, model: Network, store: Store, canary: Canary) -> Planted:
-    """A stored copy with a canary; planted first where it is missing or damaged.
-
-    Raises:
-        Diverged: planting diverged.
-    """
-    key = canary_key(cell, canary, w.data.fingerprint)
-    seed = derive_seed(defender_seed(cell.scenario), "canary", canary.name)
-
-    def compute() -> None:
-        try:
-            net = plant(canary, model, w.clean, w.validation, cell.scenario.recipe, seed)
-        except Diverged as error:
-            store.write("canary", key, canary.spec(), {"status": "failed", "reason": str(error)})
-            return
-        outcome = {"status": "ok", "target": net.target, "forward": net.forward, "backward": net.backward}
-        tensors = {f"net.{name}": value for name, value in net.net.state_dict().items()}
-        store.write("canary", key, canary.spec(), outcome, {**tensors, "probes": net.probes})
-
-    entry = store.read("canary", key)
-    if entry is None:
-        store.once("canary", key, compute)
-        entry = store.read("canary", key)
-    assert entry is not None
-    if entry.outcome["status"] != "ok":
-        raise Diverged(entry.outcome["reason"])
-    net = copy.deepcopy(model)
-    net.load_state_dict({name.removeprefix("net."): value for name, value in entry.tensors.items() if name.startswith("net.")})
-    stored = entry.outcome
-    return Planted(net.eval(), stored["target"], entry.tensors["probes"], stored["forward"], stored["backward"])
-
-
-def _canary_scores(
-    cell: Cell, w: World, victim: Victim, scored: list[CandidateScore], copies: Sequence[Planted]
-) -> dict[str, Any]:
+def _canary_scores(cell: Cell, w: World, victim: Victim, scored: list[CandidateScore], copies: Sequence[Planted]) -> dict[str, Any]:
     """Runs the defense on every copy and adds the canaries' ASR and losses to the candidates of the same setting.
 
     The copies are validated on the same images as the model. Of the scenario only the data that the cell's track grants are read.

@@ -117,8 +117,15 @@ class Cell:
     """The clean budget as a share of the training images; None = all images that the scenario holds out."""
     candidates: int = CANDIDATES
     """Models that the defense may offer over all settings of its knob; the published setting's dial is never cut short."""
+    curve_images: int | None = None
+    """Test images, and as many triggered ones, on which candidates are scored that no rule selects; None = all of them."""
     canaries: tuple[Canary, ...] = ()
     """What the canary rule plants; empty = the matrix does not use that rule."""
+
+    @property
+    def on_part(self) -> bool:
+        """Whether some candidates are scored on a part of the test images: the matrix says so and the defense offers several."""
+        return self.curve_images is not None and (bool(self.defense.dial_name) or len(self.defense.knobs) > 1)
 
     @property
     def canaried(self) -> bool:
@@ -142,6 +149,7 @@ class Cell:
             **({"extractor": self.extractor.spec()} if self.extractor else {}),
             **({"budget": self.budget} if self.budget is not None else {}),
             **({"candidates": self.candidates} if len(self.defense.knobs) > 1 else {}),
+            **({"curve_images": self.curve_images} if self.on_part else {}),
             **({"canaries": [canary.spec() for canary in self.canaries]} if self.canaried else {}),
             "scenario": self.scenario.spec(),
             "defense": self.defense.spec(),

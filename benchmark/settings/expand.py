@@ -357,7 +357,7 @@ def _cross(
     return tuple(
         Cell(
             scenario, each.defense, each.label, track, scope, each.preset, table.tau,
-            extractors.get(each.extractor), each.extractor, each.budget, table.candidates, canaries,
+            extractors.get(each.extractor), each.extractor, each.budget, table.candidates, table.curve_images, canaries,
         )
         for scenario in scenarios
         for each in entrants

@@ -129,6 +129,7 @@ class MatrixTable(_Table):
     seeds: list[int] = Field(min_length=1, max_length=1000)
     tau: float = Field(default=TAU, ge=0, le=1)
     candidates: int = Field(default=CANDIDATES, ge=1, le=10_000)
+    curve_images: int | None = Field(default=None, ge=1)
     canary: bool = False
     plugins: list[str] = []
     dataset: DatasetTable = DatasetTable()

@@ -115,6 +115,20 @@ def test_reused_embeddings_give_the_same_scores_as_full_passes(name: str, monkey
         assert spent == (1203 + 700 + 40 if share == 0 else 0)
 
 
+def test_a_part_is_evenly_spaced_over_both_sets_and_at_most_all_of_them() -> None:
+    net = lookup("backbone", BACKBONES, "vgg11-bn")(width=2, hidden=8).build(10, (1, 16, 16), [0.3], [0.4], 0).eval()
+    images = torch.randint(0, 256, (60, 1, 16, 16), generator=generator("part"), dtype=torch.uint8)
+    labels = torch.arange(60) // 6
+    triggered = PoisonedTest(images[:54], labels[:54], labels[:54] * 0 + 9, torch.arange(54))
+    scorer = Scorer(net, ImageSet(images, labels, 10), triggered, ImageSet(images[:5], labels[:5], 10))
+    part = scorer.on_part(net, 10)
+    assert torch.equal(part.test.labels, torch.arange(10)), "sets that are sorted by class keep every class"
+    assert part.triggered is not None
+    assert torch.equal(part.triggered.source, torch.arange(10) * 54 // 10)
+    assert part(net) == score(net, part.test, part.triggered)
+    assert scorer.on_part(net, 1000)(net) == scorer(net)
+
+
 def test_a_network_with_other_features_gets_its_own_pass() -> None:
     net = lookup("backbone", BACKBONES, "vgg11-bn")(width=2, hidden=8).build(10, (1, 16, 16), [0.3], [0.4], 0).eval()
     images = torch.randint(0, 256, (50, 1, 16, 16), generator=generator("other"), dtype=torch.uint8)

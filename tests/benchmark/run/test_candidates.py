@@ -152,6 +152,32 @@ def test_the_budget_is_a_setting_of_the_matrix_and_of_the_keys_it_concerns(tmp_p
         load_matrix(tmp_path / "m.toml")
 
 
+def test_only_what_a_rule_selects_is_scored_on_all_test_images(place: Place) -> None:
+    whole, part = place.run(Knobbed()), place.run(Knobbed(), curve_images=20)
+    coarse = [entry.get("on_part", False) for entry in part["candidates"]]
+    assert any(coarse), "else nothing is spared"
+    assert not coarse[1], "the published default"
+    for fine, entry, on_part in zip(whole["candidates"], part["candidates"], coarse, strict=True):
+        measured = ("acc", "asr", "ra")
+        if not on_part:
+            assert [entry[name] for name in measured] == [fine[name] for name in measured]
+        else:
+            assert all(abs(entry[name] * 20 - round(entry[name] * 20)) < 1e-6 for name in measured), "counted on twenty images"
+        assert [entry[name] for name in ("val_acc", "dial", "knob")] == [fine[name] for name in ("val_acc", "dial", "knob")]
+    fine, coarse_rows = place.rows(whole, Knobbed()), place.rows(part, Knobbed())
+    for rule in ("default", "validation", "strongest"):
+        assert fine[rule] == coarse_rows[rule], "rules that read no test image select the same and get the same figures"
+    assert coarse_rows["oracle"].ra >= max(coarse_rows[rule].ra for rule in ("default", "validation", "strongest", "leaky"))
+
+
+def test_a_part_of_the_images_is_a_setting_of_the_keys_it_concerns(tmp_path: Path) -> None:
+    (tmp_path / "m.toml").write_text(f"curve_images = 30\n{TINY}")
+    none, clp = load_matrix(tmp_path / "m.toml").cells
+    assert clp.spec()["curve_images"] == 30
+    assert "curve_images" not in none.spec(), "one candidate: nothing to spare"
+    assert "curve_images" not in replace(clp, curve_images=None).spec()
+
+
 def test_what_was_changed_is_read_off_the_weights(place: Place) -> None:
     outcome = place.run(Knobbed())
     assert [entry["changed"] for entry in outcome["candidates"]] == [False, True, True] * 3 + [False]
