@@ -15,6 +15,7 @@ from defenses.fine_tuning import FineTuning
 from defenses.hid import HID
 from defenses.holder_pruning import HolderPruning
 from defenses.pruning import Pruning
+from defenses.rnp import RNP
 
 __all__ = ["DEFENSES"]
 
@@ -29,6 +30,7 @@ DEFENSES: tuple[type[Defense], ...] = (
     Pruning,
     FinePruning,
     ANP,
+    RNP,
     BenignSalience,
     CLP,
     HolderPruning,
