@@ -6,6 +6,7 @@ from defenses.abl import ABL
 from defenses.anp import ANP
 from defenses.base import Defense
 from defenses.benign_salience import BenignSalience
+from defenses.bnp import BNP
 from defenses.clp import CLP
 from defenses.controls import NoDefense, PerfectFilter, RandomPruning, TrainingFromScratch
 from defenses.dbd import DBD
@@ -31,6 +32,7 @@ DEFENSES: tuple[type[Defense], ...] = (
     FinePruning,
     ANP,
     RNP,
+    BNP,
     BenignSalience,
     CLP,
     HolderPruning,
