@@ -10,6 +10,7 @@ from defenses.bnp import BNP
 from defenses.clp import CLP
 from defenses.controls import NoDefense, PerfectFilter, RandomPruning, TrainingFromScratch
 from defenses.dbd import DBD
+from defenses.ep import EP
 from defenses.extractor_controls import LinearProbe, NearestClassMean
 from defenses.fine_pruning import FinePruning
 from defenses.fine_tuning import FineTuning
@@ -36,6 +37,7 @@ DEFENSES: tuple[type[Defense], ...] = (
     BenignSalience,
     CLP,
     HolderPruning,
+    EP,
     ABL,
     DBD,
     HID,
