@@ -14,6 +14,7 @@ from defenses.ep import EP
 from defenses.extractor_controls import LinearProbe, NearestClassMean
 from defenses.fine_pruning import FinePruning
 from defenses.fine_tuning import FineTuning
+from defenses.fmp import FMP
 from defenses.hid import HID
 from defenses.holder_pruning import HolderPruning
 from defenses.pruning import Pruning
@@ -33,6 +34,7 @@ DEFENSES: tuple[type[Defense], ...] = (
     FinePruning,
     ANP,
     RNP,
+    FMP,
     BNP,
     BenignSalience,
     CLP,
