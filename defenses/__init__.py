@@ -19,6 +19,7 @@ from defenses.hid import HID
 from defenses.holder_pruning import HolderPruning
 from defenses.pruning import Pruning
 from defenses.rnp import RNP
+from defenses.spectral_signatures import SpectralSignatures
 
 __all__ = ["DEFENSES"]
 
@@ -40,6 +41,7 @@ DEFENSES: tuple[type[Defense], ...] = (
     CLP,
     HolderPruning,
     EP,
+    SpectralSignatures,
     ABL,
     DBD,
     HID,
