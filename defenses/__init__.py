@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from defenses.abl import ABL
+from defenses.activation_clustering import ActivationClustering
 from defenses.anp import ANP
 from defenses.base import Defense
 from defenses.benign_salience import BenignSalience
@@ -42,6 +43,7 @@ DEFENSES: tuple[type[Defense], ...] = (
     HolderPruning,
     EP,
     SpectralSignatures,
+    ActivationClustering,
     ABL,
     DBD,
     HID,
