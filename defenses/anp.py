@@ -24,7 +24,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate, pairwise
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -37,9 +36,12 @@ from models.backbone import Network
 from models.images import Batches
 from models.spec import BatchSize, Ge, Le, LearningRate, Lt, Share, derive_seed, generator
 from models.training import default_device
-from models.units import UnitLayer, Writer
+from models.units import Masks, UnitLayer, Writer
 
-__all__ = ["ANP", "ascend", "scaled"]
+__all__ = ["ANP", "GRID", "ascend", "at_thresholds", "by_layer", "scaled"]
+
+GRID = tuple(round(0.05 * step, 2) for step in range(19))
+"""Thresholds on learned masks, 0 to 0.9 by 0.05: those of the authors' script, and of RNP's."""
 
 
 def scaled(net: nn.Module, layers: Sequence[UnitLayer], scale: Tensor, shift: Tensor | None = None) -> dict[str, Tensor]:
@@ -89,6 +91,22 @@ def ascend(
     return delta, xi
 
 
+def by_layer(layers: Sequence[UnitLayer], pruned: Tensor) -> Masks:
+    """Masks by layer name of ``pruned``, bool (units of all layers,) in the order of ``layers``."""
+    return dict(zip((layer.name for layer in layers), torch.split(pruned, [layer.size for layer in layers]), strict=True))
+
+
+def at_thresholds(
+    model: Network, layers: Sequence[UnitLayer], learned: Tensor, default: float, grid: Sequence[float]
+) -> Iterator[Candidate]:
+    """``model`` with gamma zero where the mask is at most the threshold, for the ``default`` threshold and those of ``grid``.
+
+    ``learned``: masks, float (units of all layers,) in [0, 1], in the order of ``layers``.
+    """
+    for threshold in sorted({default, *grid}):
+        yield pruned_candidate(model, by_layer(layers, learned <= threshold), Writer.GAMMA, threshold, threshold == default)
+
+
 @dataclass(frozen=True)
 class ANP(Defense):
     """Settings of the mask learning and the pruning.
@@ -131,7 +149,7 @@ class ANP(Defense):
     iterations: Annotated[int, Ge(0), Le(1_000_000)] = 2000
     batch: BatchSize = 128
     project: bool = False
-    grid: tuple[Share, ...] = tuple(round(0.05 * step, 2) for step in range(19))
+    grid: tuple[Share, ...] = GRID
     radii: tuple[Annotated[float, Ge(0), Le(10)], ...] = (0.2, 0.1, 0.05)
     by: Literal["threshold", "number"] = "threshold"
     number: Annotated[int, Ge(0), Le(1_000_000)] = 20
@@ -214,19 +232,12 @@ class ANP(Defense):
         if not len(view.clean):
             raise Inapplicable("the clean budget is empty: masks cannot be learned")
         learned = self.learn(view.model, layers, view)
-        ends = [0, *accumulate(layer.size for layer in layers)]
-        names = [layer.name for layer in layers]
-
-        def masks(pruned: Tensor) -> dict[str, Tensor]:
-            return {name: pruned[start:end] for name, (start, end) in zip(names, pairwise(ends), strict=True)}
-
         if self.by == "number":
             order = torch.argsort(learned, stable=True)
             for number in sorted({min(count, len(order)) for count in (self.number, *range(0, self.most + 1, self.step))}):
                 pruned = torch.zeros(len(order), dtype=torch.bool)
                 pruned[order[:number]] = True
                 default = number == min(self.number, len(order))
-                yield pruned_candidate(model, masks(pruned), Writer.GAMMA, float(number), default)
+                yield pruned_candidate(model, by_layer(layers, pruned), Writer.GAMMA, float(number), default)
             return
-        for threshold in sorted({self.threshold, *self.grid}):
-            yield pruned_candidate(model, masks(learned <= threshold), Writer.GAMMA, threshold, threshold == self.threshold)
+        yield from at_thresholds(model, layers, learned, self.threshold, self.grid)

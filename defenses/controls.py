@@ -19,11 +19,8 @@ from typing import Any, ClassVar
 import torch
 
 from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge, Scope, pruned_candidate
-from models.classifier import Classifier
-from models.images import ImageSet
-from models.recipe import Recipe
-from models.spec import BadInput, EpochCount, check, derive_seed, generator, lookup, nearest
-from models.training import fit
+from defenses.filtering import trained
+from models.spec import BadInput, EpochCount, check, generator, lookup, nearest
 
 __all__ = ["NoDefense", "PerfectFilter", "RandomPruning", "TrainingFromScratch"]
 
@@ -114,12 +111,6 @@ class RandomPruning(Defense):
             yield pruned_candidate(view.model, masks, imitated.writer, candidate.dial, candidate.is_default)
 
 
-def _trained(view: DefenderView, data: ImageSet, recipe: Recipe, purpose: str) -> Candidate:
-    net = view.fresh(derive_seed(view.seed, purpose, "weights"))
-    fit(Classifier(net, recipe), data, recipe, derive_seed(view.seed, purpose, "batches"))
-    return Candidate(net.requires_grad_(True).eval())
-
-
 @dataclass(frozen=True)
 class TrainingFromScratch(Defense):
     """A fresh network of the victim's architecture, trained with the victim's recipe on the clean budget alone.
@@ -142,7 +133,7 @@ class TrainingFromScratch(Defense):
 
     def candidates(self, view: DefenderView) -> Iterator[Candidate]:
         recipe = dataclasses.replace(view.recipe, epochs=self.epochs)
-        yield _trained(view, view.clean, recipe, "training-from-scratch")
+        yield Candidate(trained(view, view.clean, recipe, "training-from-scratch"))
 
 
 @dataclass(frozen=True)
@@ -161,4 +152,4 @@ class PerfectFilter(Defense):
         return Knowledge.ROLES
 
     def candidates(self, view: DefenderView) -> Iterator[Candidate]:
-        yield _trained(view, view.filtered, view.recipe, "perfect-filter")
+        yield Candidate(trained(view, view.filtered, view.recipe, "perfect-filter"))

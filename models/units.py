@@ -190,10 +190,13 @@ def weight_bounds(net: Network, layers: Sequence[UnitLayer], *, norm_epsilon: bo
 
 
 @contextmanager
-def capture(net: Network, layers: Sequence[UnitLayer]) -> Iterator[dict[str, Tensor]]:
+def capture(
+    net: Network, layers: Sequence[UnitLayer], what: Literal["activation", "output", "input"] = "activation"
+) -> Iterator[dict[str, Tensor]]:
     """While open, every forward pass leaves each unit's output after ReLU: (N, units, H, W) or (N, units), by layer name.
 
-    Of the embedding's channels it is the map before the global average, where the features end in one.
+    Of the embedding's channels it is the map before the global average, where the features end in one. With ``what="output"`` it
+    is the module's output itself, with ``"input"`` what the module reads.
     """
     seen: dict[str, Tensor] = {}
 
@@ -201,8 +204,8 @@ def capture(net: Network, layers: Sequence[UnitLayer]) -> Iterator[dict[str, Ten
         seen[EMBEDDING] = torch.relu(inputs[0])
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[name] = torch.relu(output)
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            seen[name] = torch.relu(output) if what == "activation" else output if what == "output" else inputs[0]
 
         return hook
 

@@ -74,7 +74,7 @@ def test_random_pruning_names_what_it_cannot_imitate(view_of, net_of):
     with pytest.raises(BadInput, match="did you mean 'clp'"):
         RandomPruning(like="clpp")
     for like in ("fine-pruning", "none", "random-pruning"):
-        with pytest.raises(BadInput, match="prunes and does nothing else: pruning, anp, clp, holder-pruning"):
+        with pytest.raises(BadInput, match=r"prunes and does nothing else: pruning, anp, .*clp, holder-pruning"):
             RandomPruning(like=like)
     with pytest.raises(BadInput, match="clp has no setting 'uu'"):
         RandomPruning(like_settings=(("uu", 3.0),))
