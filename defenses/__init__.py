@@ -6,6 +6,7 @@ from defenses.abl import ABL
 from defenses.anp import ANP
 from defenses.base import Defense
 from defenses.benign_salience import BenignSalience
+from defenses.cbd import CBD
 from defenses.clp import CLP
 from defenses.controls import NoDefense, PerfectFilter, RandomPruning, TrainingFromScratch
 from defenses.dbd import DBD
@@ -35,5 +36,6 @@ DEFENSES: tuple[type[Defense], ...] = (
     ABL,
     DBD,
     HID,
+    CBD,
 )
 """Every defense of the suite, in the order of the tables: controls first, then by what a defender must hold."""

@@ -33,7 +33,7 @@ from models.recipe import Precision, Recipe
 from models.spec import BatchSize, EpochCount, Ge, Gt, Le, LearningRate, Lt, derive_seed, uniforms
 from models.training import fit, logits
 
-__all__ = ["ABL", "local_ascent"]
+__all__ = ["ABL", "CutOut", "local_ascent"]
 
 
 def local_ascent(loss: Tensor, gamma: float) -> Tensor:
@@ -69,7 +69,9 @@ def _losses(net: Network, data: ImageSet) -> Tensor:
     return cross_entropy(logits(net, data.images), data.labels, reduction="none")
 
 
-class _CutOut(Classifier):
+class CutOut(Classifier):
+    """Training on images with a square cleared, ``size`` pixels a side, elsewhere in every epoch; ``seed``: of the places."""
+
     def __init__(self, net: Network, recipe: Recipe, size: int, seed: int) -> None:
         super().__init__(net, recipe)
         self.size, self.seed = size, seed
@@ -169,7 +171,7 @@ class ABL(Defense):
         first, victims = round(self.epochs * 2 / 3), view.recipe
         for part, (epochs, lr) in enumerate(((first, self.lr), (self.epochs - first, self.lr / 10))):
             recipe, own = self.recipe(epochs, lr, victims.crop, victims.flip, victims.precision), derive_seed(seed, part)
-            fit(_CutOut(net, recipe, self.hole, own) if self.hole else Classifier(net, recipe), data, recipe, own)
+            fit(CutOut(net, recipe, self.hole, own) if self.hole else Classifier(net, recipe), data, recipe, own)
 
     def candidates(self, view: DefenderView) -> Iterator[Candidate]:
         data = view.train

@@ -67,6 +67,11 @@ class Network(nn.Module):
         self.features = features
         self.head = head
 
+    @property
+    def width(self) -> int:
+        """Size d of the embedding."""
+        return next(layer.in_features for layer in self.head if isinstance(layer, nn.Linear))
+
     def embed(self, x: Tensor) -> Tensor:
         """Images float (N, C, H, W) in [0, 1] -> features (N, d)."""
         z: Tensor = self.features(self.normalise(x))

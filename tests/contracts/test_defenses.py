@@ -38,6 +38,7 @@ QUICK: Mapping[str, Mapping[str, object]] = {
         "rate": 0.2, "isolation_epochs": 1, "epochs": 3, "batch": 8, "hole": 1, "unlearning_epochs": 2, "points": (0, 1),
     },
     "dbd": {"ssl_epochs": 1, "ssl_batch": 16, "head_epochs": 1, "semi_epochs": 1, "iterations": 2, "semi_batch": 8},
+    "cbd": {"biased_epochs": 1, "epochs": 2, "batch": 8, "hole": 1, "points": (2,)},
 }
 
 ALL = ~Knowledge.NONE
