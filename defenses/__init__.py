@@ -16,6 +16,7 @@ from defenses.fine_tuning import FineTuning
 from defenses.hid import HID
 from defenses.holder_pruning import HolderPruning
 from defenses.pruning import Pruning
+from defenses.trap_and_replace import TrapAndReplace
 
 __all__ = ["DEFENSES"]
 
@@ -37,5 +38,6 @@ DEFENSES: tuple[type[Defense], ...] = (
     DBD,
     HID,
     CBD,
+    TrapAndReplace,
 )
 """Every defense of the suite, in the order of the tables: controls first, then by what a defender must hold."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, conv2d, grid_sample, pad
 
-__all__ = ["VIEW_DRAWS", "blurred", "cutout", "hue_turned", "simclr_view"]
+__all__ = ["VIEW_DRAWS", "blurred", "cutmix", "cutout", "hue_turned", "simclr_view"]
 
 VIEW_DRAWS = 13
 """Uniforms per image that :func:`simclr_view` takes."""
@@ -35,6 +35,31 @@ def cutout(images: Tensor, draws: Tensor, size: int) -> Tensor:
         offset = torch.arange(length, device=images.device) - start[:, None]
         inside.append((offset >= 0) & (offset < size))
     return images.masked_fill((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0.0)
+
+
+def cutmix(images: Tensor, order: Tensor, draws: Tensor) -> tuple[Tensor, float]:
+    """A box of every image filled from another one, the same box for the whole batch (CutMix: Yun et al., ICCV 2019, arXiv
+    1905.04899; here with Beta(1, 1), the uniform distribution).
+
+    The box has the image's proportions, any pixel as its centre, and is cut off at the edges.
+
+    Args:
+        images: float (N, C, H, W).
+        order: int64 (N,); image i is filled from image ``order[i]``.
+        draws: float (3,) in [0, 1): the share to keep, and where the centre is, across and down.
+
+    Returns:
+        The images, and the share of their pixels that is kept, counted after the box was cut off.
+    """
+    _, _, height, width = images.shape
+    spans = []
+    for position, length in ((draws[2], height), (draws[1], width)):
+        centre, side = int(position * length), int(length * math.sqrt(1 - float(draws[0])))
+        spans.append((max(0, centre - side // 2), min(length, centre + side // 2)))
+    (top, bottom), (left, right) = spans
+    mixed = images.clone()
+    mixed[:, :, top:bottom, left:right] = images[order, :, top:bottom, left:right]
+    return mixed, 1 - (bottom - top) * (right - left) / (height * width)
 
 
 def hue_turned(images: Tensor, turn: Tensor) -> Tensor:

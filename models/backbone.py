@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.cost import tally
 from models.spec import Ge, Le, Spec
 
-__all__ = ["Backbone", "GlobalAverage", "Network", "Normalise", "Width", "he_init"]
+__all__ = ["Backbone", "GlobalAverage", "Network", "Normalise", "Width", "before_block", "he_init", "unrolled"]
 
 Width = Annotated[int, Ge(1), Le(1024)]
 """Channels of a network's first stage."""
@@ -52,6 +52,27 @@ def he_init(net: nn.Module, fan: Literal["fan_in", "fan_out"]) -> None:
             nn.init.kaiming_normal_(module.weight, mode=fan, nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+def unrolled(module: nn.Module) -> list[nn.Module]:
+    """The modules that ``module`` runs one after the other: of nested ``nn.Sequential`` their parts, otherwise itself."""
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        return [step for child in module for step in unrolled(child)]
+    return [module]
+
+
+def before_block(features: nn.Module, blocks: int) -> int:
+    """Where to cut ``unrolled(features)`` so that the last ``blocks`` of its modules with convs come after the cut.
+
+    Such a module is a residual block, or a single conv where there is none around it. With 0 blocks the cut is after the last.
+
+    Raises:
+        ValueError: no conv would be left before the cut.
+    """
+    convs = [place for place, step in enumerate(unrolled(features)) if any(isinstance(part, nn.Conv2d) for part in step.modules())]
+    if blocks >= len(convs):
+        raise ValueError(f"the features are {len(convs)} blocks in a row; {blocks} cannot be cut off")
+    return convs[-blocks] if blocks else convs[-1] + 1
 
 
 class Network(nn.Module):
