@@ -9,6 +9,8 @@ from defenses.benign_salience import BenignSalience
 from defenses.cbd import CBD
 from defenses.clp import CLP
 from defenses.controls import NoDefense, PerfectFilter, RandomPruning, TrainingFromScratch
+from defenses.d_br import DBR
+from defenses.d_st import DST
 from defenses.dbd import DBD
 from defenses.extractor_controls import LinearProbe, NearestClassMean
 from defenses.fine_pruning import FinePruning
@@ -39,5 +41,7 @@ DEFENSES: tuple[type[Defense], ...] = (
     HID,
     CBD,
     TrapAndReplace,
+    DBR,
+    DST,
 )
 """Every defense of the suite, in the order of the tables: controls first, then by what a defender must hold."""

@@ -15,8 +15,7 @@ constant rate the losses of the last isolation epoch alone are a lottery; ``aver
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -27,7 +26,7 @@ from torch.nn.functional import cross_entropy
 from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge, lowest_loss
 from models.augmentations import cutout
 from models.backbone import Network
-from models.classifier import Classifier
+from models.classifier import Classifier, Snapshots
 from models.images import ImageSet
 from models.recipe import Precision, Recipe
 from models.spec import BatchSize, EpochCount, Ge, Gt, Le, LearningRate, Lt, derive_seed, uniforms
@@ -81,20 +80,11 @@ class CutOut(Classifier):
         return cutout(images, uniforms(key, index, 2), self.size), labels
 
 
-class _Unlearning(Classifier):
-    """Gradient ascent in training mode; keeps a copy of the network after each of the ``wanted`` epochs."""
-
-    def __init__(self, net: Network, recipe: Recipe, wanted: Sequence[int]) -> None:
-        super().__init__(net, recipe)
-        self.wanted, self.kept = wanted, {0: copy.deepcopy(net)}
+class _Unlearning(Snapshots):
+    """Gradient ascent in training mode."""
 
     def loss(self, logits: Tensor, labels: Tensor, index: Tensor) -> Tensor:
         return -super().loss(logits, labels, index)
-
-    def on_train_epoch_end(self) -> None:
-        done = int(self.current_epoch) + 1
-        if done in self.wanted:
-            self.kept[done] = copy.deepcopy(self.net).cpu()
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,11 @@ QUICK: Mapping[str, Mapping[str, object]] = {
     "dbd": {"ssl_epochs": 1, "ssl_batch": 16, "head_epochs": 1, "semi_epochs": 1, "iterations": 2, "semi_batch": 8},
     "cbd": {"biased_epochs": 1, "epochs": 2, "batch": 8, "hole": 1, "points": (2,)},
     "trap-and-replace": {"epochs": 1, "batch": 8, "head_epochs": 1, "head_batch": 8, "points": (0,)},
+    "d-br": {"probe_epochs": 1, "intra_epochs": 1, "probe_batch": 16, "poisoned_share": 0.2, "epochs": 2, "points": (1,)},
+    "d-st": {
+        "probe_epochs": 1, "intra_epochs": 1, "probe_batch": 16, "poisoned_share": 0.2, "ssl_epochs": 1, "ssl_batch": 16,
+        "head_epochs": 1,
+    },
 }
 
 ALL = ~Knowledge.NONE
