@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from defenses.abl import ABL
 from defenses.anp import ANP
+from defenses.asd import ASD
 from defenses.base import Defense
 from defenses.benign_salience import BenignSalience
 from defenses.cbd import CBD
@@ -43,5 +44,6 @@ DEFENSES: tuple[type[Defense], ...] = (
     TrapAndReplace,
     DBR,
     DST,
+    ASD,
 )
 """Every defense of the suite, in the order of the tables: controls first, then by what a defender must hold."""

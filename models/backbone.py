@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.cost import tally
 from models.spec import Ge, Le, Spec
 
-__all__ = ["Backbone", "GlobalAverage", "Network", "Normalise", "Width", "before_block", "he_init", "unrolled"]
+__all__ = ["Backbone", "GlobalAverage", "Network", "Normalise", "Width", "before_block", "block_places", "he_init", "unrolled"]
 
 Width = Annotated[int, Ge(1), Le(1024)]
 """Channels of a network's first stage."""
@@ -61,18 +61,23 @@ def unrolled(module: nn.Module) -> list[nn.Module]:
     return [module]
 
 
-def before_block(features: nn.Module, blocks: int) -> int:
-    """Where to cut ``unrolled(features)`` so that the last ``blocks`` of its modules with convs come after the cut.
+def block_places(features: nn.Module) -> list[int]:
+    """Where in ``unrolled(features)`` the modules with convs are: residual blocks, or single convs with none around them."""
+    return [place for place, step in enumerate(unrolled(features)) if any(isinstance(part, nn.Conv2d) for part in step.modules())]
 
-    Such a module is a residual block, or a single conv where there is none around it. With 0 blocks the cut is after the last.
+
+def before_block(features: nn.Module, blocks: int) -> int:
+    """Where to cut ``unrolled(features)`` so that the last ``blocks`` of its blocks (:func:`block_places`) come after the cut.
+
+    With 0 blocks the cut is after the last.
 
     Raises:
-        ValueError: no conv would be left before the cut.
+        ValueError: no block would be left before the cut.
     """
-    convs = [place for place, step in enumerate(unrolled(features)) if any(isinstance(part, nn.Conv2d) for part in step.modules())]
-    if blocks >= len(convs):
-        raise ValueError(f"the features are {len(convs)} blocks in a row; {blocks} cannot be cut off")
-    return convs[-blocks] if blocks else convs[-1] + 1
+    places = block_places(features)
+    if blocks >= len(places):
+        raise ValueError(f"the features are {len(places)} blocks in a row; {blocks} cannot be cut off")
+    return places[-blocks] if blocks else places[-1] + 1
 
 
 class Network(nn.Module):

@@ -45,6 +45,10 @@ QUICK: Mapping[str, Mapping[str, object]] = {
         "probe_epochs": 1, "intra_epochs": 1, "probe_batch": 16, "poisoned_share": 0.2, "ssl_epochs": 1, "ssl_batch": 16,
         "head_epochs": 1,
     },
+    "asd": {
+        "aware_epochs": 2, "agnostic_epochs": 1, "meta_epochs": 1, "grow": 1, "grow_epochs": 1, "iterations": 2, "batch": 8,
+        "meta_batch": 8, "shares": (0.25,),
+    },
 }
 
 ALL = ~Knowledge.NONE
