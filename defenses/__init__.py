@@ -10,6 +10,7 @@ from defenses.benign_salience import BenignSalience
 from defenses.cbd import CBD
 from defenses.clp import CLP
 from defenses.controls import NoDefense, PerfectFilter, RandomPruning, TrainingFromScratch
+from defenses.ct import CT
 from defenses.d_br import DBR
 from defenses.d_st import DST
 from defenses.dbd import DBD
@@ -45,5 +46,6 @@ DEFENSES: tuple[type[Defense], ...] = (
     DBR,
     DST,
     ASD,
+    CT,
 )
 """Every defense of the suite, in the order of the tables: controls first, then by what a defender must hold."""

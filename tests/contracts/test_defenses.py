@@ -45,9 +45,10 @@ QUICK: Mapping[str, Mapping[str, object]] = {
         "probe_epochs": 1, "intra_epochs": 1, "probe_batch": 16, "poisoned_share": 0.2, "ssl_epochs": 1, "ssl_batch": 16,
         "head_epochs": 1,
     },
-    "asd": {
-        "aware_epochs": 2, "agnostic_epochs": 1, "meta_epochs": 1, "grow": 1, "grow_epochs": 1, "iterations": 2, "batch": 8,
-        "meta_batch": 8, "shares": (0.25,),
+    "asd": {"aware_epochs": 1, "agnostic_epochs": 1, "meta_epochs": 1, "iterations": 1, "batch": 8, "meta_batch": 16},
+    "ct": {
+        "base_epochs": 1, "pretrain_epochs": (1, 1), "iterations": (2, 2), "rates": (0.1, 0.1), "weights": (2.0, 2.0),
+        "every": (2, 2), "kept": (0.5,), "pretrain_batch": 8, "epochs": 1, "batch": 8, "threshold": 0.0,
     },
 }
 
