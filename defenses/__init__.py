@@ -5,11 +5,16 @@ from __future__ import annotations
 from defenses.abl import ABL
 from defenses.activation_clustering import ActivationClustering
 from defenses.anp import ANP
+from defenses.asd import ASD
 from defenses.base import Defense
 from defenses.benign_salience import BenignSalience
 from defenses.bnp import BNP
+from defenses.cbd import CBD
 from defenses.clp import CLP
 from defenses.controls import NoDefense, PerfectFilter, RandomPruning, TrainingFromScratch
+from defenses.ct import CT
+from defenses.d_br import DBR
+from defenses.d_st import DST
 from defenses.dbd import DBD
 from defenses.ep import EP
 from defenses.extractor_controls import LinearProbe, NearestClassMean
@@ -21,6 +26,7 @@ from defenses.holder_pruning import HolderPruning
 from defenses.pruning import Pruning
 from defenses.rnp import RNP
 from defenses.spectral_signatures import SpectralSignatures
+from defenses.trap_and_replace import TrapAndReplace
 
 __all__ = ["DEFENSES"]
 
@@ -47,5 +53,11 @@ DEFENSES: tuple[type[Defense], ...] = (
     ABL,
     DBD,
     HID,
+    CBD,
+    TrapAndReplace,
+    DBR,
+    DST,
+    ASD,
+    CT,
 )
 """Every defense of the suite, in the order of the tables: controls first, then by what a defender must hold."""

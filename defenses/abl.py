@@ -15,8 +15,7 @@ constant rate the losses of the last isolation epoch alone are a lottery; ``aver
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -27,13 +26,13 @@ from torch.nn.functional import cross_entropy
 from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge, lowest_loss
 from models.augmentations import cutout
 from models.backbone import Network
-from models.classifier import Classifier
+from models.classifier import Classifier, Snapshots
 from models.images import ImageSet
 from models.recipe import Precision, Recipe
 from models.spec import BatchSize, EpochCount, Ge, Gt, Le, LearningRate, Lt, derive_seed, uniforms
 from models.training import fit, logits
 
-__all__ = ["ABL", "local_ascent"]
+__all__ = ["ABL", "CutOut", "local_ascent"]
 
 
 def local_ascent(loss: Tensor, gamma: float) -> Tensor:
@@ -69,7 +68,9 @@ def _losses(net: Network, data: ImageSet) -> Tensor:
     return cross_entropy(logits(net, data.images), data.labels, reduction="none")
 
 
-class _CutOut(Classifier):
+class CutOut(Classifier):
+    """Training on images with a square cleared, ``size`` pixels a side, elsewhere in every epoch; ``seed``: of the places."""
+
     def __init__(self, net: Network, recipe: Recipe, size: int, seed: int) -> None:
         super().__init__(net, recipe)
         self.size, self.seed = size, seed
@@ -79,20 +80,11 @@ class _CutOut(Classifier):
         return cutout(images, uniforms(key, index, 2), self.size), labels
 
 
-class _Unlearning(Classifier):
-    """Gradient ascent in training mode; keeps a copy of the network after each of the ``wanted`` epochs."""
-
-    def __init__(self, net: Network, recipe: Recipe, wanted: Sequence[int]) -> None:
-        super().__init__(net, recipe)
-        self.wanted, self.kept = wanted, {0: copy.deepcopy(net)}
+class _Unlearning(Snapshots):
+    """Gradient ascent in training mode."""
 
     def loss(self, logits: Tensor, labels: Tensor, index: Tensor) -> Tensor:
         return -super().loss(logits, labels, index)
-
-    def on_train_epoch_end(self) -> None:
-        done = int(self.current_epoch) + 1
-        if done in self.wanted:
-            self.kept[done] = copy.deepcopy(self.net).cpu()
 
 
 @dataclass(frozen=True)
@@ -169,7 +161,7 @@ class ABL(Defense):
         first, victims = round(self.epochs * 2 / 3), view.recipe
         for part, (epochs, lr) in enumerate(((first, self.lr), (self.epochs - first, self.lr / 10))):
             recipe, own = self.recipe(epochs, lr, victims.crop, victims.flip, victims.precision), derive_seed(seed, part)
-            fit(_CutOut(net, recipe, self.hole, own) if self.hole else Classifier(net, recipe), data, recipe, own)
+            fit(CutOut(net, recipe, self.hole, own) if self.hole else Classifier(net, recipe), data, recipe, own)
 
     def candidates(self, view: DefenderView) -> Iterator[Candidate]:
         data = view.train

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, conv2d, grid_sample, pad
 
-__all__ = ["VIEW_DRAWS", "blurred", "cutout", "hue_turned", "simclr_view"]
+__all__ = ["VIEW_DRAWS", "blurred", "cutmix", "cutout", "hue_turned", "rotated_and_moved", "simclr_view"]
 
 VIEW_DRAWS = 13
 """Uniforms per image that :func:`simclr_view` takes."""
@@ -37,6 +37,31 @@ def cutout(images: Tensor, draws: Tensor, size: int) -> Tensor:
     return images.masked_fill((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0.0)
 
 
+def cutmix(images: Tensor, order: Tensor, draws: Tensor) -> tuple[Tensor, float]:
+    """A box of every image filled from another one, the same box for the whole batch (CutMix: Yun et al., ICCV 2019, arXiv
+    1905.04899; here with Beta(1, 1), the uniform distribution).
+
+    The box has the image's proportions, any pixel as its centre, and is cut off at the edges.
+
+    Args:
+        images: float (N, C, H, W).
+        order: int64 (N,); image i is filled from image ``order[i]``.
+        draws: float (3,) in [0, 1): the share to keep, and where the centre is, across and down.
+
+    Returns:
+        The images, and the share of their pixels that is kept, counted after the box was cut off.
+    """
+    _, _, height, width = images.shape
+    spans = []
+    for position, length in ((draws[2], height), (draws[1], width)):
+        centre, side = int(position * length), int(length * math.sqrt(1 - float(draws[0])))
+        spans.append((max(0, centre - side // 2), min(length, centre + side // 2)))
+    (top, bottom), (left, right) = spans
+    mixed = images.clone()
+    mixed[:, :, top:bottom, left:right] = images[order, :, top:bottom, left:right]
+    return mixed, 1 - (bottom - top) * (right - left) / (height * width)
+
+
 def hue_turned(images: Tensor, turn: Tensor) -> Tensor:
     """Colour images float (N, 3, H, W) in [0, 1] with the hue of their HSV form turned by ``turn`` (N,), in whole turns."""
     value = images.amax(1)
@@ -51,6 +76,32 @@ def hue_turned(images: Tensor, turn: Tensor) -> Tensor:
         k = (corner + sector) % 6
         channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
     return torch.stack(channels, 1)
+
+
+def rotated_and_moved(images: Tensor, draws: Tensor) -> Tensor:
+    """Every image turned by up to half a turn, then moved by up to a fifth of each side; what comes into view is 0.
+
+    The pixels are those of the image, none is interpolated (nearest neighbour, whole pixels).
+
+    Args:
+        images: float (N, C, H, W).
+        draws: float (N, 3) in [0, 1): angle, move across, move down.
+    """
+    _, _, height, width = images.shape
+    u = 2 * draws.to(images.device) - 1
+    cos, sin = torch.cos(math.pi * u[:, 0]), torch.sin(math.pi * u[:, 0])
+    turn = torch.zeros((len(images), 2, 3), device=images.device)
+    turn[:, 0, 0] = turn[:, 1, 1] = cos
+    # Coordinates run from -1 to 1 along either side, so a turn of a rectangle has to count in pixels.
+    turn[:, 0, 1], turn[:, 1, 0] = -sin * height / width, sin * width / height
+    move = torch.zeros_like(turn)
+    move[:, 0, 0] = move[:, 1, 1] = 1
+    move[:, 0, 2] = -2 * torch.round(0.2 * width * u[:, 1]) / width
+    move[:, 1, 2] = -2 * torch.round(0.2 * height * u[:, 2]) / height
+    for change in (turn, move):
+        grid = affine_grid(change, list(images.shape), align_corners=False)
+        images = grid_sample(images, grid, mode="nearest", padding_mode="zeros", align_corners=False)
+    return images
 
 
 def blurred(images: Tensor, sigma: Tensor, radius: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.cost import tally
 from models.spec import Ge, Le, Spec
 
-__all__ = ["Backbone", "GlobalAverage", "Network", "Normalise", "Width", "he_init"]
+__all__ = ["Backbone", "GlobalAverage", "Network", "Normalise", "Width", "before_block", "block_places", "he_init", "unrolled"]
 
 Width = Annotated[int, Ge(1), Le(1024)]
 """Channels of a network's first stage."""
@@ -54,6 +54,32 @@ def he_init(net: nn.Module, fan: Literal["fan_in", "fan_out"]) -> None:
                 nn.init.zeros_(module.bias)
 
 
+def unrolled(module: nn.Module) -> list[nn.Module]:
+    """The modules that ``module`` runs one after the other: of nested ``nn.Sequential`` their parts, otherwise itself."""
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        return [step for child in module for step in unrolled(child)]
+    return [module]
+
+
+def block_places(features: nn.Module) -> list[int]:
+    """Where in ``unrolled(features)`` the modules with convs are: residual blocks, or single convs with none around them."""
+    return [place for place, step in enumerate(unrolled(features)) if any(isinstance(part, nn.Conv2d) for part in step.modules())]
+
+
+def before_block(features: nn.Module, blocks: int) -> int:
+    """Where to cut ``unrolled(features)`` so that the last ``blocks`` of its blocks (:func:`block_places`) come after the cut.
+
+    With 0 blocks the cut is after the last.
+
+    Raises:
+        ValueError: no block would be left before the cut.
+    """
+    places = block_places(features)
+    if blocks >= len(places):
+        raise ValueError(f"the features are {len(places)} blocks in a row; {blocks} cannot be cut off")
+    return places[-blocks] if blocks else places[-1] + 1
+
+
 class Network(nn.Module):
     """A classifier in two stages.
 
@@ -66,6 +92,11 @@ class Network(nn.Module):
         self.normalise = normalise
         self.features = features
         self.head = head
+
+    @property
+    def width(self) -> int:
+        """Size d of the embedding."""
+        return next(layer.in_features for layer in self.head if isinstance(layer, nn.Linear))
 
     def embed(self, x: Tensor) -> Tensor:
         """Images float (N, C, H, W) in [0, 1] -> features (N, d)."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Collection
+
 from torch import Tensor, nn
 
 from models.backbone import Network
 from models.loop import Loop
 from models.recipe import Recipe
 
-__all__ = ["Classifier"]
+__all__ = ["Classifier", "Snapshots"]
 
 
 class Classifier(Loop):
@@ -58,3 +61,22 @@ class Classifier(Loop):
         images, labels, index = batch
         images, labels = self.on_batch(images, labels, index)
         return self.loss(self(images), labels, index)
+
+
+class Snapshots(Classifier):
+    """Training that keeps copies of the network on the way, by the number of epochs before them.
+
+    Args:
+        net: the network, trained in place.
+        recipe: how it is trained.
+        wanted: after how many epochs; the network before the first is always kept, as number 0.
+    """
+
+    def __init__(self, net: Network, recipe: Recipe, wanted: Collection[int]) -> None:
+        super().__init__(net, recipe)
+        self.wanted, self.kept = wanted, {0: copy.deepcopy(net)}
+
+    def on_train_epoch_end(self) -> None:
+        done = int(self.current_epoch) + 1
+        if done in self.wanted:
+            self.kept[done] = copy.deepcopy(self.net).cpu()

@@ -6,7 +6,7 @@ import logging
 import math
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -42,6 +42,8 @@ class Loop(pl.LightningModule):  # type: ignore[misc]  # mypy does not follow Li
 
     before_augment: BeforeAugment | None = None
     """Attacker-side hook on raw batches, before crop and flip (see :class:`models.images.Batches`)."""
+    factor: Callable[[float], float] | None = None
+    """(epochs done so far, a fraction within an epoch) -> factor on the recipe's rate, for schedules that no recipe has."""
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
@@ -80,20 +82,24 @@ class Loop(pl.LightningModule):  # type: ignore[misc]  # mypy does not follow Li
                 parameters, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay,
                 fused=fused,
             )  # fmt: skip
-        if recipe.schedule == "constant":
+        if recipe.schedule == "constant" and self.factor is None:
             return optimizer
-        schedule = _schedule(optimizer, recipe, max(1, self.total_steps))
+        schedule = _schedule(optimizer, recipe, max(1, self.total_steps), self.factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-    """The recipe's learning rate over ``steps`` optimiser steps."""
+def _schedule(
+    optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int, factor: Callable[[float], float] | None
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate over ``steps`` optimiser steps: the recipe's, or the one of ``factor``."""
+    per_epoch = max(1, steps // max(1, recipe.epochs))
+    if factor is not None:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step / per_epoch))
     if recipe.schedule == "one-cycle":
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=recipe.lr, total_steps=steps + 1, cycle_momentum=False)
     if recipe.schedule == "multistep":
         milestones = [max(1, int(steps * share)) for share in (0.5, 0.75)]
         return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
-    per_epoch = max(1, steps // max(1, recipe.epochs))
     # Cosine by epoch, as in the literature's recipes: the rate changes between epochs, not between steps.
     return torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * (step // per_epoch) / recipe.epochs))

@@ -44,6 +44,8 @@ def contrastive_loss(z: Tensor, temperature: float, *, symmetric: bool = False) 
 class SimCLR(Classifier):
     """Contrastive training of the features through a projection, which is not kept; the network's head stays as it is.
 
+    A method that differs overrides :meth:`projected` or :meth:`objective`.
+
     The projection is DBD's: a hidden layer of the features' size with batch norm and ReLU, then 128 outputs with a bias.
 
     Args:
@@ -72,7 +74,15 @@ class SimCLR(Classifier):
         super().__init__(net, recipe)
         self.temperature, self.flip, self.blur, self.seed, self.symmetric = temperature, flip, blur, seed, symmetric
         with seeded(derive_seed(seed, "projection")):
-            self.projection = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 128))
+            self.projection = self.projected(width)
+
+    def projected(self, width: int) -> nn.Sequential:
+        """A fresh projection of embeddings float (N, width)."""
+        return nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 128))
+
+    def objective(self, z: Tensor, labels: Tensor, index: Tensor) -> Tensor:
+        """Loss of the projections float (B, 2, d) of both views; labels and index int64 (B,)."""
+        return contrastive_loss(z, self.temperature, symmetric=self.symmetric)
 
     def trainable(self) -> list[nn.Parameter]:
         return [*self.net.features.parameters(), *self.projection.parameters()]
@@ -83,9 +93,9 @@ class SimCLR(Classifier):
         return torch.cat([simclr_view(images, uniforms(key, index, VIEW_DRAWS), self.flip, self.blur) for key in keys])
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, _, index = batch
+        images, labels, index = batch
         with torch.autocast(images.device.type, enabled=False):  # views and the loss are computed in float32
             views = self.views(images, index)
         first, second = self.projection(self.net.embed(views)).float().chunk(2)
         with torch.autocast(images.device.type, enabled=False):
-            return contrastive_loss(torch.stack([first, second], dim=1), self.temperature, symmetric=self.symmetric)
+            return self.objective(torch.stack([first, second], dim=1), labels, index)

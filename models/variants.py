@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from models.backbone import Network
+from models.backbone import Network, unrolled
 from models.images import to_float
 from models.training import in_batches, on_device, predict
 
@@ -113,13 +113,7 @@ class Variants:
 
 def _steps(net: Network) -> list[nn.Module]:
     """The modules that ``net`` runs one after the other."""
-    return [net.normalise, *_unrolled(net.features), *_unrolled(net.head)]
-
-
-def _unrolled(module: nn.Module) -> list[nn.Module]:
-    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
-        return [step for child in module for step in _unrolled(child)]
-    return [module]
+    return [net.normalise, *unrolled(net.features), *unrolled(net.head)]
 
 
 def _fingerprint(first: int, steps: Sequence[nn.Module]) -> str:

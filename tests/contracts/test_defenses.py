@@ -40,6 +40,18 @@ QUICK: Mapping[str, Mapping[str, object]] = {
         "rate": 0.2, "isolation_epochs": 1, "epochs": 3, "batch": 8, "hole": 1, "unlearning_epochs": 2, "points": (0, 1),
     },
     "dbd": {"ssl_epochs": 1, "ssl_batch": 16, "head_epochs": 1, "semi_epochs": 1, "iterations": 2, "semi_batch": 8},
+    "cbd": {"biased_epochs": 1, "epochs": 2, "batch": 8, "hole": 1, "points": (2,)},
+    "trap-and-replace": {"epochs": 1, "batch": 8, "head_epochs": 1, "head_batch": 8, "points": (0,)},
+    "d-br": {"probe_epochs": 1, "intra_epochs": 1, "probe_batch": 16, "poisoned_share": 0.2, "epochs": 2, "points": (1,)},
+    "d-st": {
+        "probe_epochs": 1, "intra_epochs": 1, "probe_batch": 16, "poisoned_share": 0.2, "ssl_epochs": 1, "ssl_batch": 16,
+        "head_epochs": 1,
+    },
+    "asd": {"aware_epochs": 1, "agnostic_epochs": 1, "meta_epochs": 1, "iterations": 1, "batch": 8, "meta_batch": 16},
+    "ct": {
+        "base_epochs": 1, "pretrain_epochs": (1, 1), "iterations": (2, 2), "rates": (0.1, 0.1), "weights": (2.0, 2.0),
+        "every": (2, 2), "kept": (0.5,), "pretrain_batch": 8, "epochs": 1, "batch": 8, "threshold": 0.0,
+    },
 }
 
 ALL = ~Knowledge.NONE

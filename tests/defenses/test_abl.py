@@ -60,7 +60,7 @@ def test_rates_of_all_stages(view_of, data_of, monkeypatch):
     monkeypatch.setattr(abl, "fit", watched)
     list(TINY.candidates(view_of(TINY)))
     assert seen == [
-        ("_Isolating", 1, 0.1, 0, False), ("_CutOut", 2, 0.1, 1, True), ("_CutOut", 1, 0.1 / 10, 1, True),
+        ("_Isolating", 1, 0.1, 0, False), ("CutOut", 2, 0.1, 1, True), ("CutOut", 1, 0.1 / 10, 1, True),
         ("_Unlearning", 3, 0.01, 0, False),
     ]  # fmt: skip
     method = ABL()
@@ -123,7 +123,7 @@ def test_cutout_hides_a_hole_in_every_image_and_another_one_each_epoch(net_of, d
     recipe = TINY.recipe(2, 0.1)
     seen: dict[tuple[int, int], Tensor] = {}
 
-    class Watched(abl._CutOut):
+    class Watched(abl.CutOut):
         def on_batch(self, images, labels, index):
             out, labels = super().on_batch(images + 0.1, labels, index)
             seen.update({(int(self.current_epoch), int(i)): row[0] == 0 for i, row in zip(index, out, strict=True)})
