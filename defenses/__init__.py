@@ -14,6 +14,7 @@ from defenses.fine_pruning import FinePruning
 from defenses.fine_tuning import FineTuning
 from defenses.hid import HID
 from defenses.holder_pruning import HolderPruning
+from defenses.neural_cleanse import NeuralCleanse
 from defenses.pruning import Pruning
 
 __all__ = ["DEFENSES"]
@@ -29,6 +30,7 @@ DEFENSES: tuple[type[Defense], ...] = (
     Pruning,
     FinePruning,
     ANP,
+    NeuralCleanse,
     BenignSalience,
     CLP,
     HolderPruning,
