@@ -14,6 +14,7 @@ from defenses.fine_pruning import FinePruning
 from defenses.fine_tuning import FineTuning
 from defenses.hid import HID
 from defenses.holder_pruning import HolderPruning
+from defenses.i_bau import IBAU
 from defenses.neural_cleanse import NeuralCleanse
 from defenses.pruning import Pruning
 
@@ -31,6 +32,7 @@ DEFENSES: tuple[type[Defense], ...] = (
     FinePruning,
     ANP,
     NeuralCleanse,
+    IBAU,
     BenignSalience,
     CLP,
     HolderPruning,
