@@ -17,6 +17,7 @@ from defenses.holder_pruning import HolderPruning
 from defenses.i_bau import IBAU
 from defenses.neural_cleanse import NeuralCleanse
 from defenses.pruning import Pruning
+from defenses.unit import UNIT
 
 __all__ = ["DEFENSES"]
 
@@ -33,6 +34,7 @@ DEFENSES: tuple[type[Defense], ...] = (
     ANP,
     NeuralCleanse,
     IBAU,
+    UNIT,
     BenignSalience,
     CLP,
     HolderPruning,
