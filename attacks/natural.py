@@ -17,7 +17,7 @@ Neural Cleanse adapts it to keep the trigger successful. What still exceeds ``ar
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -29,13 +29,11 @@ from attacks.adversarial import frozen
 from attacks.base import Attack, Crafted, Plan, Trigger
 from models.backbone import Network
 from models.images import ImageSet, to_float
+from models.inversion import Loss, descend, patched, squashed
 from models.spec import BadInput, Ge, Gt, Le, PositiveShare, generator
 from models.training import default_device
 
 __all__ = ["Natural", "adapted", "added", "cut", "patched", "unchanged"]
-
-Loss = Callable[[Tensor, Tensor, list[Tensor], float], Tensor]
-"""(images float (B, C, H, W) in [0, 1], targets (B,), what is searched, weight of the mask's size) -> scalar."""
 
 WINDOW = 10
 """Steps between two changes of the weight of the mask's size."""
@@ -52,19 +50,6 @@ def _start(shapes: list[tuple[int, ...]], draw: torch.Generator, device: torch.d
 def unchanged(images: Tensor, index: Tensor) -> Tensor:
     """The trigger that is none."""
     return images.clone()
-
-
-def patched(images: Tensor, z_mask: Tensor, z_pattern: Tensor, kept: Tensor) -> Tensor:
-    """x + m (p - x) with m = kept (tanh z_mask + 1) / 2 and p = (tanh z_pattern + 1) / 2.
-
-    Args:
-        images: float (N, C, H, W) in [0, 1].
-        z_mask: float (1, H, W).
-        z_pattern: float (C, H, W).
-        kept: float (1, H, W), 0 where the mask was cut and 1 elsewhere.
-    """
-    mask, pattern = kept * (torch.tanh(z_mask) + 1) / 2, (torch.tanh(z_pattern) + 1) / 2
-    return images + mask * (pattern - images)
 
 
 def added(images: Tensor, z: Tensor, bound: float) -> Tensor:
@@ -185,28 +170,26 @@ class Natural(Attack):
 
         return trigger
 
-    def patch_loss(
-        self, net: Network, images: Tensor, targets: Tensor, z: list[Tensor], kept: Tensor, weight: float
-    ) -> Tensor:
+    def patch_loss(self, net: Network, images: Tensor, targets: Tensor, z: list[Tensor], kept: Tensor, weight: float) -> Tensor:
         """Cross-entropy plus ``weight`` times the mask's mean, a scalar, with z = [mask, pattern] of :func:`patched`."""
-        size = (kept * (torch.tanh(z[0]) + 1) / 2).mean()
+        size = (kept * squashed(z[0])).mean()
         return cross_entropy(net(patched(images, z[0], z[1], kept)), targets) + weight * size
 
     def _descend(
         self, loss: Loss, images: Tensor, targets: Tensor, z: list[Tensor], steps: int, weight: float, draw: torch.Generator
     ) -> list[Tensor]:
-        """``z`` after ``steps`` of Adam; its own loop, since the training loop trains networks.
+        """``z`` after ``steps`` of Adam, each on images that are drawn anew.
 
         A ``weight`` above 0 is that of the mask z[0], and is adapted.
         """
-        z = [tensor.clone().requires_grad_() for tensor in z]
-        optimizer = torch.optim.Adam(z, lr=self.lr)
-        for step in range(1, steps + 1):
-            chosen = torch.randint(len(images), (self.batch,), generator=draw).to(images.device)
-            value = loss(to_float(images[chosen]), targets[chosen], z, weight)
-            for tensor, gradient in zip(z, torch.autograd.grad(value, z), strict=True):
-                tensor.grad = gradient
-            optimizer.step()
-            if weight > 0 and step % WINDOW == 0:
-                weight = adapted(weight, float(((torch.tanh(z[0].detach()) + 1) / 2).mean()), self.area)
-        return [tensor.detach() for tensor in z]
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for _ in range(steps):
+                chosen = torch.randint(len(images), (self.batch,), generator=draw).to(images.device)
+                yield to_float(images[chosen]), targets[chosen]
+
+        def after(step: int, z: list[Tensor], weight: float) -> float:
+            due = weight > 0 and step % WINDOW == 0
+            return adapted(weight, float(squashed(z[0]).mean()), self.area) if due else weight
+
+        return descend(loss, batches(), z, lr=self.lr, weight=weight, after=after)

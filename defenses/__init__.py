@@ -23,10 +23,13 @@ from defenses.fine_tuning import FineTuning
 from defenses.fmp import FMP
 from defenses.hid import HID
 from defenses.holder_pruning import HolderPruning
+from defenses.i_bau import IBAU
+from defenses.neural_cleanse import NeuralCleanse
 from defenses.pruning import Pruning
 from defenses.rnp import RNP
 from defenses.spectral_signatures import SpectralSignatures
 from defenses.trap_and_replace import TrapAndReplace
+from defenses.unit import UNIT
 
 __all__ = ["DEFENSES"]
 
@@ -44,6 +47,9 @@ DEFENSES: tuple[type[Defense], ...] = (
     RNP,
     FMP,
     BNP,
+    NeuralCleanse,
+    IBAU,
+    UNIT,
     BenignSalience,
     CLP,
     HolderPruning,

@@ -8,7 +8,8 @@
   accuracy, because most of it is done at half the image's sides and less.
 - WideResNet (Zagoruyko and Komodakis, BMVC 2016, arXiv 1605.07146): three stages of the same blocks, with the final norm and ReLU.
 
-Every stage but the first halves the image's sides and doubles the channels. Any image of at least 8x8 pixels fits.
+Every stage but the first halves the image's sides and doubles the channels. Any image of at least 8x8 pixels fits. Every ReLU is a
+module of its own, so that a defense can bound it (:mod:`models.bounded`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from models.backbone import Backbone, GlobalAverage, Width, he_init
@@ -56,10 +56,12 @@ class _Block(nn.Module):
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
             self.shortcut = nn.Sequential(_Shortcut(inputs, outputs, stride), nn.BatchNorm2d(outputs))
+        self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
-        return torch.relu(out + self.shortcut(x))
+        out = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
+        summed: Tensor = self.relu2(out + self.shortcut(x))
+        return summed
 
 
 class _PreActBlock(nn.Module):
@@ -72,11 +74,12 @@ class _PreActBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs)
         self.conv2 = _conv(outputs, outputs)
         self.shortcut = _Shortcut(inputs, outputs, stride) if stride != 1 or inputs != outputs else None
+        self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        active = torch.relu(self.bn1(x))
+        active = self.relu1(self.bn1(x))
         skip = x if self.shortcut is None else self.shortcut(active)
-        out: Tensor = self.conv2(torch.relu(self.bn2(self.conv1(active))))
+        out: Tensor = self.conv2(self.relu2(self.bn2(self.conv1(active))))
         return out + skip
 
 
@@ -130,9 +133,11 @@ class _Residual(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = _conv(channels, channels), nn.BatchNorm2d(channels)
         self.conv2, self.bn2 = _conv(channels, channels), nn.BatchNorm2d(channels)
+        self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + torch.relu(self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
+        added: Tensor = self.relu2(self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x))))))
+        return x + added
 
 
 @dataclass(frozen=True)

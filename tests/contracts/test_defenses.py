@@ -33,6 +33,9 @@ QUICK: Mapping[str, Mapping[str, object]] = {
     "anp": {"iterations": 3, "batch": 8, "lr": 0.5},
     "rnp": {"unlearning_epochs": 2, "recovery_epochs": 2, "batch": 8, "grid": (0.2, 0.9)},
     "fmp": {"epochs": 1, "batch": 8, "p": 2, "points": (4,), "map_batch": 4},
+    "neural-cleanse": {"epochs": 1, "batch": 8, "search_epochs": 3, "search_batch": 8, "grid": (0.1, 0.5)},
+    "i-bau": {"rounds": 2, "iterations": 2, "batch": 8},
+    "unit": {"iterations": 5, "lr": 0.05, "weight": 1.0, "patience": 1, "tolerances": (0.0, 0.2)},
     "benign-salience": {"epochs": 1, "batch": 8},
     "hid": {"ssl_epochs": 1, "ssl_batch": 8, "rounds": 1, "hidden": (8,), "head_epochs": 1, "semi_epochs": 1, "semi_batch": 8},
     "holder-pruning": {"estimator": "pixel-fgsm"},  # defined at both scopes

@@ -107,7 +107,7 @@ def test_a_recipe_by_name_and_what_wins_over_it(tmp_path: Path) -> None:
 
 
 def test_presets_change_lengths_and_sample_counts_never_the_algorithm() -> None:
-    lengths = {"epochs", "batch", "iterations", "rounds", "points", "grid"}
+    lengths = {"epochs", "batch", "iterations", "rounds", "points", "grid", "samples"}
     for method, known in presets().items():
         cls = lookup("defense", DEFENSES, method)
         for name, settings in known.items():
