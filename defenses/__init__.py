@@ -12,6 +12,7 @@ from defenses.dbd import DBD
 from defenses.extractor_controls import LinearProbe, NearestClassMean
 from defenses.fine_pruning import FinePruning
 from defenses.fine_tuning import FineTuning
+from defenses.ft_sam import FTSAM
 from defenses.hid import HID
 from defenses.holder_pruning import HolderPruning
 from defenses.pruning import Pruning
@@ -29,6 +30,7 @@ DEFENSES: tuple[type[Defense], ...] = (
     Pruning,
     FinePruning,
     ANP,
+    FTSAM,
     BenignSalience,
     CLP,
     HolderPruning,

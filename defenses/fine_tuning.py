@@ -100,13 +100,16 @@ class FineTuning(Defense):
     def needs(self) -> Knowledge:
         return Knowledge.MODEL | Knowledge.CLEAN
 
-    def tune(self, net: Network, view: DefenderView, masks: Mapping[str, Tensor] | None = None) -> Network:
-        """``net`` fine-tuned in place on the clean budget under these settings (see :func:`fine_tuned`)."""
-        recipe = Recipe(
+    def recipe(self, view: DefenderView) -> Recipe:
+        """How these settings train on the view's clean budget."""
+        return Recipe(
             epochs=self.epochs, batch=self.batch, lr=self.lr, weight_decay=self.weight_decay, momentum=0.9, schedule="cosine",
             crop=view.recipe.crop, flip=view.recipe.flip, precision=view.recipe.precision,
         )  # fmt: skip
-        return fine_tuned(net, view.clean, recipe, view.scope, derive_seed(view.seed, "fine-tuning"), masks)
+
+    def tune(self, net: Network, view: DefenderView, masks: Mapping[str, Tensor] | None = None) -> Network:
+        """``net`` fine-tuned in place on the clean budget under these settings (see :func:`fine_tuned`)."""
+        return fine_tuned(net, view.clean, self.recipe(view), view.scope, derive_seed(view.seed, "fine-tuning"), masks)
 
     def candidates(self, view: DefenderView) -> Iterator[Candidate]:
         yield Candidate(self.tune(view.model, view))
