@@ -15,6 +15,7 @@ from defenses.fine_tuning import FineTuning
 from defenses.ft_sam import FTSAM
 from defenses.hid import HID
 from defenses.holder_pruning import HolderPruning
+from defenses.nad import NAD
 from defenses.pruning import Pruning
 
 __all__ = ["DEFENSES"]
@@ -31,6 +32,7 @@ DEFENSES: tuple[type[Defense], ...] = (
     FinePruning,
     ANP,
     FTSAM,
+    NAD,
     BenignSalience,
     CLP,
     HolderPruning,
