@@ -12,6 +12,7 @@ from defenses.dbd import DBD
 from defenses.extractor_controls import LinearProbe, NearestClassMean
 from defenses.fine_pruning import FinePruning
 from defenses.fine_tuning import FineTuning
+from defenses.fst import FST
 from defenses.ft_sam import FTSAM
 from defenses.hid import HID
 from defenses.holder_pruning import HolderPruning
@@ -33,6 +34,7 @@ DEFENSES: tuple[type[Defense], ...] = (
     ANP,
     FTSAM,
     NAD,
+    FST,
     BenignSalience,
     CLP,
     HolderPruning,

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -100,9 +102,10 @@ def test_factor_zero_is_fine_tuning_by_the_same_schedule(view_of):
     assert not all(torch.equal(only(NAD(epochs=3, teacher_epochs=1, batch=8), view).state_dict()[n], twin[n]) for n in twin)
 
 
-def test_steps_equal_the_formula_of_nesterov_momentum_and_the_rate_drops_once(net_of, data_of):
+def test_steps_equal_the_formula_of_nesterov_momentum_and_the_rate_drops_once(net_of, data_of, view_of):
     """v <- 0.9 v + g + wd w; w <- w - lr (g + wd w + 0.9 v), one full batch per epoch; of 20 epochs 2 at the rate."""
-    recipe = Recipe(epochs=20, batch=24, lr=0.05, nesterov=True, weight_decay=0.01, schedule="constant", crop=0, flip=False)
+    defense = NAD(batch=24, lr=0.05, weight_decay=0.01)
+    recipe = replace(defense.recipe(20, view_of(defense)), crop=0, flip=False)
     data, tuned, twin = data_of(1), net_of(norm=False), net_of(norm=False)
     fit(_Stepped(tuned, recipe, Scope.WHOLE), data, recipe, 0)
     images, velocity = to_float(data.images), [torch.zeros_like(p) for p in twin.parameters()]
