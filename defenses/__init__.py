@@ -18,6 +18,7 @@ from defenses.hid import HID
 from defenses.holder_pruning import HolderPruning
 from defenses.nad import NAD
 from defenses.pruning import Pruning
+from defenses.sau import SAU
 
 __all__ = ["DEFENSES"]
 
@@ -35,6 +36,7 @@ DEFENSES: tuple[type[Defense], ...] = (
     FTSAM,
     NAD,
     FST,
+    SAU,
     BenignSalience,
     CLP,
     HolderPruning,
