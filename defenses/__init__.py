@@ -21,12 +21,16 @@ from defenses.extractor_controls import LinearProbe, NearestClassMean
 from defenses.fine_pruning import FinePruning
 from defenses.fine_tuning import FineTuning
 from defenses.fmp import FMP
+from defenses.fst import FST
+from defenses.ft_sam import FTSAM
 from defenses.hid import HID
 from defenses.holder_pruning import HolderPruning
 from defenses.i_bau import IBAU
+from defenses.nad import NAD
 from defenses.neural_cleanse import NeuralCleanse
 from defenses.pruning import Pruning
 from defenses.rnp import RNP
+from defenses.sau import SAU
 from defenses.spectral_signatures import SpectralSignatures
 from defenses.trap_and_replace import TrapAndReplace
 from defenses.unit import UNIT
@@ -50,6 +54,10 @@ DEFENSES: tuple[type[Defense], ...] = (
     NeuralCleanse,
     IBAU,
     UNIT,
+    FTSAM,
+    NAD,
+    FST,
+    SAU,
     BenignSalience,
     CLP,
     HolderPruning,

@@ -36,6 +36,10 @@ QUICK: Mapping[str, Mapping[str, object]] = {
     "neural-cleanse": {"epochs": 1, "batch": 8, "search_epochs": 3, "search_batch": 8, "grid": (0.1, 0.5)},
     "i-bau": {"rounds": 2, "iterations": 2, "batch": 8},
     "unit": {"iterations": 5, "lr": 0.05, "weight": 1.0, "patience": 1, "tolerances": (0.0, 0.2)},
+    "ft-sam": {"epochs": 1, "batch": 8, "rhos": (0.5,)},
+    "nad": {"epochs": 2, "teacher_epochs": 1, "batch": 8, "factors": (0.0,)},
+    "fst": {"epochs": 1, "batch": 8, "alphas": (1.0,)},
+    "sau": {"rounds": 1, "batch": 8, "steps": 1, "weights": (0.0,)},
     "benign-salience": {"epochs": 1, "batch": 8},
     "hid": {"ssl_epochs": 1, "ssl_batch": 8, "rounds": 1, "hidden": (8,), "head_epochs": 1, "semi_epochs": 1, "semi_batch": 8},
     "holder-pruning": {"estimator": "pixel-fgsm"},  # defined at both scopes
