@@ -103,9 +103,6 @@ class FineTuning(Defense):
     def recipe(self, view: DefenderView) -> Recipe:
         """These settings, with the victim's crop, flip and precision."""
         return Recipe(
-    def recipe(self, view: DefenderView) -> Recipe:
-        """How these settings train on the view's clean budget."""
-        return Recipe(
             epochs=self.epochs, batch=self.batch, lr=self.lr, weight_decay=self.weight_decay, momentum=0.9, schedule="cosine",
             crop=view.recipe.crop, flip=view.recipe.flip, precision=view.recipe.precision,
         )  # fmt: skip
