@@ -17,6 +17,7 @@ from defenses.ft_sam import FTSAM
 from defenses.hid import HID
 from defenses.holder_pruning import HolderPruning
 from defenses.nad import NAD
+from defenses.npd import NPD
 from defenses.pruning import Pruning
 from defenses.sau import SAU
 
@@ -37,6 +38,7 @@ DEFENSES: tuple[type[Defense], ...] = (
     NAD,
     FST,
     SAU,
+    NPD,
     BenignSalience,
     CLP,
     HolderPruning,
