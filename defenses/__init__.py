@@ -28,6 +28,7 @@ from defenses.holder_pruning import HolderPruning
 from defenses.i_bau import IBAU
 from defenses.nad import NAD
 from defenses.neural_cleanse import NeuralCleanse
+from defenses.npd import NPD
 from defenses.pruning import Pruning
 from defenses.rnp import RNP
 from defenses.sau import SAU
@@ -58,6 +59,7 @@ DEFENSES: tuple[type[Defense], ...] = (
     NAD,
     FST,
     SAU,
+    NPD,
     BenignSalience,
     CLP,
     HolderPruning,

@@ -2,19 +2,19 @@
 Shared Adversarial Examples", NeurIPS 2023, arXiv 2307.10562.
 
 A triggered image is an adversarial example of the victim, and remains one of any network with the same backdoor. SAU looks for
-perturbations of clean images that both networks, the victim v and the one that is repaired, mistake alike, and unlearns them: on a
-perturbed image the network must leave the class that the victim gives it, where that is a wrong one. Per batch, the perturbation d
-maximises ``beta_1 adv(x + d) + beta_2 share(x + d)`` by projected sign steps; then a step lowers ``CE(x) + weight unlearn(x + d)``.
+perturbations of clean images that the victim and the network that is repaired mistake alike, and unlearns them: on a perturbed
+image the network must leave the class that the victim gives it, where that is a wrong one. Per batch, the perturbation d maximises
+``beta_1 adv(x + d) + beta_2 share(x + d)`` by projected sign steps; then a step lowers ``CE(x) + weight unlearn(x + d)``.
 
 Needs: model, clean budget. Edits: every weight; running statistics stay.
 Dial: the weight of the unlearning loss; larger unlearns more; 0 is fine-tuning by the same optimiser; default 1. Each value costs a
 run.
-Deviations from the paper: a reconstruction, since only its abstract and BackdoorBench's documentation and settings were at hand.
-Certain from these are that the sums have these terms, their weights, the optimiser, and the perturbation's size and steps. The
-terms are ours as written here: adv is the mean cross-entropy of both networks, share the negative Jensen-Shannon divergence of
-their outputs, and unlearn the mean of ``-log(1 - p of the victim's class)`` over the batch, 0 where the victim's class is right.
-Ours, too: both networks in evaluation mode, perturbations that begin at 0 and keep pixels in [0, 1], a constant rate, batch 128
-(BackdoorBench: 256), and no weight decay. Its third loss, plain cross-entropy on perturbed images, has weight 0 and is left out.
+Deviations from the paper: a reconstruction, since only its abstract and the documentation and settings of BackdoorBench were at
+hand. Read there: which terms the sums have, their weights, that share is a Jensen-Shannon divergence, the optimiser, and the size
+and steps of the perturbation. The terms' exact form is ours: adv is the mean cross-entropy of both networks, share the negative
+divergence of their outputs, and unlearn the mean of ``-log(1 - p of the victim's class)`` over the batch, 0 where that class is
+right. Ours, too: both networks in evaluation mode, perturbations that begin at 0 and keep pixels in [0, 1], a constant rate, batch
+128 and no weight decay. A third loss, plain cross-entropy on perturbed images, has weight 0 in BackdoorBench and is left out.
 """
 
 from __future__ import annotations
