@@ -88,7 +88,7 @@ class _Deconfounded(CutOut):
     ) -> None:
         super().__init__(net, recipe, hole, seed)
         self.biased, self.critic, self.critic_lr = biased.requires_grad_(False), critic, critic_lr
-        self.factor = lambda done: 1.0 if done < 0.2 * recipe.epochs else 0.1 if done < 0.7 * recipe.epochs else 0.01
+        self.rate_factor = lambda done: 1.0 if done < 0.2 * recipe.epochs else 0.1 if done < 0.7 * recipe.epochs else 0.01
 
     def train(self, mode: bool = True) -> _Deconfounded:
         super().train(mode)

@@ -81,7 +81,7 @@ class _Contrastive(SimCLR):
     def __init__(self, net: Network, recipe: Recipe, clean: Tensor, warm_up: int, **settings: Any) -> None:
         super().__init__(net, recipe, blur=0.0, **settings)
         self.register_buffer("clean", clean)
-        self.factor = lambda done: warmed_up(done, recipe.epochs, warm_up)
+        self.rate_factor = lambda done: warmed_up(done, recipe.epochs, warm_up)
 
     def projected(self, width: int) -> nn.Sequential:
         return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 128))

@@ -80,7 +80,7 @@ class _Probing(Classifier):
     def __init__(self, net: Network, recipe: Recipe, plain: int) -> None:
         super().__init__(net, recipe)
         self.plain = plain
-        self.factor = lambda done: 0.5 * (1 + math.cos(math.pi * int(done) / PERIOD))
+        self.rate_factor = lambda done: 0.5 * (1 + math.cos(math.pi * int(done) / PERIOD))
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         if int(self.current_epoch) < self.plain:

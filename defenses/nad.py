@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -50,11 +50,10 @@ def attention(features: Tensor, p: float = 2.0) -> Tensor:
 class _Stepped(Tuned):
     """The first tenth of the epochs, at least one, at the recipe's rate, the rest at a tenth of it."""
 
-    def configure_optimizers(self) -> Any:
-        optimizer = super().configure_optimizers()
-        high = max(1, round(self.recipe.epochs / 10)) * (self.total_steps // self.recipe.epochs)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step < high else 0.1)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def __init__(self, net: Network, recipe: Recipe, scope: Scope) -> None:
+        super().__init__(net, recipe, scope)
+        high = max(1, round(recipe.epochs / 10))
+        self.rate_factor = lambda done: 1.0 if done < high else 0.1
 
 
 class _Student(_Stepped):

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,8 @@ class _Unlearning(Tuned):
     def __init__(self, net: Network, recipe: Recipe, scope: Scope, stop: float) -> None:
         super().__init__(net, recipe, scope)
         self.stop, self.right, self.seen = stop, torch.zeros(()), 0
+        half = max(1, recipe.epochs // 2)
+        self.rate_factor = lambda done: 1.0 if done < half else 0.1
 
     def loss(self, logits: Tensor, labels: Tensor, index: Tensor) -> Tensor:
         self.right = self.right.to(labels.device) + (logits.argmax(1) == labels).sum()
@@ -52,11 +54,6 @@ class _Unlearning(Tuned):
         if float(self.right) <= self.stop * self.seen:
             self.trainer.should_stop = True
         self.right, self.seen = torch.zeros(()), 0
-
-    def configure_optimizers(self) -> Any:
-        optimizer = super().configure_optimizers()
-        half = max(1, self.recipe.epochs // 2)
-        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.MultiStepLR(optimizer, [half], gamma=0.1)}
 
 
 class _Recovery(Tuned):

@@ -42,7 +42,7 @@ class Loop(pl.LightningModule):  # type: ignore[misc]  # mypy does not follow Li
 
     before_augment: BeforeAugment | None = None
     """Attacker-side hook on raw batches, before crop and flip (see :class:`models.images.Batches`)."""
-    factor: Callable[[float], float] | None = None
+    rate_factor: Callable[[float], float] | None = None
     """(epochs done so far, a fraction within an epoch) -> factor on the recipe's rate, for schedules that no recipe has."""
 
     def __init__(self, recipe: Recipe) -> None:
@@ -82,9 +82,9 @@ class Loop(pl.LightningModule):  # type: ignore[misc]  # mypy does not follow Li
                 parameters, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay,
                 fused=fused,
             )  # fmt: skip
-        if recipe.schedule == "constant" and self.factor is None:
+        if recipe.schedule == "constant" and self.rate_factor is None:
             return optimizer
-        schedule = _schedule(optimizer, recipe, max(1, self.total_steps), self.factor)
+        schedule = _schedule(optimizer, recipe, max(1, self.total_steps), self.rate_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

@@ -106,7 +106,7 @@ def test_its_two_trainings_written_out(view_of, data_of, net_of):
 
 def test_rates_are_the_published_ones_at_full_length(net_of):
     module = cbd._Deconfounded(net_of(), CBD().recipe(100, TINY.recipe(1, view_recipe())), 0, 0, net_of(1), None, 0.2)
-    seen = [module.factor(epoch) for epoch in (0, 19, 19.99, 20, 69, 70, 99)]
+    seen = [module.rate_factor(epoch) for epoch in (0, 19, 19.99, 20, 69, 70, 99)]
     assert seen == [1, 1, 1, 0.1, 0.1, 0.01, 0.01]
 
 
