@@ -37,6 +37,8 @@ class NoDefense(Defense):
     """
 
     name: ClassVar[str] = "none"
+    family: ClassVar[str] = "control"
+    cost: ClassVar[str] = "none"
     control: ClassVar[bool] = True
     scopes: ClassVar[tuple[Scope, ...]] = (Scope.HEAD, Scope.WHOLE)
 
@@ -63,6 +65,8 @@ class RandomPruning(Defense):
     """
 
     name: ClassVar[str] = "random-pruning"
+    family: ClassVar[str] = "control"
+    cost: ClassVar[str] = "that of the imitated method"
     control: ClassVar[bool] = True
     scopes: ClassVar[tuple[Scope, ...]] = (Scope.HEAD, Scope.WHOLE)
     dial_name: ClassVar[str] = "dial of the imitated method"
@@ -132,6 +136,8 @@ class TrainingFromScratch(Defense):
     """
 
     name: ClassVar[str] = "training-from-scratch"
+    family: ClassVar[str] = "control"
+    cost: ClassVar[str] = "{epochs} epochs on the clean budget"
     control: ClassVar[bool] = True
 
     epochs: EpochCount = 100
@@ -154,6 +160,8 @@ class PerfectFilter(Defense):
     """
 
     name: ClassVar[str] = "perfect-filter"
+    family: ClassVar[str] = "control"
+    cost: ClassVar[str] = "one training, as the victim's"
     control: ClassVar[bool] = True
 
     @property
