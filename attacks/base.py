@@ -139,6 +139,8 @@ class PoisonedTest:
 class Attack(Spec, ABC):
     """A backdoor attack: a frozen dataclass of its settings, one file, one paper."""
 
+    injects: ClassVar[bool] = True
+    """Whether anything is poisoned; otherwise the trigger is one that the clean network answers to."""
     clean_label: ClassVar[bool] = False
     """Whether only images of the target class are poisoned, so that no label is ever wrong."""
     needs_surrogate: ClassVar[bool] = False

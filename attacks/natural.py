@@ -93,6 +93,7 @@ class Natural(Attack):
     """
 
     name: ClassVar[str] = "natural"
+    injects: ClassVar[bool] = False
     needs_model_at_test: ClassVar[bool] = True
 
     form: Literal["patch", "blend"] = "patch"

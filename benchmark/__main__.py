@@ -223,12 +223,30 @@ def verify(
     raise typer.Exit(0 if confirmed(checked) else 1)
 
 
-@app.command("list")
-def list_() -> None:
-    """List matrices, data sets, backbones, attacks, defenses and tracks."""
-    from benchmark.present import catalogue
+class Listed(StrEnum):
+    """What has a table of its own."""
 
-    catalogue(console)
+    attacks = "attacks"
+    defenses = "defenses"
+
+
+@app.command("list")
+def list_(
+    what: Annotated[
+        Optional[Listed],  # noqa: UP045 - typer reads the annotation at run time
+        typer.Argument(help="One of them as a table: family, what each method needs, its cost, its paper."),
+    ] = None,
+    write: Annotated[bool, typer.Option("--write", help="For maintainers: write both tables into the README.md files.")] = False,
+) -> None:
+    """List matrices, data sets, backbones, attacks, defenses and tracks."""
+    from benchmark.present import catalogue, methods, write_catalogue
+
+    if write:
+        write_catalogue(console)
+    elif what is None:
+        catalogue(console)
+    else:
+        methods(console, what.value)
 
 
 @app.command()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from benchmark.storage.files import write_text
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "catalogue", "cell_logs", "draw_exhibits", "draw_page", "draw_plots", "draw_report", "draw_tables", "explained",
-    "leaderboard", "present",
+    "leaderboard", "methods", "present", "write_catalogue",
 ]  # fmt: skip
 
 COMMITTED = "results"
@@ -270,3 +271,31 @@ def catalogue(console: Console) -> None:
     table("extractors", extractors)
     table("presets", [(name, ", ".join(["paper", *known])) for name, known in presets().items()])
     table("tracks", [(track.name, track.title) for track in TRACKS])
+
+
+WIDE = 150
+"""Columns of a terminal from which on the table of methods has a column for everything."""
+
+
+def methods(console: Console, what: str) -> None:
+    """Prints the table of ``defenses`` or ``attacks``: family, needs, cost and paper of each."""
+    from benchmark.settings.catalogue import Paper, attack_table, defense_table
+
+    heads, rows = defense_table() if what == "defenses" else attack_table()
+    wide = console.width >= WIDE
+    grid = Table(title=what, title_justify="left", show_header=wide, box=None, padding=(0, 2, 0, 0))
+    for head in heads if wide else ("", ""):
+        grid.add_column(head, no_wrap=wide and head not in ("needs", "cost", "paper"))
+    for row in rows:
+        cells = [escape(cell.words if isinstance(cell, Paper) else cell) for cell in row]
+        rest = [f"{head}: {cell}" for head, cell in zip(heads[1:], cells[1:], strict=True)]
+        grid.add_row(*(cells if wide else (f"[bold]{cells[0]}[/]", "; ".join(rest))))
+    console.print(grid)
+
+
+def write_catalogue(console: Console) -> None:
+    """Writes the tables of defenses and attacks into the README.md files of their folders."""
+    from benchmark.settings.catalogue import write_tables
+
+    changed = write_tables()
+    console.print("\n".join(f"changed: {page}" for page in changed) or "both tables were up to date", highlight=False, markup=False)

@@ -114,6 +114,8 @@ class ABL(Defense):
     """
 
     name: ClassVar[str] = "abl"
+    family: ClassVar[str] = "training anew"
+    cost: ClassVar[str] = "{isolation_epochs} and {epochs} epochs on the training set, {unlearning_epochs} on the isolated part"
     revision: ClassVar[int] = 2  # 2: Cutout clears what the authors' clears
     dial_name: ClassVar[str] = "epochs of unlearning"
 

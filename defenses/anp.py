@@ -135,6 +135,8 @@ class ANP(Defense):
     """
 
     name: ClassVar[str] = "anp"
+    family: ClassVar[str] = "pruning"
+    cost: ClassVar[str] = "{iterations} steps of {batch} clean images at every eps, {steps} + 2 passes each"
     revision: ClassVar[int] = 2  # 2: further radii
     knob_name: ClassVar[str] = "bound of the perturbations"
     scopes: ClassVar[tuple[Scope, ...]] = (Scope.HEAD, Scope.WHOLE)

@@ -220,6 +220,10 @@ class Defense(Spec, ABC):
 
     control: ClassVar[bool] = False
     """Controls are listed in every table and are never ranked."""
+    family: ClassVar[str] = ""
+    """Kind of method in a word or two, e.g. "pruning", for the table of defenses."""
+    cost: ClassVar[str] = ""
+    """Passes that a run takes, in words, for the same table; ``{epochs}`` stands for the value of the setting ``epochs``."""
     scopes: ClassVar[tuple[Scope, ...]] = (Scope.WHOLE,)
     dial_name: ClassVar[str] = ""
     """Axis label of the dial, e.g. "share of units pruned"."""

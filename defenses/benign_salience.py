@@ -142,6 +142,8 @@ class BenignSalience(Defense):
     """
 
     name: ClassVar[str] = "benign-salience"
+    family: ClassVar[str] = "fine-tuning"
+    cost: ClassVar[str] = "one pass and {epochs} epochs on the clean budget"
     scopes: ClassVar[tuple[Scope, ...]] = (Scope.HEAD, Scope.WHOLE)
 
     penalised: Literal["scope", "last"] = "scope"

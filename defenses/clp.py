@@ -42,6 +42,8 @@ class CLP(Defense):
     """
 
     name: ClassVar[str] = "clp"
+    family: ClassVar[str] = "pruning"
+    cost: ClassVar[str] = "no pass: singular values of every channel's kernel"
     scopes: ClassVar[tuple[Scope, ...]] = (Scope.HEAD, Scope.WHOLE)
     dial_name: ClassVar[str] = "u (standard deviations above the layer's mean)"
     writer: ClassVar[Writer | None] = Writer.GAMMA_BETA

@@ -34,6 +34,8 @@ class NoDefense(Defense):
     """
 
     name: ClassVar[str] = "none"
+    family: ClassVar[str] = "control"
+    cost: ClassVar[str] = "none"
     control: ClassVar[bool] = True
     scopes: ClassVar[tuple[Scope, ...]] = (Scope.HEAD, Scope.WHOLE)
 
@@ -60,6 +62,8 @@ class RandomPruning(Defense):
     """
 
     name: ClassVar[str] = "random-pruning"
+    family: ClassVar[str] = "control"
+    cost: ClassVar[str] = "that of the imitated method"
     control: ClassVar[bool] = True
     scopes: ClassVar[tuple[Scope, ...]] = (Scope.HEAD, Scope.WHOLE)
     dial_name: ClassVar[str] = "dial of the imitated method"
@@ -123,6 +127,8 @@ class TrainingFromScratch(Defense):
     """
 
     name: ClassVar[str] = "training-from-scratch"
+    family: ClassVar[str] = "control"
+    cost: ClassVar[str] = "{epochs} epochs on the clean budget"
     control: ClassVar[bool] = True
 
     epochs: EpochCount = 100
@@ -145,6 +151,8 @@ class PerfectFilter(Defense):
     """
 
     name: ClassVar[str] = "perfect-filter"
+    family: ClassVar[str] = "control"
+    cost: ClassVar[str] = "one training, as the victim's"
     control: ClassVar[bool] = True
 
     @property

@@ -82,6 +82,8 @@ class DBD(Defense):
     """
 
     name: ClassVar[str] = "dbd"
+    family: ClassVar[str] = "training anew"
+    cost: ClassVar[str] = "{ssl_epochs} epochs of SimCLR, {head_epochs} of the head, {semi_epochs} of MixMatch"
     revision: ClassVar[int] = 2  # 2: the ramp of Lu keeps its shape in shortened schedules
 
     ssl_epochs: int = 1000

@@ -75,6 +75,8 @@ class NearestClassMean(_OnExtractor):
     """
 
     name: ClassVar[str] = "nearest-class-mean"
+    family: ClassVar[str] = "control"
+    cost: ClassVar[str] = "one pass over the labelled images"
 
     metric: Literal["euclidean", "cosine"] = "euclidean"
 
@@ -103,6 +105,8 @@ class LinearProbe(_OnExtractor):
     """
 
     name: ClassVar[str] = "linear-probe"
+    family: ClassVar[str] = "control"
+    cost: ClassVar[str] = "one pass over the labelled images, {epochs} epochs of the head"
 
     epochs: EpochCount = 50
     lr: LearningRate = 1e-3

@@ -40,6 +40,8 @@ class FinePruning(FineTuning):
     """
 
     name: ClassVar[str] = "fine-pruning"
+    family: ClassVar[str] = "pruning, fine-tuning"
+    cost: ClassVar[str] = "that of pruning, then {epochs} epochs on the clean budget"
     revision: ClassVar[int] = 2  # 2: cuts where the classifier reads
     scopes: ClassVar[tuple[Scope, ...]] = (Scope.HEAD, Scope.WHOLE)
     dial_name: ClassVar[str] = "share of units pruned"

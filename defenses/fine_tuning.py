@@ -89,6 +89,8 @@ class FineTuning(Defense):
     """
 
     name: ClassVar[str] = "fine-tuning"
+    family: ClassVar[str] = "fine-tuning"
+    cost: ClassVar[str] = "{epochs} epochs on the clean budget"
     scopes: ClassVar[tuple[Scope, ...]] = (Scope.HEAD, Scope.WHOLE)
 
     epochs: EpochCount = 100

@@ -84,6 +84,11 @@ class HID(HolderSettings, Defense):
     """
 
     name: ClassVar[str] = "hid"
+    family: ClassVar[str] = "training anew"
+    cost: ClassVar[str] = (
+        "{ssl_epochs} epochs of SimCLR, {rounds} rounds of {head_epochs} epochs of the head and "
+        "{semi_epochs} of MixMatch"
+    )
     revision: ClassVar[int] = 2  # 2: the note says what every round pruned
     dial_name: ClassVar[str] = "share of units pruned"
 

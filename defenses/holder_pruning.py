@@ -155,6 +155,8 @@ class HolderPruning(HolderSettings, Defense):
     """
 
     name: ClassVar[str] = "holder-pruning"
+    family: ClassVar[str] = "pruning"
+    cost: ClassVar[str] = "one pass over at most {max_pairs} training images"
     revision: ClassVar[int] = 2  # 2: the published rule, top-p, is the default
     scopes: ClassVar[tuple[Scope, ...]] = (Scope.HEAD, Scope.WHOLE)
     dial_name: ClassVar[str] = "share of units pruned"

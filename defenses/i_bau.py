@@ -91,6 +91,8 @@ class IBAU(Defense):
     """
 
     name: ClassVar[str] = "i-bau"
+    family: ClassVar[str] = "unlearning"
+    cost: ClassVar[str] = "{rounds} rounds of 4 passes over the clean budget, {iterations} second-order passes per step"
     scopes: ClassVar[tuple[Scope, ...]] = (Scope.HEAD, Scope.WHOLE)
     dial_name: ClassVar[str] = "rounds"
 

@@ -181,6 +181,8 @@ class NeuralCleanse(FineTuning):
     """
 
     name: ClassVar[str] = "neural-cleanse"
+    family: ClassVar[str] = "trigger inversion"
+    cost: ClassVar[str] = "at most {search_epochs} passes over the clean budget per class, {epochs} epochs where one is flagged"
     scopes: ClassVar[tuple[Scope, ...]] = (Scope.HEAD, Scope.WHOLE)
     dial_name: ClassVar[str] = "threshold of the anomaly index"
 

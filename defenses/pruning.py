@@ -130,6 +130,8 @@ class Pruning(Defense):
     """
 
     name: ClassVar[str] = "pruning"
+    family: ClassVar[str] = "pruning"
+    cost: ClassVar[str] = "one pass over the clean budget, one over its validation part per step of the dial"
     revision: ClassVar[int] = 2  # 2: cuts where the classifier reads
     scopes: ClassVar[tuple[Scope, ...]] = (Scope.HEAD, Scope.WHOLE)
     dial_name: ClassVar[str] = "share of units pruned"

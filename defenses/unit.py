@@ -123,6 +123,8 @@ class UNIT(Defense):
     """
 
     name: ClassVar[str] = "unit"
+    family: ClassVar[str] = "clipping"
+    cost: ClassVar[str] = "{iterations} passes over the clean budget and its validation part"
     scopes: ClassVar[tuple[Scope, ...]] = (Scope.HEAD, Scope.WHOLE)
     dial_name: ClassVar[str] = "tolerated loss of validation accuracy"
 

@@ -22,7 +22,7 @@ from benchmark.report.text import entry, markdown, slug
 from benchmark.rules.metrics import IMPLANTED_ASR
 from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON
 from benchmark.settings.provenance import STALE_WORDS, matrix_of, stale
-from benchmark.storage.files import write_text
+from benchmark.storage.files import write_block, write_text
 
 __all__ = ["finding", "plain_words", "summary", "write_front", "write_report"]
 
@@ -243,17 +243,15 @@ def write_front(readme: Path, rows: pd.DataFrame, folder: str, block: str) -> bo
     Args:
         readme: the page. rows: of the matrix. folder: its results, as the page's links name it. block: name of the markers.
     """
-    begin, end = f"<!-- {block}:begin -->", f"<!-- {block}:end -->"
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    if begin not in text or end not in text:
-        return False
     place, picture = readme.parent / folder, f"{folder}/plots/leaderboard.png"
-    content = rendered(
-        "front.md", name=place.name, folder=folder, sentences=finding(rows), about=_about(rows, place),
-        picture=picture if (readme.parent / picture).is_file() else "", stale=f" {STALE_WORDS}" if stale(place) else "",
-    )  # fmt: skip
-    before, rest = text.split(begin, 1)
-    return write_text(readme, f"{before}{begin}\n{content}{end}{rest.split(end, 1)[1]}")
+
+    def content() -> str:
+        return rendered(
+            "front.md", name=place.name, folder=folder, sentences=finding(rows), about=_about(rows, place),
+            picture=picture if (readme.parent / picture).is_file() else "", stale=f" {STALE_WORDS}" if stale(place) else "",
+        )  # fmt: skip
+
+    return write_block(readme, block, content)
 
 
 # -- the report ----------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from models.files import abandoned, insisting, replaced, sweep, why, write_bytes, write_text
 from models.spec import BadInput
 
-__all__ = ["abandoned", "held", "insisting", "replaced", "sweep", "why", "write_bytes", "write_text"]
+__all__ = ["abandoned", "held", "insisting", "replaced", "sweep", "why", "write_block", "write_bytes", "write_text"]
 
 _NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})
 """What a file system says that knows no locks."""
@@ -51,3 +51,16 @@ def held(path: Path, *, wait: bool = True, surely: bool = False) -> Iterator[boo
             with suppress(OSError):
                 path.unlink()  # while it is held: whoever waits for it sees that it has no name any more, and makes a new one
             lock.release()
+
+
+def write_block(page: Path, block: str, content: Callable[[], str]) -> bool:
+    """Puts ``content()`` between the lines ``<!-- block:begin -->`` and ``<!-- block:end -->`` of a page; True when it changed.
+
+    A page that does not exist or has no such lines stays as it is.
+    """
+    begin, end = f"<!-- {block}:begin -->", f"<!-- {block}:end -->"
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    if begin not in text or end not in text:
+        return False
+    before, rest = text.split(begin, 1)
+    return write_text(page, f"{before}{begin}\n{content()}{end}{rest.split(end, 1)[1]}")
