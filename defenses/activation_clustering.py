@@ -78,6 +78,8 @@ class ActivationClustering(Defense):
     """
 
     name: ClassVar[str] = "activation-clustering"
+    family: ClassVar[str] = "detection, training anew"
+    cost: ClassVar[str] = "one pass over the training set, one training as the victim's"
     dial_name: ClassVar[str] = "size below which a cluster is removed"
 
     size: Size = 0.35

@@ -85,6 +85,8 @@ class ASD(Defense):
     """
 
     name: ClassVar[str] = "asd"
+    family: ClassVar[str] = "training anew"
+    cost: ClassVar[str] = "{aware_epochs} + {agnostic_epochs} + {meta_epochs} epochs of {iterations} steps of MixMatch"
     dial_name: ClassVar[str] = "share of the set taken for clean"
 
     aware_epochs: Annotated[int, Ge(1), Le(10_000)] = 60

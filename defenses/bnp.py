@@ -93,6 +93,8 @@ class BNP(Defense):
     """
 
     name: ClassVar[str] = "bnp"
+    family: ClassVar[str] = "pruning"
+    cost: ClassVar[str] = "one pass over the clean budget"
     dial_name: ClassVar[str] = CLP.dial_name
     writer: ClassVar[Writer | None] = Writer.GAMMA
 

@@ -154,6 +154,8 @@ class CBD(Defense):
     """
 
     name: ClassVar[str] = "cbd"
+    family: ClassVar[str] = "training anew"
+    cost: ClassVar[str] = "{biased_epochs} and {epochs} epochs on the training set"
     dial_name: ClassVar[str] = "epochs of the biased network"
 
     biased_epochs: EpochCount = 5

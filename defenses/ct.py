@@ -194,6 +194,8 @@ class CT(Defense):
     """
 
     name: ClassVar[str] = "ct"
+    family: ClassVar[str] = "detection, training anew"
+    cost: ClassVar[str] = "{base_epochs} epochs and six rounds of training on parts of the training set, then {epochs} epochs"
     dial_name: ClassVar[str] = "likelihood ratio above which samples are removed"
 
     base_epochs: EpochCount = 100

@@ -82,6 +82,8 @@ class DBR(SampleDistinguishment, Defense):
     """
 
     name: ClassVar[str] = "d-br"
+    family: ClassVar[str] = "detection, unlearning"
+    cost: ClassVar[str] = "{probe_epochs} and {intra_epochs} epochs on the training set, {epochs} on the two sides"
     dial_name: ClassVar[str] = "epochs of unlearning and relearning"
 
     epochs: EpochCount = 20

@@ -135,6 +135,11 @@ class DST(SampleDistinguishment, Defense):
     """
 
     name: ClassVar[str] = "d-st"
+    family: ClassVar[str] = "detection, training anew"
+    cost: ClassVar[str] = (
+        "{probe_epochs} and {intra_epochs} epochs on the training set, {ssl_epochs} of contrastive learning, "
+        "{head_epochs} of the head"
+    )
     dial_name: ClassVar[str] = "weight of unlearning"
 
     ssl_epochs: EpochCount = 200

@@ -96,6 +96,8 @@ class EP(Defense):
     """
 
     name: ClassVar[str] = "ep"
+    family: ClassVar[str] = "pruning"
+    cost: ClassVar[str] = "one pass over {batch} training images"
     scopes: ClassVar[tuple[Scope, ...]] = (Scope.HEAD, Scope.WHOLE)
     dial_name: ClassVar[str] = "u (standard deviations below the layer's mean)"
     writer: ClassVar[Writer | None] = Writer.GAMMA

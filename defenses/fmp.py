@@ -119,6 +119,11 @@ class FMP(FineTuning):
     """
 
     name: ClassVar[str] = "fmp"
+    family: ClassVar[str] = "pruning, fine-tuning"
+    cost: ClassVar[str] = (
+        "a forward and a backward pass of {map_batch} images per feature map, {epochs} epochs on the clean "
+        "budget"
+    )
     scopes: ClassVar[tuple[Scope, ...]] = (Scope.WHOLE,)
     dial_name: ClassVar[str] = "share of feature maps pruned"
 

@@ -83,6 +83,8 @@ class FST(FineTuning):
     """
 
     name: ClassVar[str] = "fst"
+    family: ClassVar[str] = "fine-tuning"
+    cost: ClassVar[str] = "{epochs} epochs on the clean budget"
     scopes: ClassVar[tuple[Scope, ...]] = (Scope.WHOLE,)
     dial_name: ClassVar[str] = "alpha (weight of the inner product)"
 

@@ -106,6 +106,8 @@ class FTSAM(FineTuning):
     """
 
     name: ClassVar[str] = "ft-sam"
+    family: ClassVar[str] = "fine-tuning"
+    cost: ClassVar[str] = "{epochs} epochs on the clean budget, two passes a step"
     dial_name: ClassVar[str] = "rho (radius of the perturbation)"
 
     rho: Radius = 2.0

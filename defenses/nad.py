@@ -101,6 +101,8 @@ class NAD(Defense):
     """
 
     name: ClassVar[str] = "nad"
+    family: ClassVar[str] = "fine-tuning"
+    cost: ClassVar[str] = "{teacher_epochs} and {epochs} epochs on the clean budget"
     dial_name: ClassVar[str] = "factor on the weights of the attention loss"
 
     factor: Factor = 1.0

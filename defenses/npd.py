@@ -195,6 +195,8 @@ class NPD(Defense):
     """
 
     name: ClassVar[str] = "npd"
+    family: ClassVar[str] = "purification"
+    cost: ClassVar[str] = "{warm_epochs} and {epochs} epochs on the clean budget, {steps} steps of perturbation each"
     dial_name: ClassVar[str] = "factor on the losses on perturbed images"
 
     factor: Weight = 1.0

@@ -100,6 +100,8 @@ class RNP(Defense):
     """
 
     name: ClassVar[str] = "rnp"
+    family: ClassVar[str] = "pruning"
+    cost: ClassVar[str] = "at most {unlearning_epochs} and {recovery_epochs} epochs on the clean budget"
     scopes: ClassVar[tuple[Scope, ...]] = (Scope.HEAD, Scope.WHOLE)
     dial_name: ClassVar[str] = "threshold on the mask"
     writer: ClassVar[Writer | None] = Writer.GAMMA

@@ -125,6 +125,8 @@ class SAU(Defense):
     """
 
     name: ClassVar[str] = "sau"
+    family: ClassVar[str] = "unlearning"
+    cost: ClassVar[str] = "{rounds} epochs on the clean budget, {steps} steps of perturbation on two networks each"
     dial_name: ClassVar[str] = "weight of the unlearning loss"
 
     weight: Weight = 1.0

@@ -54,6 +54,8 @@ class SpectralSignatures(Defense):
     """
 
     name: ClassVar[str] = "spectral-signatures"
+    family: ClassVar[str] = "detection, training anew"
+    cost: ClassVar[str] = "one pass over the training set, one training as the victim's"
     dial_name: ClassVar[str] = "share of each label's samples removed"
 
     rate: Rate = 0.1

@@ -146,6 +146,8 @@ class TrapAndReplace(Defense):
     """
 
     name: ClassVar[str] = "trap-and-replace"
+    family: ClassVar[str] = "training anew"
+    cost: ClassVar[str] = "{epochs} epochs on the training set, {head_epochs} of the last block on the clean budget"
     dial_name: ClassVar[str] = "blocks replaced"
 
     blocks: Annotated[int, Ge(0), Le(1000)] = 1
