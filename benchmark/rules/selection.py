@@ -141,20 +141,11 @@ def choose(how: Selection, measured: Sequence[CandidateScore], before: Score, ta
         before: scores of the undefended model.
         tau: tolerated loss of validation accuracy, in [0, 1].
     """
-    everything: Sequence[int] = range(len(measured))
+    everything = range(len(measured))
     if how is Selection.DEFAULT or len(measured) == 1:
         return next(i for i in everything if measured[i].is_default)
     if how in HINDSIGHT:
-        everything = [i for i in everything if not measured[i].on_part]
-    if how is Selection.ORACLE:
-        if all(math.isnan(one.ra) for one in measured):
-            return max(everything, key=lambda i: (measured[i].acc, -i))
-        return max(everything, key=lambda i: (measured[i].ra, measured[i].acc, -i))
-    if how is Selection.LEAKY:
-        within = [i for i in everything if measured[i].acc >= (1 - LEAKY_TOLERANCE) * before.acc - _EXACT]
-        if not within or math.isnan(measured[0].asr):
-            return max(everything, key=lambda i: (measured[i].acc, -i))
-        return min(within, key=lambda i: (measured[i].asr, -measured[i].acc, i))
+        return _with_hindsight(how, measured, before)
     if any(math.isnan(one.val_loss) for one in measured):
         return None
     fitting = [i for i in everything if measured[i].val_loss <= tau + _EXACT]
@@ -165,6 +156,19 @@ def choose(how: Selection, measured: Sequence[CandidateScore], before: Score, ta
     if how is Selection.STRONGEST:
         return max(fitting, key=lambda i: (not measured[i].kept, measured[i].strength, measured[i].val_acc, -i))
     return _stepping_back(measured, set(fitting))
+
+
+def _with_hindsight(how: Selection, measured: Sequence[CandidateScore], before: Score) -> int:
+    whole = [i for i, one in enumerate(measured) if not one.on_part]
+    most_accurate = max(whole, key=lambda i: (measured[i].acc, -i))
+    if how is Selection.ORACLE:
+        if all(math.isnan(measured[i].ra) for i in whole):
+            return most_accurate
+        return max(whole, key=lambda i: (measured[i].ra, measured[i].acc, -i))
+    within = [i for i in whole if measured[i].acc >= (1 - LEAKY_TOLERANCE) * before.acc - _EXACT]
+    if not within or math.isnan(measured[whole[0]].asr):
+        return most_accurate
+    return min(within, key=lambda i: (measured[i].asr, -measured[i].acc, i))
 
 
 def _stepping_back(measured: Sequence[CandidateScore], fitting: set[int]) -> int:

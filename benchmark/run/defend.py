@@ -1,7 +1,9 @@
-"""The stored stage of a defense run: the scores of all candidates of a cell."""
+"""Two stored stages: defense runs, with the scores of all candidates of a cell, and canaries, copies of a victim with a backdoor
+planted by the benchmark that all defenses share."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -14,16 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attacks.base import PoisonedSet, PoisonedTest, Role, poison_test
-from benchmark.rules.canary import Canary, Planted, Planting
+from attacks.base import PoisonedTest, Role, poison_test
+from benchmark.rules.canary import Canary, Planted, Planting, plant
 from benchmark.rules.metrics import Score, Scorer, nan_of, null_of, score, val_accuracy
 from benchmark.rules.selection import CandidateScore, Selection, choose, paired_loss
 from benchmark.rules.tracks import view_for
-from benchmark.run.copies import read_canary
-from benchmark.run.keys import cell_key
+from benchmark.run.keys import canary_key, cell_key
 from benchmark.run.outcome import gpu_mib, peak_mib, reset_peak
 from benchmark.run.victim import Victim, read_extractor, read_victim, surrogate_of
-from benchmark.run.world import World, defender_seed, fresh, lesser, world
+from benchmark.run.world import World, clean_seeds, defender_seed, fresh, lesser, world
 from benchmark.settings.cells import Cell, Scenario
 from benchmark.storage.store import Store
 from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge, Withheld
@@ -31,16 +32,12 @@ from defenses.controls import NoDefense
 from models.backbone import Network
 from models.cost import Cost, metered
 from models.extractors import Extractor
-from models.spec import derive_seed, generator
+from models.spec import derive_seed
 from models.training import Diverged, Fitted
 from models.units import Scope, unit_layers
 from models.variants import Variants
 
-__all__ = ["clean_seeds", "defend", "run_cell"]
-
-SEEDS_PER_CLASS = 10
-"""Training samples of every class known to be clean, where a track grants them (protocol of ASD: Gao et al., CVPR 2023)."""
-
+__all__ = ["defend", "read_canary", "run_cell"]
 
 def run_cell(cell: Cell, store: Store, cache: Path) -> None:
     """Runs the defense of a cell and stores the scores of its candidates, unless they are cached."""
@@ -331,6 +328,38 @@ def _validated(victim: Victim, net: Network, right: Tensor | None) -> dict[str, 
     return {"val_acc": float(now.double().mean()), "val_loss": loss, "val_loss_se": error}
 
 
+def read_canary(cell: Cell, w: World, model: Network, store: Store, canary: Canary) -> Planted:
+    """A stored copy with a canary; planted first where it is missing or damaged.
+
+    Raises:
+        Diverged: planting diverged.
+    """
+    key = canary_key(cell, canary, w.data.fingerprint)
+    seed = derive_seed(defender_seed(cell.scenario), "canary", canary.name)
+
+    def compute() -> None:
+        try:
+            net = plant(canary, model, w.clean, w.validation, cell.scenario.recipe, seed)
+        except Diverged as error:
+            store.write("canary", key, canary.spec(), {"status": "failed", "reason": str(error)})
+            return
+        outcome = {"status": "ok", "target": net.target, "forward": net.forward, "backward": net.backward}
+        tensors = {f"net.{name}": value for name, value in net.net.state_dict().items()}
+        store.write("canary", key, canary.spec(), outcome, {**tensors, "probes": net.probes})
+
+    entry = store.read("canary", key)
+    if entry is None:
+        store.once("canary", key, compute)
+        entry = store.read("canary", key)
+    assert entry is not None
+    if entry.outcome["status"] != "ok":
+        raise Diverged(entry.outcome["reason"])
+    net = copy.deepcopy(model)
+    net.load_state_dict({name.removeprefix("net."): value for name, value in entry.tensors.items() if name.startswith("net.")})
+    stored = entry.outcome
+    return Planted(net.eval(), stored["target"], entry.tensors["probes"], stored["forward"], stored["backward"])
+
+
 def _canary_scores(cell: Cell, w: World, victim: Victim, scored: list[CandidateScore], copies: Sequence[Planted]) -> dict[str, Any]:
     """Runs the defense on every copy and adds the canaries' ASR and losses to the candidates of the same setting.
 
@@ -394,16 +423,6 @@ def _on_copy(
         return found[min(same, key=lambda i: (abs(settings[i][1] - entry.dial), settings[i][2]))]
 
     return [of(entry) for entry in scored]
-
-
-def clean_seeds(poisoned: PoisonedSet, seed: int) -> Tensor:
-    """At most :data:`SEEDS_PER_CLASS` random clean samples of every class: bool (N,)."""
-    order = torch.randperm(len(poisoned.role), generator=generator(seed))
-    mask = torch.zeros(len(order), dtype=torch.bool)
-    for label in range(poisoned.visible.num_classes):
-        own = (poisoned.true_labels[order] == label) & (poisoned.role[order] == Role.CLEAN)
-        mask[order[own][:SEEDS_PER_CLASS]] = True
-    return mask
 
 
 def _isolation(isolated: Tensor | None, role: Tensor) -> dict[str, Any]:

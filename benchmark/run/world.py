@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from attacks.base import Crafted, apply
+from attacks.base import Crafted, PoisonedSet, Role, apply
 from benchmark.data.datasets import Dataset, DatasetSpec, load, mean_std
 from benchmark.data.splits import split_budget, split_validation
 from benchmark.settings.cells import Cell, Scenario
@@ -19,11 +19,14 @@ from benchmark.storage import zoo
 from defenses.base import Inapplicable
 from models.backbone import Network
 from models.images import ImageSet
-from models.spec import BadInput, derive_seed
+from models.spec import BadInput, derive_seed, generator
 from models.training import Diverged
 from models.weights import check_state, fit_state
 
-__all__ = ["World", "defender_seed", "divided", "fresh", "lesser", "rebuilt", "restored", "world"]
+__all__ = ["World", "clean_seeds", "defender_seed", "divided", "fresh", "lesser", "rebuilt", "restored", "world"]
+
+SEEDS_PER_CLASS = 10
+"""Training samples of every class known to be clean, where a track grants them (protocol of ASD: Gao et al., CVPR 2023)."""
 
 
 @dataclass(frozen=True)
@@ -144,3 +147,13 @@ def rebuilt(
     except (KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise BadInput(f"{card.weights}: its trigger does not fit {scenario.attack.name}: {reason}") from error
+
+
+def clean_seeds(poisoned: PoisonedSet, seed: int) -> Tensor:
+    """At most :data:`SEEDS_PER_CLASS` random clean samples of every class: bool (N,)."""
+    order = torch.randperm(len(poisoned.role), generator=generator(seed))
+    mask = torch.zeros(len(order), dtype=torch.bool)
+    for label in range(poisoned.visible.num_classes):
+        own = (poisoned.true_labels[order] == label) & (poisoned.role[order] == Role.CLEAN)
+        mask[order[own][:SEEDS_PER_CLASS]] = True
+    return mask

@@ -17,10 +17,8 @@ from attacks.base import PoisonedSet, PoisonedTest
 from benchmark.rules.canary import CANARIES, Canary, Planted, Planting, canaries_for, plant
 from benchmark.rules.metrics import Score
 from benchmark.rules.selection import CandidateScore, Selection, choose
-from benchmark.run import copies
 from benchmark.run import defend as pipeline
-from benchmark.run.copies import read_canary
-from benchmark.run.defend import defend
+from benchmark.run.defend import defend, read_canary
 from benchmark.run.victim import Victim, read_victim
 from benchmark.run.world import World, defender_seed, world
 from benchmark.settings.cells import Cell, Matrix
@@ -265,7 +263,7 @@ def test_the_triggered_set_is_what_no_rule_without_hindsight_reads(place: Place)
 def test_stored_copies_are_read_and_not_planted_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     canary = place.cell.canaries[0]
     first = place.planted(canary)
-    monkeypatch.setattr(copies, "plant", lambda *_: pytest.fail("planted again"))
+    monkeypatch.setattr(pipeline, "plant", lambda *_: pytest.fail("planted again"))
     again = place.planted(canary)
     values: list[tuple[Tensor, Tensor]] = list(zip(first.net.state_dict().values(), again.net.state_dict().values(), strict=True))
     assert all(torch.equal(left, right) for left, right in values)

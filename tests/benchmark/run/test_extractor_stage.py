@@ -13,11 +13,11 @@ import torch
 from rich.console import Console
 
 from attacks.base import Role
-from benchmark.run.defend import clean_seeds, defend
+from benchmark.run.defend import defend
 from benchmark.run.keys import extractor_key
 from benchmark.run.session import run_matrix
 from benchmark.run.victim import read_extractor, read_victim, run_extractor
-from benchmark.run.world import world
+from benchmark.run.world import clean_seeds, world
 from benchmark.settings.cells import Cell, Matrix
 from benchmark.settings.load import load_matrix
 from benchmark.storage.rows import Row, read
