@@ -122,6 +122,8 @@ class SAU(Defense):
     tensor(0.2877)
     >>> unlearning(logits, label, label)  # the victim is right
     tensor(0.)
+    >>> SAU(rounds=10).needs.words
+    'model + clean'
     """
 
     name: ClassVar[str] = "sau"

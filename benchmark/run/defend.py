@@ -243,7 +243,9 @@ class _Trial:
     def score_chosen(self) -> None:
         """Scores on all test images what a rule selects. The rules of hindsight first select by the part; of what was scored on all
         images they then take the best, so that no other rule can beat the oracle."""
-        before = Score.read(self.victim.outcome)
+        if self.on_part is None:
+            return
+        before = self.untouched or self.victim.scorer(self.victim.net)
         first = [dataclasses.replace(one, on_part=None) for one in self.scored]
         for chosen in {choose(how, first, before, self.cell.tau) for how in Selection} - {None}:
             assert chosen is not None
