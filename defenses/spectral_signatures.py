@@ -46,7 +46,7 @@ class SpectralSignatures(Defense):
     Attributes:
         rate: assumed share of poisoned samples among a label's, an upper bound (ours: 0.1; with the factor it is BackdoorBench's
             85th percentile).
-        factor: of the removed samples to the assumed ones (Algorithm 1: 1.5).
+        factor: of the removed samples to the assumed ones (ours, following secondary sources: 1.5).
         rates: further assumed rates at which a network is trained; every one costs a whole training (ours: none).
 
     >>> SpectralSignatures(rate=0.05, rates=(0.1,)).shares
