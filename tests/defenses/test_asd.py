@@ -13,7 +13,6 @@ from defenses import asd
 from defenses.asd import ASD, class_aware
 from defenses.base import DefenderView, Inapplicable, Knowledge, Scope, lowest_loss
 from defenses.dbd import symmetric_cross_entropy
-from models.backbone import block_places, unrolled
 from models.cost import metered
 from models.images import Batches, to_float
 from models.mixmatch import MixMatch
@@ -112,11 +111,13 @@ def test_the_copy_written_out(net_of, data_of):
     assert not torch.equal(found.features[1].running_mean, net.features[1].running_mean)
 
 
-def test_the_last_half_of_resnet18_are_its_two_last_stages():
+def test_the_last_half_of_resnet18_are_its_two_last_stages(data_of):
     net = ResNet18(width=2, hidden=0).build(4, (3, 8, 8), [0.5] * 3, [0.25] * 3, 0)
-    places, steps = block_places(net.features), unrolled(net.features)
-    assert len(places) == 9
-    assert steps[places[-(len(places) // 2)]] is net.features.layer3[0]
+    found = TINY.virtual(net, data_of(3, 16), Recipe(epochs=1, batch=8, crop=1), 5)
+    last = ("features.layer3", "features.layer4", "head")
+    trained = {name for name, parameter in found.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in net.named_parameters() if name.startswith(last)}
+    assert all(name in trained or torch.equal(value, found.get_parameter(name)) for name, value in net.named_parameters())
 
 
 def test_its_training_written_out(net_of, data_of):

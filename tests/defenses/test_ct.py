@@ -185,6 +185,29 @@ def test_its_rounds_written_out(view_of, data_of, net_of):
     assert not same(pretrained[0], pretrained[1])
 
 
+def test_the_last_round_weighs_all_classes_alike_and_the_last_distillation_keeps_fewer_of_each(view_of, data_of, monkeypatch):
+    data = data_of(3, 32)
+    data = ImageSet(data.images, data.labels * (torch.arange(32) % 3 > 0), 4)  # class 0 is the largest
+    shares, weights = [], []
+
+    def watched(losses, labels, share, divisor):
+        shares.append((share, divisor))
+        return distilled(losses, labels, share, divisor)
+
+    class Watched(ct._Confusing):
+        def __init__(self, *given):
+            super().__init__(*given)
+            weights.append(given[-1])
+
+    monkeypatch.setattr(ct, "distilled", watched)
+    monkeypatch.setattr(ct, "_Confusing", Watched)
+    TINY.confused(view_of(TINY, train=data))
+    assert shares == [(0.5, 50), (0.25, 100)]
+    torch.testing.assert_close(weights[0], class_weights(data.labels, 4))
+    assert weights[0][0] < weights[0][1:].min()
+    assert weights[2].tolist() == [1, 1, 1, 1]
+
+
 def test_the_last_training_written_out(view_of, data_of, net_of, monkeypatch):
     data = data_of(3, 32)
     fitted, ratios = torch.arange(32) % 3 == 0, np.array([0.0, 5.0, 0.0, 0.1])
