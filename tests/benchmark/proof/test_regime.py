@@ -40,7 +40,8 @@ def test_the_twin_is_the_one_a_matrix_would_train(tmp_path: Path) -> None:
     own, held_out = split_budget(data, regime.FRACTION, 3)
     right = (twin.net(data.images[held_out] / 255.0).argmax(1) == data.labels[held_out]).double().mean()
     assert found.budget_acc == pytest.approx(float(right))
-    assert found.trained == pytest.approx(len(own) / found.seconds, rel=0.1)
+    # the seconds on file are rounded to a tenth, and this training takes about half a second
+    assert len(own) / (found.seconds + 0.06) <= found.trained <= len(own) / max(found.seconds - 0.06, 0.01)
 
 
 def test_the_shortest_training_comes_first() -> None:
