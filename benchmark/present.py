@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import tomllib
@@ -36,8 +37,15 @@ GALLERY = "triggers"
 Frames = tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]
 
 
-def _frames(folder: Path) -> Frames:
+@functools.lru_cache(maxsize=2)
+def _read(folder: Path, _changed: tuple[int, ...]) -> Frames:
     return read(folder / "rows.csv", Row), read(folder / "curves.csv", Curve), read(folder / "timings.csv", Timing)
+
+
+def _frames(folder: Path) -> Frames:
+    """The three tables of a folder, read again once a file has changed: boards of the same table are computed once."""
+    found = [(folder / name).stat() for name in FILES if (folder / name).is_file()]
+    return _read(folder, tuple(number for one in found for number in (one.st_mtime_ns, one.st_size)))
 
 
 def _setting(folder: Path, key: str) -> str:

@@ -22,6 +22,7 @@ import pandas as pd
 from scipy import stats as scipy_stats
 
 from benchmark.analysis.intervals import Interval, interval, intervals, spread
+from benchmark.analysis.memo import remembered
 from benchmark.rules.metrics import COSTS_POINTS, COSTS_SHARE, gate
 from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON, TAU
 from benchmark.rules.tracks import TRACKS
@@ -216,6 +217,7 @@ def _reasons(table: pd.DataFrame) -> str:
     )
 
 
+@remembered
 def leaderboard(rows: pd.DataFrame, track: str, selection: str) -> pd.DataFrame:
     """One line per entry of the track's field: competing entries by average rank, then the reference, then the controls.
 
