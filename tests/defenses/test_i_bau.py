@@ -245,7 +245,7 @@ def test_weights_that_are_not_finite_and_an_empty_budget_are_refused(view_of, da
     with torch.no_grad():
         net.head[0].weight[0, 0] = torch.inf
     method = IBAU(rounds=1, batch=8)
-    with pytest.raises(Diverged, match=r"after round 1 at lr 0\.001"):
+    with pytest.raises(Diverged, match=r"after round 1 at lr 0\.0001"):
         list(method.candidates(view_of(method, net)))
     with pytest.raises(Inapplicable, match="clean budget is empty"):
         list(method.candidates(view_of(method, clean=data_of(size=0))))
