@@ -21,14 +21,15 @@ from benchmark.rules.canary import Canary, Planted, Planting, plant
 from benchmark.rules.metrics import Score, Scorer, nan_of, null_of, score, val_accuracy
 from benchmark.rules.selection import CandidateScore, Selection, choose, paired_loss
 from benchmark.rules.tracks import view_for
-from benchmark.run.keys import canary_key, cell_key
-from benchmark.run.outcome import gpu_mib, peak_mib, reset_peak
+from benchmark.run.keys import canary_key, cell_key, scratch_key
+from benchmark.run.outcome import gpu_mib, isolation, peak_mib, reset_peak
 from benchmark.run.victim import Victim, read_extractor, read_victim, surrogate_of
 from benchmark.run.world import World, clean_seeds, defender_seed, fresh, lesser, world
 from benchmark.settings.cells import Cell, Scenario
+from benchmark.storage.networks import stored_network
 from benchmark.storage.store import Store
 from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge, Withheld
-from defenses.controls import NoDefense
+from defenses.controls import NoDefense, TrainingFromScratch
 from models.backbone import Network
 from models.cost import Cost, metered
 from models.extractors import Extractor
@@ -37,7 +38,10 @@ from models.training import Diverged, Fitted
 from models.units import Scope, unit_layers
 from models.variants import Variants
 
-__all__ = ["defend", "read_canary", "run_cell"]
+__all__ = ["defend", "read_canary", "run_cell", "run_metered"]
+
+Runner = Callable[[Defense, DefenderView], Iterator[tuple[Candidate, Cost, float]]]
+
 
 def run_cell(cell: Cell, store: Store, cache: Path) -> None:
     """Runs the defense of a cell and stores the scores of its candidates, unless they are cached."""
@@ -60,7 +64,7 @@ def _make_cell(cell: Cell, w: World, key: str, store: Store, cache: Path) -> Non
             given = victim if cell.budget is None else _validated_on(smaller, victim)
             outcome = defend(
                 cell, smaller, given, fetch=fetch, recraft=_recrafter(scenario, w, store, cache),
-                planted=functools.partial(read_canary, cell, smaller, victim.net, store),
+                planted=functools.partial(read_canary, cell, smaller, victim.net, store), run=_shared(cell, smaller, store),
             )  # fmt: skip
         except Inapplicable as error:
             outcome = _stopped_by(error)
@@ -109,6 +113,7 @@ def defend(
     fetch: Callable[[Extractor], Fitted] | None = None,
     recraft: Callable[[Network], PoisonedTest] | None = None,
     planted: Callable[[Canary], Planted] | None = None,
+    run: Runner | None = None,
 ) -> dict[str, Any]:
     """Runs a defense on the view that the cell's track grants and scores every candidate.
 
@@ -123,6 +128,7 @@ def defend(
         fetch: gives an extractor; its cost in samples and seconds is added to the first candidate.
         recraft: crafts the triggered test set again for a network; the candidates that a selection chooses are scored on it too.
         planted: gives the copy with a canary; without it the cell's canaries are left out.
+        run: gives the defense's candidates, each with its cost and seconds; None = :func:`run_metered`.
 
     Returns:
         The outcome as it is stored.
@@ -138,7 +144,7 @@ def defend(
     except Diverged as error:
         return _stopped("failed", f"no extractor: {error}")
     copies, canary = _copies(cell, planted)
-    trial = _Trial(cell, w, victim, fetch)
+    trial = _Trial(cell, w, victim, fetch, run or run_metered)
     try:
         if fault := trial.run():
             return _stopped("failed", f"{cell.defense.name} {fault}")
@@ -173,8 +179,8 @@ class _Trial:
         nets: their networks.
     """
 
-    def __init__(self, cell: Cell, w: World, victim: Victim, fetch: Callable[[Extractor], Fitted] | None) -> None:
-        self.cell, self.w, self.victim, self.fetch = cell, w, victim, fetch
+    def __init__(self, cell: Cell, w: World, victim: Victim, fetch: Callable[[Extractor], Fitted] | None, run: Runner) -> None:
+        self.cell, self.w, self.victim, self.fetch, self.candidates = cell, w, victim, fetch, run
         self.scored: list[CandidateScore] = []
         self.nets: list[Network] = []
         self.borrowed: list[Fitted] = []
@@ -205,7 +211,7 @@ class _Trial:
     def _collect(self, variant: Defense, left: int | None) -> None:
         """Scores the candidates of one setting of the knob, at most ``left``; None = the published setting, all of them."""
         view = _view(self.cell, variant, self.w, self.victim, self.victim.net, None if self.fetch is None else self._network_of)
-        for candidate, cost, seconds in itertools.islice(_metered_candidates(variant.candidates(view)), left):
+        for candidate, cost, seconds in itertools.islice(self.candidates(variant, view), left):
             self.seconds += seconds
             changed = not _alike(candidate.model, self.weights)
             default = candidate.is_default and left is None
@@ -215,7 +221,7 @@ class _Trial:
             self._add(
                 candidate, score, knob=nan_of(variant.knob), is_default=default, starts=candidate.is_default, changed=changed,
                 forward=cost.forward, backward=cost.backward, on_part=None if part is None else True,
-                **_isolation(candidate.isolated, self.victim.poisoned.role),
+                **isolation(candidate.isolated, self.victim.poisoned.role),
             )  # fmt: skip
         self.used, self.trained = self.used | view.used, self.trained or view.trained
 
@@ -336,30 +342,34 @@ def read_canary(cell: Cell, w: World, model: Network, store: Store, canary: Cana
     Raises:
         Diverged: planting diverged.
     """
-    key = canary_key(cell, canary, w.data.fingerprint)
     seed = derive_seed(defender_seed(cell.scenario), "canary", canary.name)
 
-    def compute() -> None:
-        try:
-            net = plant(canary, model, w.clean, w.validation, cell.scenario.recipe, seed)
-        except Diverged as error:
-            store.write("canary", key, canary.spec(), {"status": "failed", "reason": str(error)})
-            return
-        outcome = {"status": "ok", "target": net.target, "forward": net.forward, "backward": net.backward}
-        tensors = {f"net.{name}": value for name, value in net.net.state_dict().items()}
-        store.write("canary", key, canary.spec(), outcome, {**tensors, "probes": net.probes})
+    def train() -> tuple[Network, dict[str, Any], dict[str, Tensor]]:
+        made = plant(canary, model, w.clean, w.validation, cell.scenario.recipe, seed)
+        return made.net, {"target": made.target, "forward": made.forward, "backward": made.backward}, {"probes": made.probes}
 
-    entry = store.read("canary", key)
-    if entry is None:
-        store.once("canary", key, compute)
-        entry = store.read("canary", key)
-    assert entry is not None
-    if entry.outcome["status"] != "ok":
-        raise Diverged(entry.outcome["reason"])
-    net = copy.deepcopy(model)
-    net.load_state_dict({name.removeprefix("net."): value for name, value in entry.tensors.items() if name.startswith("net.")})
+    key = canary_key(cell, canary, w.data.fingerprint)
+    net, entry = stored_network(store, "canary", key, canary.spec(), lambda: copy.deepcopy(model), train)
     stored = entry.outcome
-    return Planted(net.eval(), stored["target"], entry.tensors["probes"], stored["forward"], stored["backward"])
+    return Planted(net, stored["target"], entry.tensors["probes"], stored["forward"], stored["backward"])
+
+
+def _shared(cell: Cell, w: World, store: Store) -> Runner:
+    """Runs a defense; a training from scratch, which no attack changes, is stored and read by the cells of all attacks."""
+    if not isinstance(cell.defense, TrainingFromScratch):
+        return run_metered
+
+    def run(defense: Defense, view: DefenderView) -> Iterator[tuple[Candidate, Cost, float]]:
+        def train() -> tuple[Network, dict[str, Any], dict[str, Tensor]]:
+            ((candidate, cost, seconds),) = run_metered(defense, view)
+            return candidate.model, {"forward": cost.forward, "backward": cost.backward, "seconds": seconds}, {}
+
+        len(view.clean)  # used, also where the network is read
+        key = scratch_key(cell, w.data.fingerprint)
+        net, entry = stored_network(store, "scratch", key, defense.spec(), lambda: view.fresh(0), train)
+        yield Candidate(net), Cost(entry.outcome["forward"], entry.outcome["backward"]), entry.outcome["seconds"]
+
+    return run
 
 
 def _canary_scores(cell: Cell, w: World, victim: Victim, scored: list[CandidateScore], copies: Sequence[Planted]) -> dict[str, Any]:
@@ -408,7 +418,7 @@ def _on_copy(
         if variant.knob not in wanted:
             break
         view = _view(cell, variant, w, victim, one.net, None)
-        for candidate, cost, _ in _metered_candidates(variant.candidates(view)):
+        for candidate, cost, _ in run_metered(variant, view):
             spent.forward, spent.backward = spent.forward + cost.forward, spent.backward + cost.backward
             settings.append((variant.knob, nan_of(candidate.dial), candidate.is_default))
             predicted = variants.predict(candidate.model, "probes")
@@ -427,17 +437,9 @@ def _on_copy(
     return [of(entry) for entry in scored]
 
 
-def _isolation(isolated: Tensor | None, role: Tensor) -> dict[str, Any]:
-    """Size, precision and recall of an isolated set, bool (N,), against the roles; nothing for a method that isolates none."""
-    if isolated is None:
-        return {}
-    poisoned = role == Role.POISON
-    hits, size, there = int((isolated & poisoned).sum()), int(isolated.sum()), int(poisoned.sum())
-    return {"isolated": size, "precision": hits / size if size else math.nan, "recall": hits / there if there else math.nan}
-
-
-def _metered_candidates(candidates: Iterator[Candidate]) -> Iterator[tuple[Candidate, Cost, float]]:
+def run_metered(defense: Defense, view: DefenderView) -> Iterator[tuple[Candidate, Cost, float]]:
     """Every candidate with the cost and seconds since the one before it; scoring by the benchmark is not included."""
+    candidates = defense.candidates(view)
     while True:
         start = time.perf_counter()
         with metered() as cost:

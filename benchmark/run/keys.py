@@ -1,4 +1,4 @@
-"""Keys of stored stages: a victim, an extractor, a canary, a defense run."""
+"""Keys of stored stages: a victim, an extractor, a canary, a training from scratch, a defense run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmark.settings.cells import Cell, Scenario
 from models.extractors import Extractor
 from models.spec import digest
 
-__all__ = ["REVISION", "canary_key", "cell_key", "extractor_key", "victim_key"]
+__all__ = ["REVISION", "canary_key", "cell_key", "extractor_key", "scratch_key", "victim_key"]
 
 REVISION = 2
 """Raised when a stage gives a different result for the same settings. 2: victims are compared with their twins; losses are
@@ -50,3 +50,13 @@ def canary_key(cell: Cell, canary: Canary, fingerprint: str) -> str:
     """Key of a copy of the cell's victim with a canary; cells with the same victim and budget share it."""
     budget = {"budget": cell.budget} if cell.budget is not None else {}
     return digest("canary", REVISION, canary.spec(), Planting().spec(), budget, victim_key(cell.scenario, fingerprint))
+
+
+def scratch_key(cell: Cell, fingerprint: str) -> str:
+    """Key of a network that is trained from scratch on the cell's clean budget; the cells of all attacks share it."""
+    scenario = cell.scenario
+    settings = {
+        "defense": cell.defense.spec(), "dataset": scenario.dataset.spec(), "clean_fraction": scenario.clean_fraction,
+        "budget": cell.budget, "backbone": scenario.backbone.spec(), "recipe": scenario.recipe.spec(), "seed": scenario.seed,
+    }  # fmt: skip
+    return digest("scratch", REVISION, settings, fingerprint)

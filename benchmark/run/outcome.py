@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from attacks.base import Role
 from benchmark.rules.metrics import Score, der, gate, nan_of
 from benchmark.rules.selection import NOTHING_TO_VALIDATE_ON, CandidateScore, Selection, choose
 from benchmark.run.keys import cell_key
@@ -20,7 +22,7 @@ from defenses.base import Knowledge
 from defenses.controls import NoDefense
 from models.cost import Cost
 
-__all__ = ["CellResult", "cell_rows", "gpu_mib", "peak_mib", "reset_peak"]
+__all__ = ["CellResult", "cell_rows", "gpu_mib", "isolation", "peak_mib", "reset_peak"]
 
 
 @dataclass(frozen=True)
@@ -221,3 +223,12 @@ def peak_mib() -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def isolation(isolated: Tensor | None, role: Tensor) -> dict[str, Any]:
+    """Size, precision and recall of an isolated set, bool (N,), against the roles; nothing for a method that isolates none."""
+    if isolated is None:
+        return {}
+    poisoned = role == Role.POISON
+    hits, size, there = int((isolated & poisoned).sum()), int(isolated.sum()), int(poisoned.sum())
+    return {"isolated": size, "precision": hits / size if size else math.nan, "recall": hits / there if there else math.nan}
