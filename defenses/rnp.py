@@ -11,7 +11,8 @@ Dial: threshold on the mask, over all layers jointly; mask <= threshold is prune
 prints a sweep and leaves the choice to the reader).
 Deviations from the paper: the head's hidden units, which its victims do not have, are masked too. Accuracy while unlearning is
 counted over the batches of the epoch, before each step. The released code calls a clip of the gradient before the backward pass,
-where it changes nothing; it is left out. Batches are cropped and flipped as the victim's recipe says.
+where it changes nothing; it is left out. Batches are cropped and flipped as the victim's recipe says. Of a larger clean budget no
+more samples are used than the authors had.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from defenses.anp import GRID, at_thresholds, scaled
 from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge, Scope, prunable
 from defenses.fine_tuning import Tuned, tune
 from models.backbone import Network
+from models.images import ImageSet
 from models.recipe import Recipe
-from models.spec import BatchSize, EpochCount, Ge, Le, LearningRate, Share, derive_seed
+from models.spec import BatchSize, EpochCount, Ge, Le, LearningRate, Share, derive_seed, generator
 from models.training import optimise
 from models.units import UnitLayer, Writer
 
@@ -92,6 +94,8 @@ class RNP(Defense):
         recovery_epochs: of learning the masks (authors' code: 20).
         recovery_lr: rate of learning the masks, constant (authors' code: 0.2).
         alpha: factor of the recovery's loss (authors' code: 0.2).
+        samples: clean samples that are used, at most (authors' code: 500). Their number is that of the steps in an epoch, so it
+            decides how far the ascent goes before its accuracy is looked at, and how far the masks move.
         batch: samples per step of both (authors' code: 128).
         grid: thresholds at which models are offered (authors' code: 0 to 0.9 by 0.05).
 
@@ -105,6 +109,7 @@ class RNP(Defense):
     scopes: ClassVar[tuple[Scope, ...]] = (Scope.HEAD, Scope.WHOLE)
     dial_name: ClassVar[str] = "threshold on the mask"
     writer: ClassVar[Writer | None] = Writer.GAMMA
+    revision: ClassVar[int] = 2  # 2: at most 500 samples
 
     threshold: Share = 0.2
     unlearning_epochs: EpochCount = 20
@@ -114,6 +119,7 @@ class RNP(Defense):
     recovery_epochs: EpochCount = 20
     recovery_lr: LearningRate = 0.2
     alpha: Share = 0.2
+    samples: Annotated[int, Ge(2), Le(1_000_000)] = 500
     batch: BatchSize = 128
     grid: tuple[Share, ...] = GRID
 
@@ -128,6 +134,11 @@ class RNP(Defense):
             crop=view.recipe.crop, flip=view.recipe.flip, precision=view.recipe.precision,
         )  # fmt: skip
 
+    def given(self, view: DefenderView) -> ImageSet:
+        """At most ``samples`` of the clean samples, at random."""
+        order = torch.randperm(len(view.clean), generator=generator(view.seed, "rnp", "samples"))
+        return view.clean.subset(order[: self.samples].sort().values)
+
     def unlearn(self, net: Network, view: DefenderView) -> Network:
         """``net`` after gradient ascent in place; in evaluation mode, on the CPU.
 
@@ -135,13 +146,13 @@ class RNP(Defense):
             Diverged: weights are not finite at the end.
         """
         recipe = self.recipe(view, self.unlearning_epochs, self.unlearning_lr, self.weight_decay)
-        return tune(_Unlearning(net, recipe, view.scope, self.stop), view.clean, derive_seed(view.seed, "rnp", "unlearning"))
+        return tune(_Unlearning(net, recipe, view.scope, self.stop), self.given(view), derive_seed(view.seed, "rnp", "unlearning"))
 
     def recover(self, net: Network, layers: Sequence[UnitLayer], view: DefenderView) -> Tensor:
         """Masks float (units of all layers,) in [0, 1]. The weights of ``net`` stay; its running statistics may drift."""
         recipe = self.recipe(view, self.recovery_epochs, self.recovery_lr, 0.0)
         module = _Recovery(net, recipe, view.scope, layers, self.alpha)
-        optimise(module, view.clean, recipe, derive_seed(view.seed, "rnp", "recovery"))
+        optimise(module, self.given(view), recipe, derive_seed(view.seed, "rnp", "recovery"))
         return module.mask.detach()
 
     def candidates(self, view: DefenderView) -> Iterator[Candidate]:

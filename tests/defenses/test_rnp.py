@@ -146,3 +146,15 @@ def test_refusals(net_of, data_of, view_of):
 def test_settings_out_of_range_are_named(wrong):
     with pytest.raises(BadInput, match=f"rnp: {next(iter(wrong))}"):
         RNP(**wrong)
+
+
+def test_no_more_samples_are_used_than_named(view_of):
+    defense = RNP(unlearning_epochs=2, recovery_epochs=3, stop=0.0, batch=4, samples=8)
+    view = view_of(defense)
+    given = defense.given(view)
+    assert len(given) == 8 < len(view.clean)
+    assert all(any(torch.equal(one, other) for other in view.clean.images) for one in given.images)
+    assert len(RNP().given(view)) == len(view.clean)
+    with metered() as cost:
+        list(defense.candidates(view))
+    assert cost.backward == (2 + 3) * 8
