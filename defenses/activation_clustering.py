@@ -104,10 +104,14 @@ class ActivationClustering(Defense):
     def candidates(self, view: DefenderView) -> Iterator[Candidate]:
         seed = derive_seed(view.seed, self.name, "clusters")
         clusters = [(members, self.smaller(features, seed)) for members, features in by_label(view)]
+        suspicion = torch.zeros(len(view.train), dtype=torch.float64)  # the smaller a sample's cluster, the more suspected
+        for members, small in clusters:
+            share = float(small.double().mean())
+            suspicion[members] = torch.where(small, 1 - share, share).double()
         for size in dict.fromkeys((self.size, *self.sizes)):
             isolated = torch.zeros(len(view.train), dtype=torch.bool)
             for members, small in clusters:
                 isolated[members] = small & (float(small.double().mean()) < size)
             labels = sum(bool(isolated[members].any()) for members, _ in clusters)
             note = f"a cluster of {labels} of {len(clusters)} labels removed"
-            yield filtered(view, isolated, size, size == self.size, self.name, note)
+            yield filtered(view, isolated, size, size == self.size, self.name, suspicion, note)

@@ -198,6 +198,8 @@ class Candidate:
         masks: pruned units by layer (bool, True = pruned), for pruning defenses.
         isolated: for methods that isolate suspicious training samples: bool (N,), True = taken for poisoned. The benchmark compares
             it with the roles; the defense never gets the result.
+        suspicion: what such a method orders the training samples by, float (N,), larger = sooner taken for poisoned; None where it
+            gives no order.
         note: a remark for the row.
     """
 
@@ -207,6 +209,7 @@ class Candidate:
     strength: float = 0.0
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     isolated: Tensor | None = None
+    suspicion: Tensor | None = None
     note: str = ""
 
     @property

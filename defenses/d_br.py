@@ -97,7 +97,7 @@ class DBR(SampleDistinguishment, Defense):
 
     def candidates(self, view: DefenderView) -> Iterator[Candidate]:
         model = view.model
-        clean, poisoned = self.distinguish(view)
+        clean, poisoned, changes = self.distinguish(view)
         wanted = sorted({self.epochs, *self.points})
         recipe = Recipe(
             epochs=wanted[-1], batch=self.batch, lr=self.lr, momentum=0.9, weight_decay=self.weight_decay, schedule="constant",
@@ -107,4 +107,4 @@ class DBR(SampleDistinguishment, Defense):
         fit(module, view.train, recipe, derive_seed(view.seed, "d-br"))
         for epochs in wanted:
             net = module.kept[epochs].requires_grad_(True).eval()
-            yield Candidate(net, float(epochs), epochs == self.epochs, float(epochs), isolated=poisoned)
+            yield Candidate(net, float(epochs), epochs == self.epochs, float(epochs), isolated=poisoned, suspicion=changes)

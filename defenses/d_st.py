@@ -176,11 +176,11 @@ class DST(SampleDistinguishment, Defense):
         return Network(net.normalise, net.features, mlp(net.width, (), view.num_classes, derive_seed(seed, "head")))
 
     def candidates(self, view: DefenderView) -> Iterator[Candidate]:
-        clean, poisoned = self.distinguish(view)
+        clean, poisoned, changes = self.distinguish(view)
         base, used = self.extractor_of(view, clean), clean | poisoned
         recipe = self.recipe(view, self.head_epochs, self.head_batch, self.head_lr, 0.0)
         seed = derive_seed(view.seed, "d-st", "head")
         for weight in sorted({self.unlearning, *self.grid}):
             module = _Classifying(copy.deepcopy(base), recipe, poisoned[used], weight, view.recipe.flip, seed)
             net = tune(module, view.train.subset(used), seed)
-            yield Candidate(net, weight, weight == self.unlearning, weight, isolated=poisoned)
+            yield Candidate(net, weight, weight == self.unlearning, weight, isolated=poisoned, suspicion=changes)

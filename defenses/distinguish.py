@@ -133,8 +133,8 @@ class SampleDistinguishment(Spec):
             moved.append(quantise(rotated_and_moved(to_float(data.images[index]), uniforms(seed, index, 3))))
         return consistency(embeddings(net, data), embeddings(net, ImageSet(torch.cat(moved), data.labels, data.num_classes)))
 
-    def distinguish(self, view: DefenderView) -> tuple[Tensor, Tensor]:
-        """(taken for clean, taken for poisoned) of the training set, bool (N,) each.
+    def distinguish(self, view: DefenderView) -> tuple[Tensor, Tensor, Tensor]:
+        """(taken for clean, taken for poisoned, changes) of the training set, bool (N,) twice and float (N,).
 
         Raises:
             Inapplicable: a share is less than two samples.
@@ -142,4 +142,4 @@ class SampleDistinguishment(Spec):
         data = view.train
         sides(torch.zeros(len(data)), self.clean_share, self.poisoned_share)  # before anything is trained
         changes = self.changes(self.probe(view), data, derive_seed(view.seed, "distinguish", "moves"))
-        return sides(changes, self.clean_share, self.poisoned_share)
+        return *sides(changes, self.clean_share, self.poisoned_share), changes

@@ -43,11 +43,14 @@ def by_label(view: DefenderView) -> list[tuple[Tensor, Tensor]]:
     return [(members, z[members]) for members in groups]
 
 
-def filtered(view: DefenderView, isolated: Tensor, dial: float, is_default: bool, purpose: str, note: str = "") -> Candidate:
+def filtered(
+    view: DefenderView, isolated: Tensor, dial: float, is_default: bool, purpose: str, suspicion: Tensor, note: str = ""
+) -> Candidate:
     """A network trained by the victim's recipe on the samples that are not ``isolated``, bool (N,); the victim where none is.
 
     The weights and batches are seeded by ``purpose``, the same for every dial. The strength is the number of isolated samples.
+    ``suspicion``: float (N,), what they were isolated by.
     """
     count = int(isolated.sum())
     model = trained(view, view.train.subset(~isolated), view.recipe, purpose) if count else view.model
-    return Candidate(model, dial, is_default, float(count), isolated=isolated, note=note)
+    return Candidate(model, dial, is_default, float(count), isolated=isolated, suspicion=suspicion, note=note)

@@ -95,7 +95,7 @@ class RNP(Defense):
         recovery_lr: rate of learning the masks, constant (authors' code: 0.2).
         alpha: factor of the recovery's loss (authors' code: 0.2).
         samples: clean samples that are used, at most (authors' code: 500). Their number is that of the steps in an epoch, so it
-            decides how far the ascent goes before its accuracy is looked at, and how far the masks move.
+            decides after how many steps the accuracy of the ascent is checked, and how far the masks move.
         batch: samples per step of both (authors' code: 128).
         grid: thresholds at which models are offered (authors' code: 0 to 0.9 by 0.05).
 

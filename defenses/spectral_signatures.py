@@ -77,8 +77,11 @@ class SpectralSignatures(Defense):
 
     def candidates(self, view: DefenderView) -> Iterator[Candidate]:
         scores = [(members, outlier_scores(features)) for members, features in by_label(view)]
+        suspicion = torch.zeros(len(view.train), dtype=torch.float64)
+        for members, outlying in scores:
+            suspicion[members] = outlying.double()
         for share in self.shares:
             isolated = torch.zeros(len(view.train), dtype=torch.bool)
             for members, outlying in scores:
                 isolated[members] = lowest_loss(-outlying, share)
-            yield filtered(view, isolated, share, share == self.shares[0], self.name)
+            yield filtered(view, isolated, share, share == self.shares[0], self.name, suspicion)

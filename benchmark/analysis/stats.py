@@ -377,14 +377,14 @@ def given(rows: pd.DataFrame, track: str, selection: str) -> pd.DataFrame:
 
 
 def detectors(rows: pd.DataFrame, track: str) -> pd.DataFrame:
-    """Precision and recall of the training samples that entries of the track's field isolate; a line per entry and scenario.
+    """Precision, recall and AUROC of the training samples that entries of the track's field isolate; a line per entry and scenario.
 
     Entries that isolate nothing anywhere have no line. Rows of the default selection (isolation does not depend on it), all
     seeds, implanted or not. Columns: ``role``, ``defense``, ``scope``, ``source``, the scenario, ``cells_ok``, ``cells``,
     ``missing``; means over finished cells: ``isolated`` (samples), ``isolated_share`` (of the training set), ``precision`` (where
-    something was isolated) and ``recall``, each with ``_sd`` (sample deviation over seeds) and ``_seeds`` (how many it is a mean
-    of), ``base_rate`` (of poison: the precision of a random choice); ``seeds``, ``implanted_seeds``, ``implanted``, ``exported``
-    (the defense was given the attack's exported poisoned set).
+    something was isolated), ``recall`` and ``auroc``, each with ``_sd`` (sample deviation over seeds) and ``_seeds`` (how many it
+    is a mean of), ``base_rate`` (of poison: the precision of a random choice); ``seeds``, ``implanted_seeds``, ``implanted``,
+    ``exported`` (the defense was given the attack's exported poisoned set).
     """
     table = field(rows, track)
     table = table[(table["selection"] == "default") & (table["attack"] != NO_ATTACK)]
@@ -406,7 +406,7 @@ def detectors(rows: pd.DataFrame, track: str) -> pd.DataFrame:
                 "isolated": float(reported["isolated"].mean()),
                 "isolated_share": float((reported["isolated"] / size).mean()),
             }  # fmt: skip
-            for name in ("precision", "recall"):
+            for name in ("precision", "recall", "auroc"):
                 values = [float(value) for value in good[name].dropna()]
                 line |= {name: float(np.mean(values)) if values else math.nan, f"{name}_sd": spread(values),
                          f"{name}_seeds": len(values)}  # fmt: skip

@@ -279,7 +279,8 @@ def _cell_facts(line: Json, dial: str, clock: Any) -> Facts:
     """The settings and everything measured of one cell under one selection, in texts."""
     done = line["status"] == "ok"
     undefended = " / ".join(percent_text(float(line[f"{name}_undefended"])) for name in ("acc", "asr", "ra"))
-    isolated = f"{line['isolated']}; precision {percent_text(line['precision'])} %, recall {percent_text(line['recall'])} %"
+    found = {name: f"{percent_text(line[name])} %" for name in ("precision", "recall", "auroc")}
+    isolated = f"{line['isolated']}; precision {found['precision']}, recall {found['recall']}, AUROC {found['auroc']}"
     return [
         ("Selection", words.SELECTION_WORDS.get(line["selection"], line["selection"])),
         ("Not measured", "" if done else f"{line['status']}: {line['reason'] or 'no reason recorded'}"),

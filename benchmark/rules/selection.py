@@ -83,6 +83,8 @@ class CandidateScore(Score):
         isolated: number of training samples that the defense isolated; None for a method that isolates none.
         precision: share of the isolated samples that are poisoned; NaN for an empty set.
         recall: share of the poisoned samples that are isolated; NaN without poison.
+        auroc: area under the ROC curve of the method's order of the training samples, in [0, 1], else of the isolated set itself;
+            NaN without poison.
         asr_recraft: ASR with the trigger crafted again on this model; None where this was not measured.
         ra_recraft: RA with that trigger.
         canary_asr: ASR of every canary after the same setting was applied to its copy; None where no canary was planted.
@@ -108,6 +110,7 @@ class CandidateScore(Score):
     isolated: int | None = None
     precision: float | None = None
     recall: float | None = None
+    auroc: float | None = None
     asr_recraft: float | None = None
     ra_recraft: float | None = None
     canary_asr: tuple[float, ...] | None = None

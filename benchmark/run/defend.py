@@ -221,7 +221,7 @@ class _Trial:
             self._add(
                 candidate, score, knob=nan_of(variant.knob), is_default=default, starts=candidate.is_default, changed=changed,
                 forward=cost.forward, backward=cost.backward, on_part=None if part is None else True,
-                **isolation(candidate.isolated, self.victim.poisoned.role),
+                **isolation(candidate.isolated, candidate.suspicion, self.victim.poisoned.role),
             )  # fmt: skip
         self.used, self.trained = self.used | view.used, self.trained or view.trained
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import rankdata
 from torch import Tensor
 
 from attacks.base import Role
@@ -225,10 +226,31 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def isolation(isolated: Tensor | None, role: Tensor) -> dict[str, Any]:
-    """Size, precision and recall of an isolated set, bool (N,), against the roles; nothing for a method that isolates none."""
+def isolation(isolated: Tensor | None, suspicion: Tensor | None, role: Tensor) -> dict[str, Any]:
+    """Size, precision, recall and AUROC of an isolated set; nothing for a method that isolates none.
+
+    Args:
+        isolated: bool (N,), True = taken for poisoned.
+        suspicion: float (N,), larger = sooner taken for poisoned; None = the AUROC is that of ``isolated`` itself.
+        role: (N,), :class:`attacks.base.Role`. Samples that are not poisoned, covers among them, are the negative class.
+    """
     if isolated is None:
         return {}
     poisoned = role == Role.POISON
     hits, size, there = int((isolated & poisoned).sum()), int(isolated.sum()), int(poisoned.sum())
-    return {"isolated": size, "precision": hits / size if size else math.nan, "recall": hits / there if there else math.nan}
+    order = isolated if suspicion is None else suspicion
+    return {
+        "isolated": size,
+        "precision": hits / size if size else math.nan,
+        "recall": hits / there if there else math.nan,
+        "auroc": _auroc(order.double(), poisoned),
+    }
+
+
+def _auroc(order: Tensor, positive: Tensor) -> float:
+    """Chance that a positive sample is above a negative one, ties counted half (Mann-Whitney); NaN where one kind is missing."""
+    count, others = int(positive.sum()), int((~positive).sum())
+    if not count or not others:
+        return math.nan
+    ranks = rankdata(order.numpy())[positive.numpy()].sum()
+    return float((ranks - count * (count + 1) / 2) / (count * others))

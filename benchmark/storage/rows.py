@@ -124,6 +124,9 @@ class Row(Key):
     """Share of these that are poisoned."""
     recall: float = math.nan
     """Share of the poisoned samples that are among them."""
+    auroc: float = math.nan
+    """Area under the ROC curve of the order in which the defense suspects training samples; of the isolated set itself (the mean of
+    recall and the share of clean samples left) where it gives no order."""
     used: str = ""
     """What the defense took from its view, e.g. ``model + clean``."""
     clean_images: int = 0

@@ -136,7 +136,7 @@ def test_its_classifier_written_out(view_of, data_of, monkeypatch):
     method = replace(TINY, ssl_epochs=0, unlearning=0.3)
     view, data = view_of(method), data_of(3, 32)
     clean, poisoned = torch.arange(32) % 3 == 0, torch.arange(32) % 8 == 1
-    monkeypatch.setattr(DST, "distinguish", lambda *_: (clean, poisoned))
+    monkeypatch.setattr(DST, "distinguish", lambda *_: (clean, poisoned, torch.zeros(len(clean))))
     net = method.extractor_of(view, clean)
     used = clean | poisoned
     part, bad, seed = data.subset(used), poisoned[used], derive_seed(view.seed, "d-st", "head")

@@ -158,7 +158,8 @@ def test_both_methods_find_the_same_sides(view_of):
     settings = {"probe_epochs": 1, "intra_epochs": 1, "probe_batch": 16, "poisoned_share": 0.2}
     a, b = (method.distinguish(view_of(method)) for method in (DBR(**settings), DST(**settings)))
     assert all(map(torch.equal, a, b))
-    clean, poisoned = a
+    clean, poisoned, changes = a
+    assert changes[poisoned].min() >= changes[~poisoned].max()
     assert (int(clean.sum()), int(poisoned.sum())) == (7, 6)
     assert not (clean & poisoned).any()
 

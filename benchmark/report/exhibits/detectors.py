@@ -9,7 +9,7 @@ from benchmark.report.exhibits import evidence as ev
 from benchmark.report.figures import Dots
 
 COLUMNS = (
-    *ev.ENTRY, *ev.number(isolated="Isolated samples"), *ev.interval(precision="Precision", recall="Recall"),
+    *ev.ENTRY, *ev.number(isolated="Isolated samples"), *ev.interval(precision="Precision", recall="Recall", auroc="AUROC"),
     *ev.share(base="Base rate"), *ev.difference(above="Precision - base rate"), *ev.count(failed="Mechanism failed", cells="Cells"),
 )  # fmt: skip
 
@@ -25,7 +25,7 @@ def frame(source: ev.Source) -> pd.DataFrame:
         own = rows[(rows[list(start)] == list(start.values())).all(axis=1)]
         own = own.assign(above=own["precision"] - own["realised_rate"])
         lines.append({**start, "isolated": float(mine["isolated"].mean()),
-                      **ev.means_of(own, ("precision", "recall", "above")), "base": ev.mean(own, "realised_rate").mean,
+                      **ev.means_of(own, ("precision", "recall", "auroc", "above")), "base": ev.mean(own, "realised_rate").mean,
                       "failed": int((own["mark"] == "mechanism failed").sum()), "cells": len(own)})  # fmt: skip
     return ev.table_of(lines, "no defense isolated training samples")
 

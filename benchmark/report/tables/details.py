@@ -164,7 +164,7 @@ def validity_markdown(rows: pd.DataFrame) -> str:
 
 
 def _detected(name: str) -> Column:
-    """Precision or recall with the deviation over seeds, and of how many seeds where some have none."""
+    """Precision, recall or AUROC with the deviation over seeds, and of how many seeds where some have none."""
 
     def cell(line: Line) -> str:
         if not line["cells_ok"]:
@@ -173,7 +173,7 @@ def _detected(name: str) -> Column:
         text = with_deviation(float(line[name]), float(line[f"{name}_sd"]))
         return f"{text} ({seeds} of {cells} seeds)" if 0 < seeds < cells else text
 
-    return Column(name.capitalize(), cell)
+    return Column("AUROC" if name == "auroc" else name.capitalize(), cell)
 
 
 def _isolated(line: Line) -> str:
@@ -192,6 +192,7 @@ _DETECTORS = (
     Column("Of training set", lambda line: percent_text(float(line["isolated_share"])) if line["cells_ok"] else DASH),
     _detected("precision"),
     _detected("recall"),
+    _detected("auroc"),
     Column.number("Base rate", "base_rate", percent_text),
 )
 

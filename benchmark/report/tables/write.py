@@ -26,6 +26,7 @@ _PROTOCOL_NOTES = (
 _DETECTOR_NOTES = (
     "Training samples that an entry took for poisoned (its isolated set), under the default selection; the set does not depend on "
     "the selection. Precision: share of the set that is poisoned. Recall: share of the poisoned samples that are in the set. "
+    "AUROC: of the order in which the entry suspects samples, or of the set itself where it gives no order; 50 is chance. "
     "Percent, mean ± sample standard deviation over all seeds, implanted or not. Base rate: share of the training set that is "
     "poisoned, which is the precision of a random choice. An empty set has no precision; such seeds are not in its mean."
 )

@@ -371,18 +371,19 @@ def test_no_table_of_detectors_where_nothing_is_isolated(tmp_path):
 
 def test_detector_lines_by_hand(tmp_path):
     told = {"selection": "default", "used": "train", "train_images": 200, "track": "train"}
-    rows = [row("badnets", seed, "abl", isolated=10 + seed, precision=0.5 + 0.2 * seed, recall=0.25, **told) for seed in (0, 1)]
+    rows = [row("badnets", seed, "abl", isolated=10 + seed, precision=0.5 + 0.2 * seed, recall=0.25, auroc=0.75, **told)
+            for seed in (0, 1)]  # fmt: skip
     note = f"training-control attack: {stats.EXPORTED}"
     rows += [row("badnets", 0, "abl", track="train"),
-             row("wanet", 0, "abl", isolated=0, recall=0.0, asr_undefended=0.3, note=note, **told),
+             row("wanet", 0, "abl", isolated=0, recall=0.0, auroc=0.5, asr_undefended=0.3, note=note, **told),
              row("wanet", 1, "abl", isolated=5, precision=1.0, recall=0.5, asr_undefended=0.3, **told),
              row("sig", 0, "abl", **{**told, "status": "failed", "reason": "why"})]  # fmt: skip
     written = run(rows, tmp_path)
     lines = [cells(line)[4:] for line in written["detectors-train.md"].splitlines() if line.startswith("| abl |")]
     assert lines == [
-        ["badnets", "yes", "10.5", "5.3", "60.0±14.1", "25.0±0.0", "10.0"],
-        [f"wanet<br>{stats.EXPORTED}", "**no**", "2.5", "1.2", "100.0 (1 of 2 seeds)", "25.0±35.4", "10.0"],
-        ["sig", "yes", "failed", DASH, DASH, DASH, "10.0"],
+        ["badnets", "yes", "10.5", "5.3", "60.0±14.1", "25.0±0.0", "75.0±0.0", "10.0"],
+        [f"wanet<br>{stats.EXPORTED}", "**no**", "2.5", "1.2", "100.0 (1 of 2 seeds)", "25.0±35.4", "50.0 (1 of 2 seeds)", "10.0"],
+        ["sig", "yes", "failed", DASH, DASH, DASH, DASH, "10.0"],
     ]
     assert f"Attacks marked *{stats.EXPORTED}*" in written["detectors-train.md"]
     first = next(csv.DictReader(io.StringIO(written["detectors-train.csv"])))

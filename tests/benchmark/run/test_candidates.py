@@ -20,7 +20,7 @@ from benchmark.settings.load import load_matrix
 from benchmark.storage.store import Entry, Store
 from defenses.base import Candidate, DefenderView, Defense, Knowledge
 from models.backbone import Network
-from models.spec import BadInput
+from models.spec import BadInput, generator
 from models.units import Scope, unit_layers
 
 TINY = """
@@ -87,6 +87,7 @@ class Other(Defense):
     name: ClassVar[str] = "other"
 
     isolated: ClassVar[torch.Tensor | None] = None
+    suspicion: ClassVar[torch.Tensor | None] = None
 
     @property
     def needs(self) -> Knowledge:
@@ -95,7 +96,7 @@ class Other(Defense):
     def candidates(self, view: DefenderView) -> Iterator[Candidate]:
         net = view.fresh(1)
         head = torch.nn.Sequential(torch.nn.Linear(16, 40), torch.nn.ReLU(), torch.nn.Linear(40, view.num_classes))
-        yield Candidate(Network(net.normalise, net.features, head).eval(), isolated=self.isolated)
+        yield Candidate(Network(net.normalise, net.features, head).eval(), isolated=self.isolated, suspicion=self.suspicion)
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,22 @@ def test_a_detector_that_is_no_better_than_chance_is_marked(place: Place, hits: 
     row = place.rows(outcome, Other())["default"]
     assert row.mark == ("mechanism failed" if failed else "")
     assert failed == (not (taken and hits / taken > base))
+    poisoned, clean = int((role == 1).sum()), int((role != 1).sum())
+    assert row.auroc == pytest.approx((hits / poisoned + 1 - (taken - hits) / clean) / 2)
+
+
+def test_the_order_of_suspicion_has_its_auroc(place: Place) -> None:
+    """Against a count of pairs; ties are half."""
+    role = place.victim.poisoned.role
+    Other.isolated = torch.zeros(len(role), dtype=torch.bool)
+    Other.suspicion = torch.randint(0, 9, (len(role),), generator=generator(0, "suspicion")).float()
+    try:
+        row = place.rows(place.run(Other(), track=replace(place.cells[1].track, grants=Knowledge.TRAIN)), Other())["default"]
+        pairs = [float(a > b) + 0.5 * float(a == b) for a in Other.suspicion[role == 1] for b in Other.suspicion[role != 1]]
+    finally:
+        Other.suspicion = None
+    assert row.auroc == pytest.approx(sum(pairs) / len(pairs))
+    assert place.rows(place.run(Knobbed()), Knobbed())["default"].auroc != row.auroc
 
 
 def test_an_unfinished_default_is_a_failure_with_its_reason(place: Place) -> None:
