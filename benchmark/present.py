@@ -30,8 +30,10 @@ __all__ = [
 
 COMMITTED = "results"
 """Name of the folder whose rows are committed."""
-FRONT = "quick"
-"""The matrix whose leaderboard is on the project's front page."""
+FRONT = "cifar10-cpu"
+"""The matrix whose leaderboard is on the project's front page, and"""
+FRONT_EXHIBIT = "reproduction"
+"""the exhibit of that matrix below it."""
 GALLERY = "triggers"
 """File stem of the trigger gallery: the one figure that rows alone cannot give."""
 Frames = tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]
@@ -103,8 +105,10 @@ def draw_report(folder: Path, console: Console) -> None:
     rows = _frames(folder)[0]
     write_report(folder, rows, _title(folder), description=_setting(folder, "about"))
     if folder.parent.name == COMMITTED:
-        for block in ["headline"] * (folder.name == FRONT) + [f"words:{folder.name}"]:
-            write_front(folder.parent.parent / "README.md", rows, f"{COMMITTED}/{folder.name}", block)
+        front, place = folder.parent.parent / "README.md", f"{COMMITTED}/{folder.name}"
+        if folder.name == FRONT:
+            write_front(front, rows, place, "headline", FRONT_EXHIBIT)
+        write_front(front, rows, place, f"words:{folder.name}")
     console.print(f"report: {folder / 'README.md'}", highlight=False)
 
 

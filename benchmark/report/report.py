@@ -236,19 +236,24 @@ def _about(rows: pd.DataFrame, folder: Path) -> str:
     return "; ".join([f"{ran['dataset']}, {sizes}", seeds, words.gate_words(rows), *[", ".join(made)] * bool(made)])
 
 
-def write_front(readme: Path, rows: pd.DataFrame, folder: str, block: str) -> bool:
+def write_front(readme: Path, rows: pd.DataFrame, folder: str, block: str, exhibit: str = "") -> bool:
     """Puts a matrix's picture, :func:`finding` and a line about the matrix between the markers ``<!-- block:begin -->`` and
     ``<!-- block:end -->`` of a page that has them; True when the page changed.
 
     Args:
         readme: the page. rows: of the matrix. folder: its results, as the page's links name it. block: name of the markers.
+        exhibit: name of an exhibit of the matrix whose picture, where it was drawn, is shown below.
     """
     place, picture = readme.parent / folder, f"{folder}/plots/leaderboard.png"
+    results, title = folder.rpartition("/")[0], exhibit.capitalize()
+    beside = {"title": title, "picture": f"{results}/exhibits/{exhibit}.png", "link": f"{results}/EXHIBITS.md#{exhibit}"}
+    drawn = bool(exhibit) and (readme.parent / beside["picture"]).is_file()
 
     def content() -> str:
         return rendered(
             "front.md", name=place.name, folder=folder, sentences=finding(rows), about=_about(rows, place),
-            picture=picture if (readme.parent / picture).is_file() else "", stale=f" {STALE_WORDS}" if stale(place) else "",
+            picture=picture if (readme.parent / picture).is_file() else "", exhibit=beside if drawn else None,
+            stale=f" {STALE_WORDS}" if stale(place) else "",
         )  # fmt: skip
 
     return write_block(readme, block, content)

@@ -145,6 +145,13 @@ def test_the_front_page_gets_the_finding_between_its_markers_and_only_there(tmp_
     assert report.write_front(page, rows, "results/m", "headline") is True
     assert "](results/m/plots/leaderboard.png)](results/m/README.md)\n\n- 1 of 2" in page.read_text()
     assert "; torch 2.9.\n" in page.read_text()
+    drawn = tmp_path / "results" / "exhibits" / "reproduction.png"
+    assert report.write_front(page, rows, "results/m", "headline", "reproduction") is False, "the exhibit was not drawn"
+    drawn.parent.mkdir()
+    drawn.touch()
+    assert report.write_front(page, rows, "results/m", "headline", "reproduction") is True
+    beside = "[![Reproduction: m](results/exhibits/reproduction.png)](results/EXHIBITS.md#reproduction)"
+    assert f"](results/m/README.md) {beside}\n\n- 1 of 2" in page.read_text()
     page.write_text("no markers")
     assert report.write_front(page, rows, "results/m", "headline") is False
     assert report.write_front(tmp_path / "none.md", rows, "results/m", "headline") is False
