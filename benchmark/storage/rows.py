@@ -197,6 +197,8 @@ CELL = (
     "extractor_epochs", "dial_name",
 )  # fmt: skip
 """Columns of ``cells.csv``: what all rows and candidates of a cell share."""
+LATER = ("auroc",)
+"""Columns that files of an earlier version lack: read as not measured, so that a run goes on in an older folder of results."""
 TYPES: Mapping[str, str] = {"scenario": "str", **{f.name: str(f.type) for kind in (Row, Curve, Timing) for f in fields(kind)}}
 
 T = TypeVar("T", Row, Curve, Timing)
@@ -342,7 +344,7 @@ def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
             warnings.simplefilter("error", pd.errors.ParserWarning)  # a row longer than the header
             warnings.simplefilter("error", RuntimeWarning)  # no whole number is infinite
             header = pd.read_csv(path, nrows=0, index_col=False)
-            missing = [name for name in wanted if name not in header.columns]
+            missing = [name for name in wanted if name not in (*header.columns, *LATER)]
             if missing:
                 raise BadInput(f"{path}: column {missing[0]!r} is missing")
             table = pd.read_csv(path, dtype=types, keep_default_na=False, na_values=missing_as, index_col=False)
@@ -353,6 +355,7 @@ def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     except (ValueError, TypeError, OverflowError, OSError, RuntimeWarning) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadInput(f"{path}: not a rows file: {reason}") from error
+    table = table.assign(**{name: math.nan for name in wanted if name not in table.columns})
     for name, text in wanted.items():
         if text not in numbers and table[name].isna().any():
             raise BadInput(f"{path}: not a rows file: a row ends before its column {name!r}")

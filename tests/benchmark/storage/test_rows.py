@@ -110,6 +110,18 @@ def test_missing_files_columns_cells_and_nonsense(tmp_path: Path) -> None:
         read(rows, Row)
 
 
+def test_files_from_before_a_column_existed_are_read_with_it_empty(tmp_path: Path) -> None:
+    write(tmp_path, [ROW], [], [])
+    path = tmp_path / "rows.csv"
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    for name in storage.LATER:
+        table.drop(columns=name).to_csv(path, index=False)
+        assert math.isnan(read(path, Row).iloc[0][name])
+    table.drop(columns="acc").to_csv(path, index=False)
+    with pytest.raises(BadInput, match="column 'acc' is missing"):
+        read(path, Row)
+
+
 def test_unwritable_folder_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match="cannot be written"):
