@@ -195,11 +195,12 @@ def _lowered(ranked: pd.DataFrame) -> str:
     below = ranked[(ranked["asr"] < IMPLANTED_ASR) & ~_idle(ranked)].sort_values("asr", kind="stable")
     names = [f"{markdown(line['defense'])} ({_percent(line['asr'])})" for _, line in below.iterrows()]
     more = [f"{len(names) - 4} more"] * (len(names) > 4)
-    where = " and ".join(dict.fromkeys(map(markdown, below["track"])))
+    *first, last = dict.fromkeys(map(markdown, below["track"])) or [""]
+    where = f"s {', '.join(first)} and {last}" if first else f" {last}"
     return (
         f"{len(below) or 'None'} of {len(ranked)} entries (a defense and its scope) {'take' if len(below) > 1 else 'takes'} the "
         f"mean attack success rate (ASR) below {100 * IMPLANTED_ASR:g} %"
-        + (f": {', '.join(names[:4] + more)}, in the track {where}." if names else ".")
+        + (f": {', '.join(names[:4] + more)}, in the track{where}." if names else ".")
     )
 
 
