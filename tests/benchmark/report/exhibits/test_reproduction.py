@@ -52,7 +52,8 @@ def line(source: Source, defense: str) -> dict[str, object]:
     return dict(table[table["defense"] == defense].iloc[0])
 
 
-def test_every_verdict_is_in_the_table_with_what_it_rests_on() -> None:
+def test_every_verdict_is_in_the_table_with_what_it_rests_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rule, "reasons", list)  # whatever is on file
     # By the files: CLP at 10 % has 77.6 on BadNets, 99.7 on Blended, 2.2 on BPP; ANP 3.8, 57.4, 0.2; fine-tuning 1.7, 96.1, 2.5.
     source = given({("clp", "badnets 10 %"): 0.02, ("clp", "bpp"): 0.03, ("anp", "badnets 10 %"): 0.02, ("anp", "bpp"): 0.5,
                     ("anp", "blended 10 %"): 0.7, ("fine-tuning", "badnets 10 %"): 0.4, ("fine-tuning", "bpp"): 0.5},
