@@ -31,9 +31,9 @@ __all__ = [
 COMMITTED = "results"
 """Name of the folder whose rows are committed."""
 FRONT = "cifar10-cpu"
-"""The matrix whose leaderboard is on the project's front page, and"""
+"""The matrix whose leaderboard is on the project's front page."""
 FRONT_EXHIBIT = "reproduction"
-"""the exhibit of that matrix below it."""
+"""The exhibit of that matrix whose picture is beside it."""
 GALLERY = "triggers"
 """File stem of the trigger gallery: the one figure that rows alone cannot give."""
 Frames = tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]

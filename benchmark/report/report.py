@@ -243,7 +243,7 @@ def write_front(readme: Path, rows: pd.DataFrame, folder: str, block: str, exhib
 
     Args:
         readme: the page. rows: of the matrix. folder: its results, as the page's links name it. block: name of the markers.
-        exhibit: name of an exhibit of the matrix whose picture, where it was drawn, is shown below.
+        exhibit: name of an exhibit of the matrix whose picture, where it was drawn, is shown beside it.
     """
     place, picture = readme.parent / folder, f"{folder}/plots/leaderboard.png"
     results, title = folder.rpartition("/")[0], exhibit.capitalize()

@@ -118,7 +118,12 @@ def test_small_clusters_are_removed_and_a_network_trained_on_the_rest(net_of, vi
     view = view_of(method, train=poisoned)
     offered = list(method.candidates(view))
     assert [(c.dial, c.is_default) for c in offered] == [(0.25, True), (0.5, False), (0.29, False)]
+    suspected = []  # one minus the share of the label's samples that are in the same cluster
+    for place, label in enumerate(poisoned.labels.tolist()):
+        share = STRANGE[label] / int((poisoned.labels == label).sum())
+        suspected.append(1 - share if place >= 40 else share)
     for candidate, labels in zip(offered, (2, 4, 3), strict=True):
+        torch.testing.assert_close(candidate.suspicion, torch.tensor(suspected, dtype=torch.float64), rtol=1e-6, atol=0)
         expected = (torch.arange(len(poisoned)) >= 40) & (poisoned.labels < labels)
         assert torch.equal(candidate.isolated, expected)
         assert candidate.note == f"a cluster of {labels} of 4 labels removed"

@@ -81,7 +81,9 @@ def test_the_inner_step_is_holder_pruning(net_of, data_of):
     z = embeddings(net, data)
     eps = 0.1 * float(z.norm(dim=1).median()) / math.sqrt(6)
     layers = unit_layers(net, Scope.HEAD)
-    scores = holder_constants(net, layers, [(z, data.labels)], alpha=0.5, radii=[eps], clip=False, space="feature")
+    scores = holder_constants(
+        net, layers, [(z, data.labels)], alpha=0.5, radii=[eps], clip=False, space="feature"
+    )
     found = TINY.constants(net, data, 0)
     torch.testing.assert_close(found["head.0"], scores["head.0"], rtol=1e-4, atol=1e-7)
     method = replace(TINY, rule="top-p", share=0.5)

@@ -54,6 +54,10 @@ def test_the_share_of_every_label_is_removed_and_a_network_trained_on_the_rest(n
     assert [(c.dial, c.is_default) for c in offered] == [(0.3, True), (0.15, False)]
     with torch.no_grad():
         z = net_of().embed(to_float(data.images)).double().numpy()
+    suspected = np.zeros(32)
+    for label in range(4):
+        members = np.flatnonzero(data.labels.numpy() == label)
+        suspected[members] = slow_scores(z[members])
     for candidate, count in zip(offered, (2, 1), strict=True):  # floor(0.3 * 8), floor(0.15 * 8)
         expected = set()
         for label in range(4):
@@ -61,6 +65,7 @@ def test_the_share_of_every_label_is_removed_and_a_network_trained_on_the_rest(n
             expected |= set(members[np.argsort(-slow_scores(z[members]))[:count]].tolist())
         assert set(torch.nonzero(candidate.isolated).flatten().tolist()) == expected
         assert candidate.strength == 4 * count
+        np.testing.assert_allclose(candidate.suspicion.numpy(), suspected, rtol=1e-3, atol=1e-7)
         twin = net_of(derive_seed(view.seed, "spectral-signatures", "weights"))
         seed = derive_seed(view.seed, "spectral-signatures", "batches")
         fit(Classifier(twin, view.recipe), data.subset(~candidate.isolated), view.recipe, seed)

@@ -16,27 +16,11 @@ from benchmark.settings.load import load_matrix
 from benchmark.storage.networks import stored_network
 from benchmark.storage.store import Store
 from models.training import Diverged
+from tests.benchmark.run.test_budgets import TINY
 
-TEXT = """
-title = "tiny"
-seeds = [0, 1]
-[dataset]
-source = "digits"
-clean_fraction = 0.2
-train_limit = 200
-test_limit = 40
-[recipe]
-epochs = 1
-batch = 32
-lr = 0.05
-crop = 1
-flip = false
-[[backbone]]
-name = "vgg11-bn"
-width = 2
-hidden = 8
-[[attack]]
-name = "badnets"
+TEXT = (
+    TINY[: TINY.index("[[defense]]")].replace("seeds = [0]", "seeds = [0, 1]")
+    + """
 [[attack]]
 name = "blended"
 [[defense]]
@@ -44,6 +28,7 @@ name = "training-from-scratch"
 epochs = 2
 budgets = [0.1, 0.2]
 """
+)
 
 
 @pytest.fixture
