@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmark.storage.files import write_text
+from benchmark.storage.machine import cores
 from benchmark.storage.rows import FILES, Curve, Key, Row, Timing, read
 from models.spec import BadInput
 
@@ -78,7 +79,7 @@ def draw_plots(folder: Path, console: Console) -> None:
     """Writes ``plots/`` beside the rows (the trigger gallery needs the stored victims: it is drawn at the end of a run)."""
     from benchmark.report.charts import write_plots
 
-    written = write_plots(*_frames(folder), folder, _title(folder))
+    written = write_plots(*_frames(folder), folder, _title(folder), cores())
     _only(folder / "plots", written, keep=GALLERY)
     console.print(f"{len(written)} figures in {folder / 'plots'}", highlight=False)
 
@@ -116,7 +117,7 @@ def draw_exhibits(results: Path, console: Console) -> None:
     """Writes the page of exhibits and their files; it reads the rows of every matrix that has some."""
     from benchmark.report.exhibits.write import write_exhibits
 
-    page = write_exhibits(results)[-1]
+    page = write_exhibits(results, cores())[-1]
     console.print(f"exhibits: {page}", highlight=False)
 
 

@@ -8,7 +8,8 @@ Vocabulary
     measured in another track are repeated, with the track they come from.
 
 Seeds are averaged inside a scenario first, then scenarios are averaged: a scenario with more seeds weighs no more. Refused and
-failed cells never enter a mean; in the ranking of a scenario they share the last place, so that failing is never an advantage.
+failed cells never enter a mean; in the ranking of a scenario they share the last place, so that failing is never an advantage. An
+entry that was run on fewer scenarios than others of its track is not ranked: its mean is one over other scenarios.
 """
 
 from __future__ import annotations
@@ -193,14 +194,23 @@ def seed_means(table: pd.DataFrame, column: str) -> pd.DataFrame:
     return means.reindex(index=blocks, columns=wanted)
 
 
+def _run_everywhere(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of entries that have a row, of whatever status, in every scenario of the table."""
+    run = table.drop_duplicates([*SCENARIO, *ENTRY]).groupby(ENTRY)[ENTRY[0]].transform("size")
+    wanted = len(table.drop_duplicates(SCENARIO))
+    kept = set(table.loc[run[run == wanted].index, ENTRY].itertuples(index=False, name=None))
+    return table.loc[[entry in kept for entry in table[ENTRY].itertuples(index=False, name=None)]]
+
+
 def average_ranks(rows: pd.DataFrame, track: str, selection: str) -> dict[tuple[str, str], float]:
     """Mean over implanted scenarios of each competing entry's rank by seed-averaged RA (1 = best, ties share the mean rank).
 
-    Where an entry has no value (refused, failed, not run) it shares the last places. Empty when nothing is implanted.
+    Where an entry has no value (refused, failed) it shares the last places. An entry that was not run in a scenario in which others
+    of the track were has no rank. Empty when nothing is implanted.
     """
     table = field(rows, track)
     table = implanted_worlds(table[table["selection"] == selection])
-    table = table[table["role"] == "defense"]
+    table = _run_everywhere(table[table["role"] == "defense"])
     if table.empty:
         return {}
     values = seed_means(table, RANK_KEY).fillna(-np.inf).to_numpy()
@@ -222,15 +232,17 @@ def leaderboard(rows: pd.DataFrame, track: str, selection: str) -> pd.DataFrame:
     """One line per entry of the track's field: competing entries by average rank, then the reference, then the controls.
 
     Columns: ``role``, ``defense``, ``scope``, ``source``, ``place`` (1 = best; 0 = not ranked), ``rank`` (average rank, NaN = not
-    ranked), ``cells_ok``, ``cells`` (cells of implanted worlds), ``scenarios_ok``, ``reasons``, ``missing``
-    (``refused``, ``failed`` or both), then ``acc``, ``asr``, ``ra``,
-    ``der``, ``d_acc``, ``d_asr``, ``d_ra`` (differences to the undefended model), each with ``_low`` and ``_high``, then
+    ranked), ``cells_ok``, ``cells`` (cells of implanted worlds), ``scenarios_ok``, ``scenarios_run`` (with a row, whatever its
+    status), ``scenarios`` (implanted ones of the matrix), ``reasons``, ``missing`` (``refused``, ``failed`` or both), then
+    ``acc``, ``asr``, ``ra``, ``der``, ``d_acc``, ``d_asr``, ``d_ra`` (differences to the undefended model), each with ``_low`` and
+    ``_high``, then
     ``pruned``, ``units``, ``cost_epochs`` (means of scenario means), then how many finished cells are marked ``no_change`` or
     ``mechanism_failed``, and in how many the untouched model was ``kept``. Choices with hindsight are never ranked.
     """
     table = field(rows, track)
     table = _with_deltas(implanted_worlds(table[table["selection"] == selection]))
     ranks = {} if selection in HINDSIGHT else average_ranks(rows, track, selection)
+    every = int(scenarios(rows)["implanted"].sum())
     lines = []
     for position, (defense, scope) in enumerate(entries(table)):
         mine = table[(table["defense"] == defense) & (table["scope"] == scope)]
@@ -238,8 +250,9 @@ def leaderboard(rows: pd.DataFrame, track: str, selection: str) -> pd.DataFrame:
         line: dict[str, object] = {
             "role": mine["role"].iloc[0], "defense": defense, "scope": scope, "source": mine["source"].iloc[0],
             "rank": ranks.get((defense, scope), math.nan), "cells_ok": len(good), "cells": len(mine),
-            "scenarios_ok": good[SCENARIO].drop_duplicates().shape[0], "reasons": _reasons(mine),
-            "missing": _missing(mine), "position": position,
+            "scenarios_ok": good[SCENARIO].drop_duplicates().shape[0],
+            "scenarios_run": mine[SCENARIO].drop_duplicates().shape[0], "scenarios": every,
+            "reasons": _reasons(mine), "missing": _missing(mine), "position": position,
         }  # fmt: skip
         measured = _stratified(good, _METRICS)
         for name in _METRICS:

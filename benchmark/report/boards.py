@@ -113,7 +113,9 @@ def leaderboard(rows: pd.DataFrame) -> Figure | None:
         return bool(line["role"] == "defense" and line["cells_ok"] and line["no_change"] >= line["cells_ok"])
 
     def named(line: pd.Series) -> str:
-        return wrapped(names[line["defense"], line["scope"]], 40 if idle(line) else 44, 1) + (": no change" if idle(line) else "")
+        run, every = int(line["scenarios_run"]), int(line["scenarios"])
+        rest = f" ({run} of {every})" * (run < every) + ": no change" * idle(line)
+        return f"{wrapped(names[line['defense'], line['scope']], 44 - len(rest), 1)}{rest}"
 
     panels = []
     for head, part in parts:
@@ -125,8 +127,10 @@ def leaderboard(rows: pd.DataFrame) -> Figure | None:
         panels.append(DotPanel(head, across, tuple(map(named, lines)), series, letters=missing))
     bars = ", bars: 95 % intervals over seeds" if any(part["ra_low"].notna().any() for _, part in parts) else ""
     unchanged = any(idle(line) for _, part in parts for _, line in part.iterrows())
+    partial = any((part["scenarios_run"] < part["scenarios"]).any() for _, part in parts)
     note = (f"Means over implanted scenarios{bars}; order: average rank by RA; {gate_words(rows)}"
-            f"{'; no change: the defense changed no model' if unchanged else ''}.")  # fmt: skip
+            f"{'; no change: the defense changed no model' if unchanged else ''}"
+            f"{'; (2 of 9): run on two of nine scenarios, so neither ranked nor comparable' if partial else ''}.")  # fmt: skip
     return Dots(tuple(panels), note, marks=_BOARD, width=6.2, row=0.235)
 
 

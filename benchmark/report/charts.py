@@ -18,7 +18,7 @@ from benchmark.analysis.intervals import Interval
 from benchmark.report import boards
 from benchmark.report.boards import HATCH, LETTER_KEY, LETTERS, METRICS, cells_of, names_of, only, places_of, rows_at
 from benchmark.report.figures import DotPanel, Dots, Figure, Gallery, Key, Mark
-from benchmark.report.render import draw
+from benchmark.report.render import Picture, draw, draw_all
 from benchmark.report.style import MARKERS, Look, looks, wrapped
 from benchmark.report.text import plain, slug
 from benchmark.storage.files import write_bytes
@@ -184,7 +184,9 @@ def _published(rows: pd.DataFrame, track: str) -> Figure | None:
 # -- everything ----------------------------------------------------------------------------------------------------------------
 
 
-def write_plots(rows: pd.DataFrame, curves: pd.DataFrame, timings: pd.DataFrame, folder: Path, title: str) -> list[Path]:
+def write_plots(
+    rows: pd.DataFrame, curves: pd.DataFrame, timings: pd.DataFrame, folder: Path, title: str, processes: int = 1
+) -> list[Path]:
     """Draws every figure of a matrix below ``folder/plots`` and returns the paths (PNG and SVG of each), in reading order.
 
     Figures that would be empty (no dial anywhere, no timing, nothing isolated) are not written.
@@ -193,15 +195,16 @@ def write_plots(rows: pd.DataFrame, curves: pd.DataFrame, timings: pd.DataFrame,
         rows, curves, timings: as :func:`benchmark.storage.rows.read` returns them.
         folder: the matrix's results folder.
         title: of the matrix, for the figures' titles.
+        processes: that draw, see :func:`benchmark.report.render.draw_all`.
 
     Raises:
         BadInput: the folder cannot be written.
     """
-    written: list[Path] = []
+    pictures: list[Picture] = []
 
     def put(name: str, figure: Figure | None, words: str) -> None:
         if figure is not None:
-            written.extend(draw(figure, f"{plain(title)}: {words}", folder / "plots" / name))
+            pictures.append(Picture(figure, f"{plain(title)}: {words}", folder / "plots" / name))
 
     put("leaderboard", boards.leaderboard(rows), "leaderboard")
     put("attacks", boards.undefended(rows), "the undefended models")
@@ -222,7 +225,7 @@ def write_plots(rows: pd.DataFrame, curves: pd.DataFrame, timings: pd.DataFrame,
         if finished:
             put(f"published-{tail}", _published(rows, track), f"{words}, published beside measured")
     put("selection-gap", boards.gaps_below_oracle(rows), "what choosing with the test set is worth")
-    return written
+    return draw_all(pictures, processes)
 
 
 # -- triggers ------------------------------------------------------------------------------------------------------------------

@@ -7,14 +7,17 @@ around it; the title is above, the key and the note are below.
 from __future__ import annotations
 
 import io
+import multiprocessing
 import re
+import signal
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -29,10 +32,23 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Sheet
 
-__all__ = ["draw", "sheet", "style"]
+__all__ = ["Picture", "draw", "draw_all", "sheet", "style"]
 
 _DPI = 120
 _MIN_WIDTH = 7.0
+_SEVERAL = 8
+"""Pictures from which on starting processes takes less time than drawing them one by one."""
+_MOST = 4
+"""Processes that draw."""
+
+
+class Picture(NamedTuple):
+    """What :func:`draw` is given."""
+
+    figure: Figure
+    title: str
+    stem: Path
+    known: Looks | None = None
 
 
 @contextmanager
@@ -198,3 +214,23 @@ def draw(figure: Figure, title: str, stem: Path, known: Looks | None = None, *, 
     write_bytes(written[0], png.getvalue())
     write_bytes(written[1], re.sub(r" *<!--.*?-->\n?", "", svg.getvalue(), flags=re.DOTALL).encode())
     return written
+
+
+def draw_all(pictures: Sequence[Picture], processes: int = 1) -> list[Path]:
+    """:func:`draw` of several pictures; all paths, in the same order.
+
+    Args:
+        processes: that draw, at most four; copies of this one, since importing what draws takes longer than a picture.
+
+    Raises:
+        BadInput: the folder cannot be written.
+    """
+    if len(pictures) < _SEVERAL or processes < 2:
+        return [path for picture in pictures for path in draw(*picture)]
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(min(processes, _MOST), context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        return [path for paths in pool.map(_drawn, pictures) for path in paths]
+
+
+def _drawn(picture: Picture) -> list[Path]:
+    return draw(*picture)

@@ -79,6 +79,18 @@ def _idle(board: pd.DataFrame) -> pd.Series:
     return board["no_change"] >= board["cells_ok"]
 
 
+def _partial(board: pd.DataFrame) -> pd.Series:
+    """Which entries were run in some of the implanted scenarios only: their means are not comparable with the others'."""
+    return board["scenarios_run"] < board["scenarios"]
+
+
+def _elsewhere(partial: pd.DataFrame) -> str:
+    """ "Run on 2 of 13 scenarios, so not compared here: i-bau (whole) and sau (whole)."; empty where there is no such entry."""
+    parts = [f"on {run} of {every} scenarios {_entries(mine)}" for (run, every), mine in
+             partial.groupby(["scenarios_run", "scenarios"], sort=False)]  # fmt: skip
+    return f"Not compared here, since run on fewer scenarios: {'; '.join(parts)}." if parts else ""
+
+
 def _controls(board: pd.DataFrame) -> pd.DataFrame:
     return board[(board["role"] == "control") & board["ra"].notna()]
 
@@ -116,16 +128,17 @@ def summary(rows: pd.DataFrame, track: str) -> str:
     incomplete = ranked[ranked["cells_ok"] < ranked["cells"]]
     return " ".join([
         f"Best average rank by RA{among}: **{markdown(entry(best))}**{tied}, with RA {_figure(best)} over {of}.",
-        *[f"Marks: {marks} cells."] * bool(marks),
+        *[f"Marks: {marks}."] * bool(marks),
         *[f"A higher mean RA, with a worse average rank: {_with_figures(higher)}."] * bool(len(higher)),
         *_against_controls(best, _controls(board)),
         *[f"Incomplete (a missing scenario counts as last place): {_entries(incomplete)}."] * bool(len(incomplete)),
+        *filter(None, [_elsewhere(board[(board["role"] == "defense") & (board["place"] == 0)])]),
     ])  # fmt: skip
 
 
 def _below_the_gate(ranked: pd.DataFrame, active: pd.DataFrame) -> str:
     """Which entries take the mean ASR below the line at which an attack counts."""
-    below = active[active["asr"] < IMPLANTED_ASR].sort_values("asr", kind="stable")
+    below = active[active["asr"] < IMPLANTED_ASR].sort_values("ra", ascending=False, kind="stable")
     named = "; ".join(
         f"{markdown(entry(line))} leaves ASR {_percent(line['asr'])} at ACC {_percent(line['acc'])}" for _, line in below.iterrows()
     )
@@ -173,8 +186,9 @@ def plain_words(rows: pd.DataFrame) -> str:
     lines = []
     for track in stats.tracks(rows):
         board = stats.leaderboard(rows, track, stats.headline(rows, track))
-        ranked = board[(board["role"] == "defense") & (board["cells_ok"] > 0)] if len(board) else board
+        ran = board[(board["role"] == "defense") & (board["cells_ok"] > 0)] if len(board) else board
         sentences = [words.NOTHING if board.empty else "No competing defense finished a cell."]
+        ranked, partial = (ran[~_partial(ran)], ran[_partial(ran)]) if len(ran) else (ran, ran)
         if len(ranked):
             idle = ranked[_idle(ranked)]
             sentences = [
@@ -183,6 +197,8 @@ def plain_words(rows: pd.DataFrame) -> str:
                 *[f"No model was changed in any cell by {_entries(idle)}."] * bool(len(idle)),
                 *_isolated(rows, track, ranked),
             ]
+        if len(partial):
+            sentences = [*(sentences if len(ranked) else _isolated(rows, track, partial)), _elsewhere(partial)]
         lines.append(f"- **{markdown(track)}**: {' '.join(sentences)}\n")
     return "".join(lines)
 
@@ -192,8 +208,9 @@ def plain_words(rows: pd.DataFrame) -> str:
 
 def _lowered(ranked: pd.DataFrame) -> str:
     """Which entries of all tracks take the mean ASR below the line at which an attack counts."""
-    below = ranked[(ranked["asr"] < IMPLANTED_ASR) & ~_idle(ranked)].sort_values("asr", kind="stable")
-    names = [f"{markdown(line['defense'])} ({_percent(line['asr'])})" for _, line in below.iterrows()]
+    below = ranked[(ranked["asr"] < IMPLANTED_ASR) & ~_idle(ranked)].sort_values("ra", ascending=False, kind="stable")
+    figures = [f"ASR {_percent(line['asr'])}, RA {_percent(line['ra'])}" for _, line in below.iterrows()]
+    names = [f"{markdown(name)} ({words})" for name, words in zip(below["defense"], figures, strict=True)]
     more = [f"{len(names) - 4} more"] * (len(names) > 4)
     *first, last = dict.fromkeys(map(markdown, below["track"])) or [""]
     where = f"s {', '.join(first)} and {last}" if first else f" {last}"
@@ -213,9 +230,12 @@ def finding(rows: pd.DataFrame) -> list[str]:
     if not found:
         return [words.NOTHING]
     boards = pd.concat(found, ignore_index=True)
-    ranked = boards[(boards["role"] == "defense") & (boards["cells_ok"] > 0)]
-    if ranked.empty:
+    ran = boards[(boards["role"] == "defense") & (boards["cells_ok"] > 0)]
+    if ran.empty:
         return ["No competing defense finished a cell on an implanted scenario."]
+    ranked, partial = ran[~_partial(ran)], ran[_partial(ran)]
+    if ranked.empty:
+        return [_elsewhere(partial)]
     sentences = [_lowered(ranked), *(_matched(line, ranked) for _, line in _telling(boards).iloc[-1:].iterrows())]
     both = ranked.dropna(subset=["ra", "ra_oracle"])
     if len(both):
@@ -223,7 +243,7 @@ def finding(rows: pd.DataFrame) -> list[str]:
             "Choosing every setting on the test set would raise the mean robust accuracy (RA) of these entries from "
             f"{_percent(both['ra'].mean())} to {_percent(both['ra_oracle'].mean())}; no defender can choose so."
         )
-    return sentences
+    return [*sentences, *[_elsewhere(partial)] * bool(len(partial))]
 
 
 def _about(rows: pd.DataFrame, folder: Path) -> str:

@@ -162,14 +162,17 @@ def caption(rows: pd.DataFrame, title: str, track: str, selection: str) -> str:
 
 
 def mark_words(line: Line) -> str:
-    """In how many of an entry's finished cells nothing was changed, the model was kept, or a detector failed; else nothing.
+    """In how many of the scenarios an entry was run, where not in all; in how many of its finished cells nothing was changed, the
+    model was kept, or a detector failed.
 
     A kept model is also an unchanged one; such cells are counted as kept only.
     """
+    run, every = int(line["scenarios_run"]), int(line["scenarios"])
     cells = int(line["cells_ok"])
     counts = Counter({"no change": int(line["no_change"]) - int(line["kept"]), "kept untouched": int(line["kept"]),
                       "mechanism failed": int(line["mechanism_failed"])})  # fmt: skip
-    return ", ".join(f"{words} in {count} of {cells}" for words, count in counts.items() if count > 0)
+    marks = [f"{words} in {count} of {cells}" for words, count in counts.items() if count > 0]
+    return ", ".join([f"run on {run} of {every} scenarios"] * (run < every) + marks)
 
 
 def units_text(line: Line) -> str:

@@ -28,6 +28,7 @@ import torch
 
 from benchmark.run.plan import Plan, Stage
 from benchmark.settings.load import load_matrix
+from benchmark.storage.machine import cores
 from benchmark.storage.store import Busy, Store
 from models.progress import hearing
 from models.spec import BadInput
@@ -69,11 +70,6 @@ class Watcher(Protocol):
     def finished(self, worker: int, label: str, kind: str) -> None: ...
     def put_back(self, worker: int) -> None: ...
     def note(self, line: str) -> None: ...
-
-
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def places() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -10,10 +11,15 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["arithmetic", "has_bfloat16", "sources", "versions"]
+__all__ = ["arithmetic", "cores", "has_bfloat16", "sources", "versions"]
 
 VERSIONED = ("torch", "torchvision", "pytorch-lightning", "numpy", "scipy", "scikit-learn", "pandas", "safetensors")
 PACKAGES = ("attacks", "benchmark", "defenses", "models")
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def versions() -> dict[str, str]:

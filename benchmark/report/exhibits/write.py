@@ -19,7 +19,7 @@ from benchmark.analysis.stats import headline, tracks
 from benchmark.report.exhibits.catalogue import EXHIBITS
 from benchmark.report.exhibits.evidence import Column, Exhibit, Missing, NotRun, Source
 from benchmark.report.exhibits.wording import Words, words_of
-from benchmark.report.render import draw
+from benchmark.report.render import Picture, draw_all
 from benchmark.report.style import looks
 from benchmark.report.text import bracketed, csv_text, latex, latex_table, markdown, number_text, percent_text, pipe_table, plain
 from benchmark.report.words import GATE_WORDS, gate_words, setting_words
@@ -166,8 +166,8 @@ finding. The attack-validity gate: {GATE_WORDS}. `make paper` redraws this page.
 """
 
 
-def _exhibited(exhibit: Exhibit, source: Source, folder: Path, written: list[Path]) -> str:
-    """Writes the files of one exhibit; returns its part of the page."""
+def _exhibited(exhibit: Exhibit, source: Source, folder: Path, written: list[Path], pictures: list[Picture]) -> str:
+    """Writes the tables of one exhibit and adds its picture to those to draw; returns its part of the page."""
     table = exhibit.answer.frame(source)
     words = wording(exhibit, table)
     text, stem = caption(exhibit, source, words.about), folder / exhibit.name
@@ -179,20 +179,22 @@ def _exhibited(exhibit: Exhibit, source: Source, folder: Path, written: list[Pat
         write_text(written[-1], content)
     figure = exhibit.answer.figure(table)
     if figure is not None:
-        written += draw(figure, f"{exhibit.title}: {setting_words(source.rows)['dataset']}", stem, looks(source.rows))
+        title = f"{exhibit.title}: {setting_words(source.rows)['dataset']}"
+        pictures.append(Picture(figure, title, stem, looks(source.rows)))
     picture = f"![{exhibit.title}]({_FOLDER}/{exhibit.name}.png)\n\n" if figure is not None else ""
     links = ", ".join(f"[{suffix}]({_FOLDER}/{exhibit.name}.{suffix})" for suffix in files)
     rows = f"[{exhibit.matrix}]({exhibit.matrix}/rows.csv), `{command(exhibit)}`"
     return f"{picture}{words.text}\n\n{brief_table(exhibit, table, words)} Rows: {rows}. Files: {links}.\n"
 
 
-def write_exhibits(results: Path) -> list[Path]:
+def write_exhibits(results: Path, processes: int = 1) -> list[Path]:
     """Writes ``EXHIBITS.md`` and the folder ``exhibits`` below ``results``; returns every path written, the page last.
 
     Raises:
         BadInput: stored rows cannot be read, or a file cannot be written.
     """
     written: list[Path] = []
+    pictures: list[Picture] = []
     index, parts = [], []
     sources: dict[str, Source | None] = {}
     for exhibit in EXHIBITS:
@@ -203,7 +205,7 @@ def write_exhibits(results: Path) -> list[Path]:
             if source is None:
                 raise NotRun(f"`{command(exhibit)}`")
             old = f"{STALE_WORDS}\n\n" if stale(results / exhibit.matrix) else ""
-            text, state = old + _exhibited(exhibit, source, results / _FOLDER, written), f"`{exhibit.matrix}`"
+            text, state = old + _exhibited(exhibit, source, results / _FOLDER, written, pictures), f"`{exhibit.matrix}`"
         except NotRun as reason:
             text, state = f"Not run yet: {reason}\n", f"not run yet: {reason}"
         except Missing as reason:
@@ -211,6 +213,7 @@ def write_exhibits(results: Path) -> list[Path]:
             text = f"{state}\n\nRows: `{command(exhibit)}`\n"
         parts.append(f"## {exhibit.title}\n\n<a id=\"{exhibit.name}\"></a>\n\n**{exhibit.question}**\n\n{text}")
         index.append([exhibit.question, f"[{exhibit.title}](#{exhibit.name})", state])
+    written += draw_all(pictures, processes)
     for path in (results / _FOLDER).glob("*"):  # those of exhibits that are gone
         if path.is_file() and path not in written:
             path.unlink()

@@ -211,6 +211,23 @@ def test_wholly_refused_entry_stays_on_the_board():
     assert good["rank"] == 3.0
 
 
+def test_an_entry_that_was_run_on_fewer_scenarios_is_shown_but_not_ranked():
+    rows = table()
+    fewer = rows[~((rows["defense"] == "good") & (rows["attack"] == "badnets"))]
+    board = stats.leaderboard(fewer, "t", "validation")
+    good = line(board, "good")
+    assert (good["place"], good["scenarios_run"], good["scenarios"]) == (0, 1, 2)
+    assert math.isnan(good["rank"])
+    assert good["ra"] == pytest.approx(0.3)
+    assert list(board["defense"])[-2:] == ["good", "none"]
+    # weak and twin are ranked among themselves: twin 0.7 and 0.3, weak 0.4 and ahead on wanet.
+    assert stats.average_ranks(fewer, "t", "validation") == pytest.approx({("weak", "whole"): 1.5, ("twin", "whole"): 1.5})
+    # A failed cell is a row: leaving the matrix's scenario out and failing in it are not the same.
+    failed = rows.copy()
+    failed.loc[(rows["defense"] == "good") & (rows["attack"] == "badnets"), "status"] = "failed"
+    assert line(stats.leaderboard(failed, "t", "validation"), "good")["rank"] == pytest.approx((3 + 2.5) / 2)
+
+
 def test_oracle_is_never_ranked():
     board = stats.leaderboard(table(selection="oracle"), "t", "oracle")
     assert set(board["place"]) == {0}

@@ -163,8 +163,8 @@ def test_the_finding_is_three_sentences_by_hand():
     rows += [row("badnets", seed, name, 0.9, selection="oracle") for seed in (0, 1, 2) for name in ("strong", "weak")]
     # ASR is 0.95 - RA; RA 0.82 and 0.22 on average, 0.9 under the oracle.
     assert report.finding(frame(rows)) == [
-        "1 of 2 entries (a defense and its scope) takes the mean attack success rate (ASR) below 50 %: strong (13.0 %), in the "
-        "track model+clean.",
+        "1 of 2 entries (a defense and its scope) takes the mean attack success rate (ASR) below 50 %: strong (ASR 13.0 %, "
+        "RA 82.0 %), in the track model+clean.",
         "strong (whole) matches the *training-from-scratch* control (RA 50.0 %).",
         "Choosing every setting on the test set would raise the mean robust accuracy (RA) of these entries from 52.0 % to 90.0 %; "
         "no defender can choose so.",
@@ -172,6 +172,22 @@ def test_the_finding_is_three_sentences_by_hand():
     nobody = report.finding(frame(rows_with(weak=0.1, none=0.0)))
     assert nobody == ["None of 1 entries (a defense and its scope) takes the mean attack success rate (ASR) below 50 %."]
     assert report.finding(frame([row("badnets", 0, "good", asr_undefended=0.3)])) == [words.NOTHING]
+
+
+def test_means_over_fewer_scenarios_are_named_and_not_compared():
+    everywhere = [row(attack, seed, name, ra) for name, ra in (("good", 0.5), ("weak", 0.2)) for attack in ("badnets", "wanet")
+                  for seed in (0, 1)]  # fmt: skip
+    rows = frame([*everywhere, *(row("badnets", seed, "once", 0.9) for seed in (0, 1))])
+    apart = "Not compared here, since run on fewer scenarios: on 1 of 2 scenarios once (whole)."
+    first, *_, last = report.finding(rows)
+    assert first.startswith("1 of 2 entries")
+    assert "once" not in first
+    assert last == apart
+    assert apart in report.plain_words(rows)
+    assert apart in report.summary(rows, "model+clean")
+    assert "Best average rank by RA: **good (whole)**" in report.summary(rows, "model+clean")
+    alone = frame([*(one for one in everywhere if one.defense == "weak"), *(row("badnets", 0, "once", 0.9, track="train"),)])
+    assert f"- **train**: {apart}" in report.plain_words(alone)
 
 
 def test_plain_words_count_by_hand():
@@ -201,7 +217,7 @@ def test_who_changed_nothing_is_never_called_best():
     alone = frame([row("badnets", 0, "idle", 0.8, mark="no change")])
     assert report.summary(alone, "model+clean") == "No entry changed a model, so none is called best."
     once = [*rows_with(weak=0.2), *(row("badnets", s, "some", 0.8, mark="no change" if s else "", kept=s == 2) for s in (0, 1, 2))]
-    assert "Marks: no change in 1 of 3, kept untouched in 1 of 3 cells." in report.summary(frame(once), "model+clean")
+    assert "Marks: no change in 1 of 3, kept untouched in 1 of 3." in report.summary(frame(once), "model+clean")
 
 
 def test_plain_words_say_what_was_singled_out():
