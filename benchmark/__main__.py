@@ -287,8 +287,13 @@ def dashboard(
 @app.command("show-my-model")
 def show_my_model(
     checkpoint: Annotated[Path, typer.Option(help="safetensors, or a torch state dict (read with weights only).")],
-    backbone: Annotated[str, typer.Option(help="Its architecture, by name; width and head size are read from the weights.")],
     dataset: Annotated[str, typer.Option(help="Data set by name, or folder:PATH of class folders.")],
+    backbone: Annotated[
+        str, typer.Option(help="Its architecture: a name of `list`, torchvision:NAME or timm:NAME; of a folder of timm's, none.")
+    ] = "",
+    normalised: Annotated[
+        str, typer.Option(help="How its images are normalised, where the file does not hold it: 'data set', imagenet or none.")
+    ] = "data set",
     attack: Annotated[
         Optional[str],  # noqa: UP045 - typer reads the annotation at run time
         typer.Option(help="The attack, if suspected or known; without one, only ACC is measured."),
@@ -302,7 +307,8 @@ def show_my_model(
     """Run the post-training defenses on your own checkpoint; writes a table and the defended weights."""
     from benchmark.run.own_model import defend_checkpoint
 
-    defend_checkpoint(checkpoint, backbone, dataset, attack, matrix, results=results or RUNS, cache=cache, console=console)
+    defend_checkpoint(checkpoint, backbone, dataset, attack, matrix, results=results or RUNS, cache=cache, console=console,
+                      normalised=normalised)  # fmt: skip
 
 
 @app.command()

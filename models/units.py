@@ -82,10 +82,11 @@ class UnitLayer:
 
 
 class Leaves(fx.Tracer):
-    """Keeps convs and norms whole even where a class of ours wraps them."""
+    """Keeps convs and norms whole even where a class wraps them, ours or timm's."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return not list(m.children()) or super().is_leaf_module(m, module_qualified_name)
+        whole = isinstance(m, (nn.Conv2d, nn.BatchNorm2d)) or not list(m.children())
+        return whole or super().is_leaf_module(m, module_qualified_name)
 
 
 def _writers_by_dataflow(features: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -41,13 +41,13 @@ _UNREADABLE = (
 """What torch's reader raises on damaged bytes, whichever byte is damaged."""
 
 
-def save_weights(net: nn.Module, path: Path) -> None:
-    """Writes parameters and buffers as safetensors, whole or not at all; equal weights give equal bytes.
+def save_weights(net: nn.Module | Mapping[str, Tensor], path: Path) -> None:
+    """Writes parameters and buffers, or tensors by name, as safetensors, whole or not at all; equal weights give equal bytes.
 
     Raises:
         BadInput: the file cannot be written.
     """
-    state = {name: value.detach().cpu().contiguous().clone() for name, value in net.state_dict().items()}
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in _state(net).items()}
     write_bytes(path, safetensors.save(state))
 
 
@@ -126,13 +126,13 @@ def fit_state(net: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     net.load_state_dict(dict(state), strict=True)
 
 
-def check_state(net: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Checks that ``state`` fits ``net``, which may be on the meta device: nothing is allocated.
+def check_state(net: nn.Module | Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> None:
+    """Checks that ``state`` fits ``net``, a network or its tensors by name, on whatever device: nothing is allocated.
 
     Raises:
         BadInput: as :func:`fit_state`.
     """
-    wanted = net.state_dict()
+    wanted = _state(net)
     for name, value in wanted.items():
         if name not in state:
             raise BadInput(f"{path}: tensor {name!r} {_shape(value)} is missing{_nearest(name, set(state) - set(wanted), state)}")
@@ -146,6 +146,10 @@ def check_state(net: nn.Module, state: Mapping[str, Tensor], path: Path) -> None
             raise BadInput(f"{path}: tensor {_shown(name)} {_shape(value)} is not in the network{near}")
 
 
+def _state(net: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return net.state_dict() if isinstance(net, nn.Module) else net
+
+
 def _safetensors(content: bytes, path: Path) -> dict[str, Tensor]:
     try:
         found: dict[str, Tensor] = safetensors.load(content)
@@ -155,7 +159,7 @@ def _safetensors(content: bytes, path: Path) -> dict[str, Tensor]:
 
 
 def _checkpoint(content: bytes, path: Path) -> object:
-    _uncompressed(content, path)
+    _plain_archive(content, path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about archives it then refuses
@@ -169,13 +173,17 @@ def _checkpoint(content: bytes, path: Path) -> object:
         raise BadInput(f"{path}: neither a whole safetensors file nor a whole torch checkpoint: {_first_line(error)}") from error
 
 
-def _uncompressed(content: bytes, path: Path) -> None:
-    """Refuses archives that unpack to much more than they are, before torch unpacks them; it packs its own without compression."""
+def _plain_archive(content: bytes, path: Path) -> None:
+    """Refuses exported modules, which hold code, and archives that unpack to much more than they are, before torch unpacks them; it
+    packs its own without compression."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             total = sum(member.file_size for member in archive.infolist())
+            parts = {name.partition("/")[2].partition("/")[0] for name in archive.namelist()}
     except (zipfile.BadZipFile, *_UNREADABLE):
         return  # no archive, or a damaged one: torch raises an error
+    if parts & {"code", "models", "archive_format"}:  # of torch.jit and torch.export
+        raise BadInput(f"{path}: refused: an exported module, which holds code; save its state dict, and name its architecture")
     if total > 4 * len(content) + 2**20:
         raise BadInput(f"{path}: refused: {len(content):,} bytes that unpack to {total:,}; torch packs without compression")
 

@@ -52,7 +52,6 @@ RANK_KEY = "ra"
 broken model, which has a low ASR for free, cannot score on it."""
 SCRATCH = "training-from-scratch"
 """The control that paired tests compare with: what the clean budget gives without the attacked model."""
-
 EXPORTED = "met through its exported static set"
 """In the note of a row: the attack controls training, and the defense, which reads the training set, was given its exported one."""
 
@@ -196,10 +195,8 @@ def seed_means(table: pd.DataFrame, column: str) -> pd.DataFrame:
 
 def _run_everywhere(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of entries that have a row, of whatever status, in every scenario of the table."""
-    run = table.drop_duplicates([*SCENARIO, *ENTRY]).groupby(ENTRY)[ENTRY[0]].transform("size")
-    wanted = len(table.drop_duplicates(SCENARIO))
-    kept = set(table.loc[run[run == wanted].index, ENTRY].itertuples(index=False, name=None))
-    return table.loc[[entry in kept for entry in table[ENTRY].itertuples(index=False, name=None)]]
+    run = table.drop_duplicates([*SCENARIO, *ENTRY]).groupby(ENTRY).size()
+    return table[pd.MultiIndex.from_frame(table[ENTRY]).isin(run.index[run == len(table.drop_duplicates(SCENARIO))])]
 
 
 def average_ranks(rows: pd.DataFrame, track: str, selection: str) -> dict[tuple[str, str], float]:
@@ -234,10 +231,9 @@ def leaderboard(rows: pd.DataFrame, track: str, selection: str) -> pd.DataFrame:
     Columns: ``role``, ``defense``, ``scope``, ``source``, ``place`` (1 = best; 0 = not ranked), ``rank`` (average rank, NaN = not
     ranked), ``cells_ok``, ``cells`` (cells of implanted worlds), ``scenarios_ok``, ``scenarios_run`` (with a row, whatever its
     status), ``scenarios`` (implanted ones of the matrix), ``reasons``, ``missing`` (``refused``, ``failed`` or both), then
-    ``acc``, ``asr``, ``ra``, ``der``, ``d_acc``, ``d_asr``, ``d_ra`` (differences to the undefended model), each with ``_low`` and
-    ``_high``, then
-    ``pruned``, ``units``, ``cost_epochs`` (means of scenario means), then how many finished cells are marked ``no_change`` or
-    ``mechanism_failed``, and in how many the untouched model was ``kept``. Choices with hindsight are never ranked.
+    ``acc``, ``asr``, ``ra``, ``der``, ``d_acc``, ``d_asr``, ``d_ra`` (differences to the undefended model), each with ``_low``
+    and ``_high``, then ``pruned``, ``units``, ``cost_epochs`` (means of scenario means), then how many finished cells are marked
+    ``no_change`` or ``mechanism_failed``, and in how many the untouched model was ``kept``. Hindsight is never ranked.
     """
     table = field(rows, track)
     table = _with_deltas(implanted_worlds(table[table["selection"] == selection]))
@@ -250,9 +246,8 @@ def leaderboard(rows: pd.DataFrame, track: str, selection: str) -> pd.DataFrame:
         line: dict[str, object] = {
             "role": mine["role"].iloc[0], "defense": defense, "scope": scope, "source": mine["source"].iloc[0],
             "rank": ranks.get((defense, scope), math.nan), "cells_ok": len(good), "cells": len(mine),
-            "scenarios_ok": good[SCENARIO].drop_duplicates().shape[0],
-            "scenarios_run": mine[SCENARIO].drop_duplicates().shape[0], "scenarios": every,
-            "reasons": _reasons(mine), "missing": _missing(mine), "position": position,
+            "scenarios_ok": len(good.drop_duplicates(SCENARIO)), "scenarios_run": len(mine.drop_duplicates(SCENARIO)),
+            "scenarios": every, "reasons": _reasons(mine), "missing": _missing(mine), "position": position,
         }  # fmt: skip
         measured = _stratified(good, _METRICS)
         for name in _METRICS:

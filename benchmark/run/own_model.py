@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +35,36 @@ from benchmark.storage.files import write_text
 from defenses.base import Knowledge
 from models import BACKBONES
 from models.backbone import Backbone, Network
-from models.spec import BadInput, derive_seed, lookup
+from models.foreign import Library
+from models.spec import BadInput, derive_seed, lookup, nearest
 from models.weights import check_state, fit_state, read_state, save_weights
 
-__all__ = ["defend_checkpoint"]
+__all__ = ["NORMALISED", "defend_checkpoint"]
+
+NORMALISED = {
+    "data set": None,
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "none": ((0.0,), (1.0,)),
+}
+"""How a model's images are normalised: mean and standard deviation of every channel; None: those of the data set."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the network's tensors are called in the file: (name in the network, name in the file), and the file's other tensors.
+
+    Without names the network is the suite's own.
+    """
+
+    names: dict[str, str]
+    unused: dict[str, Tensor]
+
+    def state(self, net: Network) -> dict[str, Tensor]:
+        """The tensors of a network under the file's names."""
+        if not self.names:
+            return net.state_dict()
+        mine = {self.names.get(name, name.removeprefix("features.")): value for name, value in net.state_dict().items()}
+        return self.unused | {name: value for name, value in mine.items() if not name.startswith("normalise.")}
 
 
 def _backbone(name: str, state: dict[str, Tensor], path: Path) -> Backbone:
@@ -63,6 +90,16 @@ def _backbone(name: str, state: dict[str, Tensor], path: Path) -> Backbone:
         raise BadInput(f"{path}: {error}") from error
 
 
+def _architecture(name: str, state: dict[str, Tensor], path: Path, console: Console) -> Backbone:
+    """The architecture of that name, of the suite or of another library."""
+    if ":" not in name:
+        return _backbone(name, state, path)
+    found = Library.of(name, state)
+    if found.stem != "as it is":
+        notes(console)(f"{name}: the file's first conv is 3x3, so its stem is taken for one of small images, without max-pool")
+    return found
+
+
 def defend_checkpoint(
     checkpoint: Path,
     backbone: str,
@@ -73,18 +110,20 @@ def defend_checkpoint(
     results: Path,
     cache: Path,
     console: Console,
+    normalised: str = "data set",
 ) -> Path:
     """Runs the defenses and writes ``<results>/my-model/<checkpoint>/``; returns that folder.
 
     Args:
-        checkpoint: a file of weights.
-        backbone: name of its architecture.
+        checkpoint: a file of weights, or a folder of timm's from the Hugging Face Hub (``config.json``, ``model.safetensors``).
+        backbone: name of its architecture: of the suite, ``torchvision:<model>`` or ``timm:<model>``; empty: as the folder says.
         dataset: name of the data set that it classifies.
         attack: name of the attack whose trigger gives ASR and RA; None = ACC only.
         matrix: the matrix whose defenses run.
         results: folder of results.
         cache: folder of decoded images.
         console: where progress and the table are printed.
+        normalised: how its images are normalised, a name of :data:`NORMALISED`; a checkpoint that holds it needs none.
 
     Raises:
         BadInput: the checkpoint is missing, damaged, would run code, or does not fit the backbone or the data set's classes; an
@@ -92,22 +131,24 @@ def defend_checkpoint(
     """
     if checkpoint.stem.startswith(".") or not checkpoint.stem.isprintable():  # it names the folder of results
         raise BadInput(f"{str(checkpoint)!r}: results are called like the file, so {checkpoint.stem!r} cannot be one; rename it")
-    state = read_state(checkpoint)
-    shape_of = _backbone(backbone, state, checkpoint)
-    if attack is not None:
-        lookup("attack", ATTACKS, attack)
+    if normalised not in NORMALISED:
+        raise BadInput(f"unknown normalisation {normalised!r}{nearest(normalised, NORMALISED)}")
+    file, backbone, given = _source(checkpoint, backbone)
+    state = read_state(file)
+    shape_of = _architecture(backbone, state, file, console)
     cells = _cells(matrix, dataset, shape_of, attack, console)
     scenario = cells[0].scenario
     torch.set_num_threads(1)
-    w = world(scenario, cache)
-    victim = _victim(scenario, w, _network(scenario, w, state, checkpoint, console))
+    w = _normalising(world(scenario, cache), given or NORMALISED[normalised])
+    net, layout = _network(scenario, w, state, file, console)
+    victim = _victim(scenario, w, net)
     before, before_val = victim.scorer(victim.net), victim.scorer.val_acc(victim.net)
     folder = results / "my-model" / checkpoint.stem
     found = [Result("none (the checkpoint as it is)", "", before, before_val, 0, "ok", "")]
     for number, (cell, name) in enumerate(zip(cells, _file_names(cells), strict=True), 1):
         line = f"[{number}/{len(cells)}] {cell.defense_label} ({cell.scope.value}): {cell.track.title}"
         console.print(line, highlight=False, markup=False)
-        found.append(_defended(cell, victim, w, before, folder / f"{name}.safetensors"))
+        found.append(_defended(cell, victim, w, before, folder / f"{name}.safetensors", layout))
     write_text(folder / "defenses.csv", _csv(found))
     against = f"against {scenario.attack_label}" if scenario.attack else "no attack named: ACC only"
     console.print(_table(found, escape(f"{checkpoint.name} on {w.data.name}, {against} (percent)")))
@@ -120,12 +161,67 @@ def defend_checkpoint(
     return folder
 
 
-def _network(scenario: Scenario, w: World, state: dict[str, Tensor], checkpoint: Path, console: Console) -> Network:
-    """The checkpoint's network.
+Means = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def _source(checkpoint: Path, backbone: str) -> tuple[Path, str, Means | None]:
+    """The file of weights, the architecture, and how its images are normalised, where a folder of timm's says so."""
+    config = checkpoint / "config.json"
+    if not config.is_file():
+        if not backbone:
+            raise BadInput(f"{checkpoint}: name its architecture with --backbone; a file of weights does not say it")
+        return checkpoint, backbone, None
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        model = settings["architecture"]
+        own = settings.get("pretrained_cfg", {})
+        means = tuple(map(float, own["mean"])), tuple(map(float, own["std"]))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise BadInput(
+            f"{config}: no configuration of timm's: 'architecture', and 'mean' and 'std' in 'pretrained_cfg' ({error!r}); of other "
+            "libraries give the file of weights and --backbone"
+        ) from error
+    if not isinstance(model, str) or len(means[0]) != len(means[1]) or not min(means[1], default=0.0) > 0:
+        raise BadInput(f"{config}: architecture {model!r}, mean {means[0]}, std {means[1]}: not a name and positive deviations")
+    return checkpoint / "model.safetensors", backbone or f"timm:{model}", means
+
+
+def _normalising(w: World, means: Means | None) -> World:
+    """The data with the model's own normalisation; one value stands for every channel."""
+    if means is None:
+        return w
+    channels = len(w.mean)
+    mean, std = (values * channels if len(values) == 1 else values for values in means)
+    if len(mean) != channels:
+        raise BadInput(f"{w.data.name}: its images have {channels} channels, the model's normalisation {len(mean)}")
+    return dataclasses.replace(w, mean=mean, std=std)
+
+
+def _foreign(library: Library, w: World, state: dict[str, Tensor], file: Path) -> tuple[Network, Layout]:
+    """A network of another library with the checkpoint's weights.
+
+    Raises:
+        BadInput: as :meth:`models.foreign.Library.adapted`, or the weights do not fit it.
+    """
+    arguments = (w.data.train.num_classes, w.data.train.shape, w.mean, w.std)
+    with torch.device("meta"):  # a file of a few bytes may claim a width that fills the memory
+        blank = library.adapted(*arguments)
+    wanted = {blank.names[name]: value for name, value in blank.net.state_dict().items() if name in blank.names}
+    check_state(wanted, {name: value for name, value in state.items() if name not in blank.unused}, file)
+    net = library.build(*arguments, 0)
+    names = blank.names
+    net.load_state_dict({name: state[names[name]] if name in names else value for name, value in net.state_dict().items()})
+    return net.eval(), Layout(names, {name: state[name] for name in sorted(blank.unused) if name in state})
+
+
+def _network(scenario: Scenario, w: World, state: dict[str, Tensor], checkpoint: Path, console: Console) -> tuple[Network, Layout]:
+    """The checkpoint's network, and how its tensors are called in the file.
 
     Raises:
         BadInput: the weights do not fit it.
     """
+    if isinstance(scenario.backbone, Library):
+        return _foreign(scenario.backbone, w, state, checkpoint)
     own = any(name.startswith("normalise.") for name in state)
     with torch.device("meta"):  # a file of a few bytes may claim a width that fills the memory
         blank = fresh(scenario, w, 0)
@@ -135,7 +231,7 @@ def _network(scenario: Scenario, w: World, state: dict[str, Tensor], checkpoint:
         notes(console)("the checkpoint holds no normalisation; the data set's own is used")
         state |= _normalisation(net)
     fit_state(net, state, checkpoint)
-    return net.eval()
+    return net.eval(), Layout({}, {})
 
 
 def _victim(scenario: Scenario, w: World, net: Network) -> Victim:
@@ -175,7 +271,7 @@ def _cells(matrix: str, dataset: str, backbone: Backbone, attack: str | None, co
         model,
         dataset=dataclasses.replace(model.dataset, source=dataset),
         backbone=backbone,
-        backbone_label=backbone.name,
+        backbone_label=getattr(backbone, "model", backbone.name),
         attack=instance,
         attack_label=attack or "none",
     )
@@ -187,7 +283,7 @@ def _cells(matrix: str, dataset: str, backbone: Backbone, attack: str | None, co
     ]
 
 
-def _defended(cell: Cell, victim: Victim, w: World, before: Score, file: Path) -> Result:
+def _defended(cell: Cell, victim: Victim, w: World, before: Score, file: Path, layout: Layout) -> Result:
     """Runs one defense and writes the candidate chosen by validation to ``file``; without clean images, the published default."""
     kept: list[Network] = []
     outcome = defend(cell, w, victim, kept)
@@ -198,7 +294,7 @@ def _defended(cell: Cell, victim: Victim, w: World, before: Score, file: Path) -
     how = Selection.VALIDATION if Knowledge.CLEAN in cell.track.grants else Selection.DEFAULT
     chosen = choose(how, measured, before, cell.tau)
     assert chosen is not None
-    save_weights(kept[chosen], file)
+    save_weights(layout.state(kept[chosen]), file)
     m = measured[chosen]
     return Result(label, how.value, m, m.val_acc, m.pruned, "ok", m.note)
 
