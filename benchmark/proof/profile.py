@@ -102,7 +102,8 @@ def draw(network: str, found: dict[str, Spent], command: str) -> str:
     first = found[names[0]].shares
     every = sorted({part for one in found.values() for part in one.shares}, key=lambda part: -first.get(part, 0.0))
     lines = [f"| operations | {' | '.join(names)} |\n", f"| :-- |{' --: |' * len(names)}\n"]
-    lines += [f"| {part} | {' | '.join(f'{100 * found[name].shares.get(part, 0.0):.0f} %' for name in names)} |\n" for part in every]
+    for part in every:
+        lines.append(f"| {part} | {' | '.join(f'{100 * found[name].shares.get(part, 0.0):.0f} %' for name in names)} |\n")
     rates = ", ".join(f"{name} {found[name].rate:,.0f}" for name in names)
     where = arithmetic()
     return (
