@@ -312,6 +312,30 @@ def show_my_model(
 
 
 @app.command()
+def doctor(
+    checkpoint: Annotated[Path, typer.Argument(help="safetensors, a torch state dict, or a folder of timm's.")],
+    images: Annotated[str, typer.Option(help="Clean images of its classes: a folder of class folders, or a data set by name.")],
+    backbone: Annotated[str, typer.Option(help="Its architecture, as for show-my-model.")] = "",
+    normalised: Annotated[str, typer.Option(help="How its images are normalised, as for show-my-model.")] = "data set",
+    twins: Annotated[
+        int, typer.Option(min=0, help="Benign networks to train from these images and compare with; 0: no probability is given.")
+    ] = 0,
+    twin_epochs: Annotated[int, typer.Option(min=1, help="Of their training.")] = 20,
+    matrix: Annotated[str, typer.Option("--matrix", "-m", help="Whose post-training defenses are tried.")] = "my-model",
+    results: WriteOption = None,
+    cache: CacheOption = CACHE,
+) -> None:
+    """Is a checkpoint backdoored, and which defense cleans it? Writes a page, the figures and the cleaned weights."""
+    from benchmark.doctor.examine import examine
+
+    data = f"folder:{images}" if Path(images).exists() else images
+    examine(
+        checkpoint, backbone, data, matrix=matrix, twins=twins, epochs=twin_epochs, normalised=normalised, results=results or RUNS,
+        cache=cache, console=console,
+    )  # fmt: skip
+
+
+@app.command()
 def zoo(
     matrix: Annotated[
         Optional[str],  # noqa: UP045 - typer reads the annotation at run time

@@ -35,7 +35,7 @@ from models.inversion import descend, patched, squashed
 from models.spec import BatchSize, Ge, Gt, Le, PositiveShare, Share, derive_seed, generator
 from models.training import default_device
 
-__all__ = ["Balance", "NeuralCleanse", "Patch", "anomaly_indices", "stamped"]
+__all__ = ["Balance", "NeuralCleanse", "Patch", "Search", "anomaly_indices", "stamped"]
 
 STALL = 5
 """A search ends once the weight has moved both ways and the smallest size has not fallen for so many times ``patience`` passes
@@ -122,27 +122,38 @@ def stamped(data: ImageSet, patches: Sequence[Patch], share: float, draw: torch.
     return ImageSet(images, data.labels, data.num_classes)
 
 
-class _Search:
-    """Of one label: the loss, and the smallest mask that has worked after a pass so far."""
+class Search:
+    """Of one label: the loss, and the smallest mask that has worked after a pass so far. A search for another kind of trigger
+    overrides :meth:`shown` and :meth:`size`."""
 
     def __init__(self, method: NeuralCleanse, net: Network, steps: int) -> None:
         self.method, self.net, self.steps = method, net, steps
         self.balance = Balance(method.weight, method.patience, method.factor)
-        self.hits = self.shown = self.stalled = 0
+        self.hits = self.seen = self.stalled = 0
         self.best: Patch | None = None
 
     def loss(self, images: Tensor, targets: Tensor, z: list[Tensor], weight: float) -> Tensor:
-        logits = self.net(patched(images, z[0], z[1]))
+        logits = self.net(self.shown(images, z))
         self.hits += int((logits.detach().argmax(1) == targets).sum())
-        self.shown += len(targets)
-        return cross_entropy(logits, targets) + weight * squashed(z[0]).sum()
+        self.seen += len(targets)
+        return cross_entropy(logits, targets) + weight * self.size(z)
+
+    @staticmethod
+    def shown(images: Tensor, z: list[Tensor]) -> Tensor:
+        """The images with the trigger, float (B, C, H, W)."""
+        return patched(images, z[0], z[1])
+
+    @staticmethod
+    def size(z: list[Tensor]) -> Tensor:
+        """What is to be small, a scalar."""
+        return squashed(z[0]).sum()
 
     def after(self, step: int, z: list[Tensor], weight: float) -> float | None:
         """Checks at the end of a pass: the weight changes with the share of images that were sent to the label in it."""
         if step % self.steps:
             return weight
-        reached = self.hits >= self.method.success * self.shown
-        self.hits = self.shown = 0
+        reached = self.hits >= self.method.success * self.seen
+        self.hits = self.seen = 0
         patch = self.patch(z, reached)
         if reached and (self.best is None or patch.size < self.best.size):
             self.best, self.stalled = patch, 0
@@ -152,9 +163,8 @@ class _Search:
         ended = self.balance.raised and self.balance.lowered and self.stalled >= STALL * self.method.patience
         return None if ended else following
 
-    @staticmethod
-    def patch(z: list[Tensor], reached: bool) -> Patch:
-        return Patch(float(squashed(z[0]).sum()), z[0].cpu().clone(), z[1].cpu().clone(), reached)
+    def patch(self, z: list[Tensor], reached: bool) -> Patch:
+        return Patch(float(self.size(z)), z[0].cpu().clone(), z[1].cpu().clone(), reached)
 
 
 @dataclass(frozen=True)
@@ -199,14 +209,15 @@ class NeuralCleanse(FineTuning):
     patience: Annotated[int, Ge(1), Le(10_000)] = 5
     factor: Annotated[float, Gt(1), Le(100)] = 2.0
 
-    def invert(self, net: Network, data: ImageSet, label: int, seed: int) -> Patch:
-        """The smallest patch that works for ``label``; where none does, the last one.
+    def invert(self, net: Network, data: ImageSet, label: int, seed: int, kind: type[Search] = Search) -> Patch:
+        """The smallest trigger that works for ``label``; where none does, the last one.
 
         Args:
             net: in evaluation mode, its parameters without gradients.
             data: clean images of all labels, on the device of ``net``, at least one.
             label: what images are to be taken for.
             seed: of the order of the images.
+            kind: of trigger; a patch by default.
         """
         size = min(self.samples or len(data), len(data))
         draw = generator(seed, "neural-cleanse", "search", label)
@@ -219,7 +230,7 @@ class NeuralCleanse(FineTuning):
                     yield to_float(data.images[part]), torch.full_like(part, label)
 
         channels, height, width = data.shape
-        search = _Search(self, net, -(-size // self.search_batch))
+        search = kind(self, net, -(-size // self.search_batch))
         z = [torch.zeros(shape, device=data.images.device) for shape in ((1, height, width), (channels, height, width))]
         z = descend(search.loss, batches(), z, lr=self.search_lr, betas=(0.5, 0.9), weight=self.weight, after=search.after)
         return search.best or search.patch(z, False)

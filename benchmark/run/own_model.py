@@ -12,8 +12,10 @@ import dataclasses
 import io
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -39,7 +41,7 @@ from models.foreign import Library
 from models.spec import BadInput, derive_seed, lookup, nearest
 from models.weights import check_state, fit_state, read_state, save_weights
 
-__all__ = ["NORMALISED", "defend_checkpoint"]
+__all__ = ["NORMALISED", "Layout", "Opened", "Result", "defend_checkpoint", "defended", "opened", "victim_of"]
 
 NORMALISED = {
     "data set": None,
@@ -100,6 +102,64 @@ def _architecture(name: str, state: dict[str, Tensor], path: Path, console: Cons
     return found
 
 
+class Opened(NamedTuple):
+    """A checkpoint, ready for defenses.
+
+    Attributes:
+        cells: the post-training defenses of the matrix, each with the model's scenario.
+        data: the data, with the model's normalisation.
+        net: the network.
+        layout: how its tensors are called in the file.
+    """
+
+    cells: list[Cell]
+    data: World
+    net: Network
+    layout: Layout
+
+
+def opened(
+    checkpoint: Path,
+    backbone: str,
+    dataset: str,
+    attack: str | None,
+    matrix: str,
+    *,
+    cache: Path,
+    console: Console,
+    normalised: str = "data set",
+    divide: Callable[[Scenario, Path], World] = world,
+) -> Opened:
+    """Reads a checkpoint and its data.
+
+    Args:
+        checkpoint: a file of weights, or a folder of timm's from the Hugging Face Hub (``config.json``, ``model.safetensors``).
+        backbone: name of its architecture: of the suite, ``torchvision:<model>`` or ``timm:<model>``; empty: as the folder says.
+        dataset: name of the data set that it classifies.
+        attack: name of the attack whose trigger gives ASR and RA; None = ACC only.
+        matrix: the matrix whose defenses run.
+        cache: folder of decoded images.
+        console: where notes are printed.
+        normalised: how its images are normalised, a name of :data:`NORMALISED`; a checkpoint that holds it needs none.
+        divide: gives the data of the scenario and the cache.
+
+    Raises:
+        BadInput: the checkpoint is missing, damaged, would run code, or does not fit the backbone or the data set's classes; an
+            unknown name.
+    """
+    if checkpoint.stem.startswith(".") or not checkpoint.stem.isprintable():  # it names the folder of results
+        raise BadInput(f"{str(checkpoint)!r}: results are called like the file, so {checkpoint.stem!r} cannot be one; rename it")
+    if normalised not in NORMALISED:
+        raise BadInput(f"unknown normalisation {normalised!r}{nearest(normalised, NORMALISED)}")
+    file, backbone, given = _source(checkpoint, backbone)
+    state = read_state(file)
+    shape_of = _architecture(backbone, state, file, console)
+    cells = _cells(matrix, dataset, shape_of, attack, console)
+    torch.set_num_threads(1)
+    w = _normalising(divide(cells[0].scenario, cache), given or NORMALISED[normalised])
+    return Opened(cells, w, *_network(cells[0].scenario, w, state, file, console))
+
+
 def defend_checkpoint(
     checkpoint: Path,
     backbone: str,
@@ -114,41 +174,23 @@ def defend_checkpoint(
 ) -> Path:
     """Runs the defenses and writes ``<results>/my-model/<checkpoint>/``; returns that folder.
 
-    Args:
-        checkpoint: a file of weights, or a folder of timm's from the Hugging Face Hub (``config.json``, ``model.safetensors``).
-        backbone: name of its architecture: of the suite, ``torchvision:<model>`` or ``timm:<model>``; empty: as the folder says.
-        dataset: name of the data set that it classifies.
-        attack: name of the attack whose trigger gives ASR and RA; None = ACC only.
-        matrix: the matrix whose defenses run.
-        results: folder of results.
-        cache: folder of decoded images.
-        console: where progress and the table are printed.
-        normalised: how its images are normalised, a name of :data:`NORMALISED`; a checkpoint that holds it needs none.
-
-    Raises:
-        BadInput: the checkpoint is missing, damaged, would run code, or does not fit the backbone or the data set's classes; an
-            unknown name. Nothing is written then.
+    Arguments and errors: see :func:`opened`; nothing is written where it raises. ``results``: folder of results; progress and the
+    table are printed too.
     """
-    if checkpoint.stem.startswith(".") or not checkpoint.stem.isprintable():  # it names the folder of results
-        raise BadInput(f"{str(checkpoint)!r}: results are called like the file, so {checkpoint.stem!r} cannot be one; rename it")
-    if normalised not in NORMALISED:
-        raise BadInput(f"unknown normalisation {normalised!r}{nearest(normalised, NORMALISED)}")
-    file, backbone, given = _source(checkpoint, backbone)
-    state = read_state(file)
-    shape_of = _architecture(backbone, state, file, console)
-    cells = _cells(matrix, dataset, shape_of, attack, console)
-    scenario = cells[0].scenario
-    torch.set_num_threads(1)
-    w = _normalising(world(scenario, cache), given or NORMALISED[normalised])
-    net, layout = _network(scenario, w, state, file, console)
-    victim = _victim(scenario, w, net)
+    cells, w, net, layout = opened(
+        checkpoint, backbone, dataset, attack, matrix, cache=cache, console=console, normalised=normalised
+    )  # fmt: skip
+    scenario, victim = cells[0].scenario, victim_of(cells[0].scenario, w, net)
     before, before_val = victim.scorer(victim.net), victim.scorer.val_acc(victim.net)
     folder = results / "my-model" / checkpoint.stem
     found = [Result("none (the checkpoint as it is)", "", before, before_val, 0, "ok", "")]
     for number, (cell, name) in enumerate(zip(cells, _file_names(cells), strict=True), 1):
         line = f"[{number}/{len(cells)}] {cell.defense_label} ({cell.scope.value}): {cell.track.title}"
         console.print(line, highlight=False, markup=False)
-        found.append(_defended(cell, victim, w, before, folder / f"{name}.safetensors", layout))
+        result, chosen = defended(cell, victim, w, before)
+        if chosen is not None:
+            save_weights(layout.state(chosen), folder / f"{name}.safetensors")
+        found.append(result)
     write_text(folder / "defenses.csv", _csv(found))
     against = f"against {scenario.attack_label}" if scenario.attack else "no attack named: ACC only"
     console.print(_table(found, escape(f"{checkpoint.name} on {w.data.name}, {against} (percent)")))
@@ -234,7 +276,7 @@ def _network(scenario: Scenario, w: World, state: dict[str, Tensor], checkpoint:
     return net.eval(), Layout({}, {})
 
 
-def _victim(scenario: Scenario, w: World, net: Network) -> Victim:
+def victim_of(scenario: Scenario, w: World, net: Network) -> Victim:
     """The network as an attacked model; with the trigger's test set, if an attack is named."""
     triggered = None
     if scenario.attack is not None:
@@ -283,20 +325,23 @@ def _cells(matrix: str, dataset: str, backbone: Backbone, attack: str | None, co
     ]
 
 
-def _defended(cell: Cell, victim: Victim, w: World, before: Score, file: Path, layout: Layout) -> Result:
-    """Runs one defense and writes the candidate chosen by validation to ``file``; without clean images, the published default."""
+def defended(cell: Cell, victim: Victim, w: World, before: Score) -> tuple[Result, Network | None]:
+    """Runs one defense; its outcome, and the candidate chosen by validation, without clean images the published default.
+
+    Args:
+        before: scores of the model as it is.
+    """
     kept: list[Network] = []
     outcome = defend(cell, w, victim, kept)
     label = f"{cell.defense_label} ({cell.scope.value})"
     if outcome["status"] != "ok":
-        return Result(label, "", Score(math.nan), math.nan, 0, outcome["status"], outcome["reason"])
+        return Result(label, "", Score(math.nan), math.nan, 0, outcome["status"], outcome["reason"]), None
     measured = [CandidateScore.read(candidate) for candidate in outcome["candidates"]]
     how = Selection.VALIDATION if Knowledge.CLEAN in cell.track.grants else Selection.DEFAULT
     chosen = choose(how, measured, before, cell.tau)
     assert chosen is not None
-    save_weights(layout.state(kept[chosen]), file)
     m = measured[chosen]
-    return Result(label, how.value, m, m.val_acc, m.pruned, "ok", m.note)
+    return Result(label, how.value, m, m.val_acc, m.pruned, "ok", m.note), kept[chosen]
 
 
 def _file_names(cells: list[Cell]) -> list[str]:
