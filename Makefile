@@ -17,7 +17,7 @@ STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 LEVELFIELD := $(RUN) -m benchmark
 
-.PHONY: help install benchmark slices pack tables plots page report paper dashboard test check torture hostile lint fix clean
+.PHONY: help install benchmark slices doctor pack tables plots page report paper dashboard test check torture hostile lint fix clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -44,6 +44,9 @@ slices: $(STAMP) ## run MATRIX defense by defense, in the file's order: every at
 	while IFS= read -r defense; do \
 	  $(LEVELFIELD) run --matrix $(MATRIX) --only "$(if $(ONLY),$(ONLY)$(comma))defense=$$defense" $(ARGS) </dev/null || exit; \
 	done
+
+doctor: $(STAMP) ## is MODEL backdoored? IMAGES: a folder of class folders (ARGS="--backbone torchvision:resnet18 --twins 12")
+	@$(LEVELFIELD) doctor "$(MODEL)" --images "$(IMAGES)" $(ARGS)
 
 pack: $(STAMP) ## pack MATRIX into build/rented for a rented GPU without a network, in parts of at most 60 MiB (ARGS="--limit 40")
 	@$(RUN) -m benchmark.proof.rented pack --matrix $(MATRIX) $(ARGS)

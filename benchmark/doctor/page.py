@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmark.doctor.signs import SIGNS, triggered
+from benchmark.doctor.signs import SEARCH, SIGNS, index, triggered
 from benchmark.doctor.treatment import COSTS, LOWERS
 from benchmark.storage.files import write_text
 from defenses.neural_cleanse import Patch, anomaly_indices
@@ -35,9 +35,12 @@ def headline(done: Examined) -> str:
     """The verdict in two sentences."""
     v = done.verdict
     if math.isnan(v.p):
+        kind, (value, label) = max(((kind, index(found)) for kind, found in done.signs.triggers.items()), key=lambda one: one[1])
+        largest = f"The largest anomaly index is {value:.1f} ({kind}, class {done.model.data.data.class_names[label]})"
         return (
-            "Not calibrated: how often a benign network of this kind shows such signs was not measured, so no probability is "
-            "given. Train benign twins (--twins 12) to have one."
+            f"{largest if label >= 0 else 'No trigger that was found works'}; the authors of Neural Cleanse flag patches above "
+            f"{SEARCH.threshold:g}. How often a benign network of this kind shows as much was not measured, so no probability is "
+            "given: train benign twins (--twins 12) to have one."
         )
     who = "none" if not v.stronger else str(v.stronger)
     verb = "shows" if v.stronger == 1 else "show"

@@ -118,7 +118,7 @@ def measured(net: Network, clean: ImageSet, seed: int, progress: Callable[[str, 
         net: in evaluation mode.
         clean: clean images of all classes.
         seed: of the search.
-        progress: is told after every search: what was searched, how many are done, and of how many.
+        progress: called after every search with what was searched, how many are done, and of how many.
     """
     with on_device(net) as device:
         data, frozen = clean.to(device), net.requires_grad_(False)

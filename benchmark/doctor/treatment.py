@@ -80,7 +80,7 @@ def treated(
     """The model as it was given, then every defense of its matrix on it.
 
     Args:
-        progress: is told before every defense: its name, how many are done, and of how many.
+        progress: called before every defense with its name, how many are done, and of how many.
     """
     w, victim = model.data, victim_of(model.cells[0].scenario, model.data, model.net)
     before, val_acc = victim.scorer(victim.net), victim.scorer.val_acc(victim.net)

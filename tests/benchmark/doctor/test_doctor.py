@@ -18,6 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
+from benchmark.data.datasets import Dataset
 from benchmark.doctor import examine as doctor
 from benchmark.doctor import signs
 from benchmark.doctor.page import headline
@@ -25,6 +26,8 @@ from benchmark.doctor.signs import Signs, effect, index, measured, outlier, shif
 from benchmark.doctor.treatment import Treated, recommended, suspects
 from benchmark.doctor.twins import shared, whole
 from benchmark.doctor.verdict import Verdict, judged, most_probable
+from benchmark.run.own_model import Opened
+from benchmark.run.world import World
 from defenses.neural_cleanse import NeuralCleanse, Patch
 from models.backbone import Network, Normalise
 from models.images import ImageSet
@@ -244,7 +247,7 @@ def test_an_examination_writes_a_page_its_figures_and_what_it_recommends(place: 
     assert [one["name"] for one in record["defenses"]] == ["as given", "clp (whole)", "bnp (whole)"]
     assert all(one["validation ACC"] is not None for one in record["defenses"])
     page = (folder / "report.html").read_text()
-    assert "Not calibrated" in page
+    assert "so no probability is given: train benign twins" in page
     assert "src=\"http" not in page
     assert "about " in out.getvalue()
     assert (folder / "cleaned.safetensors").exists() == (record["recommended"] is not None)
@@ -301,4 +304,11 @@ def test_what_the_headline_says() -> None:
     done.verdict = Verdict(12, 5, 6 / 13, 0.5, {})
     assert headline(done).endswith("5 show signs as strong as this model's (p = 0.46). That is no evidence of a backdoor.")
     done.verdict = Verdict(0, 0, math.nan, math.nan, {})
-    assert headline(done).startswith("Not calibrated")
+    sizes = tuple(map(patch, (60.0, 80.0, 4.0, 70.0, 75.0)))
+    done.signs = Signs({"patch": sizes, "additive": tuple(replace(one, reached=False) for one in sizes)}, 0.0, 0.0)
+    data: Any = Dataset("d", None, None, tuple("abcde"), "")  # type: ignore[arg-type]
+    done.model = Opened([], World(data, *[None] * 5), None, None)  # type: ignore[arg-type]
+    said = "The largest anomaly index is 4.5 (patch, class c); the authors of Neural Cleanse flag patches above 2."
+    assert headline(done).startswith(said)
+    done.signs = Signs({"patch": tuple(replace(one, reached=False) for one in sizes)}, 0.0, 0.0)
+    assert headline(done).startswith("No trigger that was found works; ")
