@@ -21,6 +21,7 @@ from benchmark.doctor.twins import Twin, shared, twin, whole
 from benchmark.doctor.verdict import FEWEST, Verdict, judged
 from benchmark.run.own_model import Opened, opened
 from benchmark.storage.files import write_text
+from benchmark.storage.machine import cores
 from benchmark.storage.store import Store
 from models.images import to_float
 from models.spec import BadInput, derive_seed
@@ -109,6 +110,7 @@ def examine(
         checkpoint, backbone, images, None, matrix, cache=cache, console=console, normalised=normalised,
         divide=shared if twins else whole,
     )  # fmt: skip
+    torch.set_num_threads(cores())  # one process alone, unlike the cells of a run
     say: Callable[[str], None] = lambda line: console.print(line, highlight=False, markup=False)  # noqa: E731
     expected = _expected(model)
     say(f"search of triggers: about {_minutes(expected)} at most for the model" + f", and for each of {twins} twins" * bool(twins))
