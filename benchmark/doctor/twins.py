@@ -43,7 +43,7 @@ def whole(scenario: Scenario, cache: Path) -> World:
 
 
 def shared(scenario: Scenario, cache: Path) -> World:
-    """Data of which twins are trained on one part, and the defender holds the other: a twentieth, but at least 500 and at most 2,500,
+    """Data of which twins are trained on one part, and the defender holds the other: a twentieth, but at least 500, at most 2,500,
     and never more than a half."""
     data = load(scenario.dataset, cache)
     count = len(data.train)
