@@ -336,6 +336,41 @@ def doctor(
 
 
 @app.command()
+def enter(
+    plugin: Annotated[Path, typer.Argument(help="A Python file that defines your defense; with --check, the folder of an entry.")],
+    authors: Annotated[str, typer.Option(help="Who made it.")] = "",
+    paper: Annotated[str, typer.Option(help="Where it is published.")] = "",
+    licence: Annotated[str, typer.Option(help="Of the file.")] = "",
+    tuned_on: Annotated[str, typer.Option(help="Data, models and attacks on which its settings were chosen.")] = "",
+    matrix: Annotated[str, typer.Option("--matrix", "-m", help="Whose attacked models it defends.")] = "zoo",
+    full: Annotated[bool, typer.Option("--full", help="cifar10-cpu in place of the zoo: all attacks, networks and seeds.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compute a tenth of an entry's rows again; exit status 1 if they differ.")
+    ] = False,
+    only: OnlyOption = None,
+    processes: Annotated[int, typer.Option(min=0, help="Stages at once; 0 = one per core.")] = 0,
+    results: WriteOption = None,
+    cache: CacheOption = CACHE,
+) -> None:
+    """Run your defense on stored victims and file it as an entry, a folder for a pull request."""
+    from benchmark.entry.enter import Claim
+    from benchmark.entry.enter import check as check_entry
+    from benchmark.entry.enter import enter as enter_plugin
+    from benchmark.entry.page import write_page
+
+    if check:
+        good = check_entry(plugin, cache=cache, console=console, processes=processes or None)
+        write_page(plugin.resolve().parent.parent)
+        raise typer.Exit(0 if good else 1)
+    where = results or COMMITTED
+    folder = enter_plugin(
+        plugin, Claim(authors, paper, licence, tuned_on), matrix="cifar10-cpu" if full else matrix, results=where, cache=cache,
+        console=console, processes=processes or None, only=only,
+    )  # fmt: skip
+    console.print(f"entry: {folder}\nboard: {write_page(where)}", highlight=False, markup=False)
+
+
+@app.command()
 def zoo(
     matrix: Annotated[
         Optional[str],  # noqa: UP045 - typer reads the annotation at run time

@@ -1,0 +1,1 @@
+"""Defenses of other people, run on the zoo and filed with what they claim."""
