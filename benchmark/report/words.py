@@ -63,12 +63,13 @@ GLOSSARY = {
     "Attack-validity gate": f"{GATE_WORDS}. Only implanted scenarios enter a mean or a rank; the others are shown, marked.",
     "Marks": "no change: no weight of the chosen model differs from the attacked model's. Kept untouched: no candidate was within "
     "the tolerance, so the attacked model is deployed as it is. Mechanism failed: what the defense took for poisoned is no more "
-    "poisoned than the training set.",
+    "poisoned than the training set. Run on n of m scenarios: a mean over fewer scenarios than those that are implanted.",
     "Intervals": "seeds are averaged inside a scenario, then scenarios; brackets are 95 % percentile bootstrap intervals that "
     "resample seeds within scenarios, and there are none where a scenario has one seed. With few seeds they are rough and too "
     "narrow. They say nothing about other attacks or data.",
     "Rank": "mean over implanted scenarios of the rank by RA inside the track; a refused or failed cell takes the last place and "
-    "enters no mean. Controls and choices with hindsight (oracle, leaky) are never ranked; tracks are never mixed.",
+    "enters no mean. An entry that was run on fewer scenarios than others of its track has no rank. Controls and choices with "
+    "hindsight (oracle, leaky) are never ranked; tracks are never mixed.",
     "Cells": "finished cells of implanted scenarios. Means over fewer cells than another line's cannot be compared with it; ranks "
     "can.",
 }
