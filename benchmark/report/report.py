@@ -209,7 +209,7 @@ def plain_words(rows: pd.DataFrame) -> str:
 def _lowered(ranked: pd.DataFrame) -> str:
     """Which entries of all tracks take the mean ASR below the line at which an attack counts."""
     below = ranked[(ranked["asr"] < IMPLANTED_ASR) & ~_idle(ranked)].sort_values("ra", ascending=False, kind="stable")
-    figures = [f"ASR {_percent(line['asr'])}, RA {_percent(line['ra'])}" for _, line in below.iterrows()]
+    figures = [", ".join(f"{name.upper()} {_percent(line[name])}" for name in ("acc", "asr", "ra")) for _, line in below.iterrows()]
     names = [f"{markdown(name)} ({words})" for name, words in zip(below["defense"], figures, strict=True)]
     more = [f"{len(names) - 4} more"] * (len(names) > 4)
     *first, last = dict.fromkeys(map(markdown, below["track"])) or [""]

@@ -163,8 +163,8 @@ def test_the_finding_is_three_sentences_by_hand():
     rows += [row("badnets", seed, name, 0.9, selection="oracle") for seed in (0, 1, 2) for name in ("strong", "weak")]
     # ASR is 0.95 - RA; RA 0.82 and 0.22 on average, 0.9 under the oracle.
     assert report.finding(frame(rows)) == [
-        "1 of 2 entries (a defense and its scope) takes the mean attack success rate (ASR) below 50 %: strong (ASR 13.0 %, "
-        "RA 82.0 %), in the track model+clean.",
+        "1 of 2 entries (a defense and its scope) takes the mean attack success rate (ASR) below 50 %: strong (ACC 90.0 %, "
+        "ASR 13.0 %, RA 82.0 %), in the track model+clean.",
         "strong (whole) matches the *training-from-scratch* control (RA 50.0 %).",
         "Choosing every setting on the test set would raise the mean robust accuracy (RA) of these entries from 52.0 % to 90.0 %; "
         "no defender can choose so.",
