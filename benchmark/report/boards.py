@@ -130,7 +130,7 @@ def leaderboard(rows: pd.DataFrame) -> Figure | None:
     partial = any((part["scenarios_run"] < part["scenarios"]).any() for _, part in parts)
     note = (f"Means over implanted scenarios{bars}; order: average rank by RA; {gate_words(rows)}"
             f"{'; no change: the defense changed no model' if unchanged else ''}"
-            f"{'; (2 of 9): run on two of nine scenarios, so neither ranked nor comparable' if partial else ''}.")  # fmt: skip
+            f"{'; (n of m): run on n of m scenarios, so neither ranked nor comparable' if partial else ''}.")  # fmt: skip
     return Dots(tuple(panels), note, marks=_BOARD, width=6.2, row=0.235)
 
 

@@ -265,10 +265,15 @@ def entries(folder: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_two_runs_at_once_share_the_work(matrix: Matrix, once: Path, tmp_path: Path) -> None:
-    said = [told(process) for process in [sharing(matrix, tmp_path), sharing(matrix, tmp_path)]]
-    assert computed(tmp_path) == entries(tmp_path) == entries(once), "each stage once"
-    assert content(tmp_path) == content(once)
-    assert any("another process is computing" in text for text in said), "they never met, so this shows nothing"
+    for attempt in range(3):  # on a busy machine one may begin when the other has ended, and that shows nothing
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        said = [told(process) for process in [sharing(matrix, folder), sharing(matrix, folder)]]
+        assert computed(folder) == entries(folder) == entries(once), "each stage once"
+        assert content(folder) == content(once)
+        if any("another process is computing" in text for text in said):
+            return
+    pytest.fail("they never met, so this shows nothing")
 
 
 @pytest.mark.slow

@@ -519,7 +519,7 @@ def test_the_matrix_zoo_names_the_victims_of_the_committed_zoo() -> None:
     """So that a run of it trains none."""
     folder = Path(cli.__file__).parents[1] / "results" / "zoo"
     matrix = load_matrix(find_matrix("zoo"))
-    assert {cell.defense_label for cell in matrix.cells} == {"none", "fine-tuning", "fine-pruning", "anp", "clp"}
+    assert {cell.defense_label for cell in matrix.cells} == {"none", "clp", "pruning", "bnp", "ep", "fine-tuning"}
     found = {canonical(zoo.read_card(folder, name).content["scenario"]) for name in zoo.names(folder)}
     assert found in (set(), {canonical(one.spec()) for one in victims_of(matrix, matrix.scenarios)})
     for name in zoo.names(folder):
