@@ -170,9 +170,10 @@ def _name(line: pd.Series) -> str:
 
 
 def _panel(table: pd.DataFrame, network: tuple[str, str], width: int) -> HeatPanel:
-    """Entries down, the attacks of one network across, ``width`` columns; the undefended models first."""
+    """Entries that were run on a network down, its attacks across, ``width`` columns; the undefended models first."""
     before = {place[2]: parts for place, parts in table.attrs["before"].items() if place[:2] == network}
     attacks = list(before)
+    table = table[[any(one.place[:2] == network and one.attack in before for one in cells) for cells in table["_cells"]]]
     shape = (len(table) + 1, width)
     values, texts = np.full(shape, math.nan), np.full(shape, "", dtype=object)
     for column, (ours, theirs) in enumerate(before.values()):
