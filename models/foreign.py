@@ -89,7 +89,7 @@ def _torchvision(model: str, classes: int, channels: int) -> nn.Module:
         raise BadInput(f"torchvision has no classifier {model!r}{nearest(model, known)}")
     if channels != 3:
         raise BadInput(f"torchvision:{model} reads images of three channels, these have {channels}")
-    more = {"init_weights": False} if model in ("googlenet", "inception_v3") else {}  # truncated normals: minutes
+    more = {"init_weights": False} if model in ("googlenet", "inception_v3") else {}  # without it they warn
     found: nn.Module = models.get_model(model, weights=None, num_classes=classes, **more)
     return found
 
@@ -262,6 +262,9 @@ class Library(Backbone):
 
     name: ClassVar[str] = "library"
 
+    model: str = "torchvision:resnet18"
+    stem: Literal["as it is", "small images"] = "as it is"
+
     @classmethod
     def of(cls, model: str, state: Mapping[str, Tensor]) -> Library:
         """The architecture of weights by the module's own names: with the stem for small images where theirs is one.
@@ -274,9 +277,6 @@ class Library(Backbone):
         first, kernel = getattr(own, "conv1", None), state.get("conv1.weight", torch.empty(0)).shape[2:]
         small = isinstance(first, nn.Conv2d) and hasattr(own, "maxpool") and first.kernel_size != (3, 3) == tuple(kernel)
         return cls(model=model, stem="small images" if small else "as it is")
-
-    model: str = "torchvision:resnet18"
-    stem: Literal["as it is", "small images"] = "as it is"
 
     def trunk(self, shape: tuple[int, int, int]) -> tuple[nn.Module, int]:
         net = self.adapted(2, shape, (0.0,) * shape[0], (1.0,) * shape[0]).net

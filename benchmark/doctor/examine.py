@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,17 @@ __all__ = ["Examined", "examine"]
 
 @dataclass(frozen=True)
 class Examined:
-    """What was found. ``twins``: the benign networks; ``chosen``: the defense recommended, if any; ``seconds``: that it took."""
+    """What was found.
+
+    Attributes:
+        name: of the checkpoint's file.
+        model, signs, verdict: the checkpoint, what was measured on it, and how it compares with the twins.
+        twins: the benign networks.
+        triggers: those whose effect was measured after every defense.
+        found: the model as given, then every defense.
+        chosen: the defense that is recommended; None = none is.
+        seconds: that the examination took.
+    """
 
     name: str
     model: Opened
@@ -111,7 +121,7 @@ def examine(
         divide=shared if twins else whole,
     )  # fmt: skip
     torch.set_num_threads(cores())  # one process alone, unlike the cells of a run
-    say: Callable[[str], None] = lambda line: console.print(line, highlight=False, markup=False)  # noqa: E731
+    say = partial(console.print, highlight=False, markup=False)
     expected = _expected(model)
     say(f"search of triggers: about {_minutes(expected)} at most for the model" + f", and for each of {twins} twins" * bool(twins))
     seed = derive_seed("doctor", "search")

@@ -23,14 +23,14 @@ from defenses.bnp import divergences
 from defenses.neural_cleanse import NeuralCleanse, Patch, Search, anomaly_indices
 from models.backbone import Network
 from models.images import ImageSet
-from models.inversion import patched
 from models.training import in_batches, on_device
 from models.units import unit_layers, weight_bounds
 
 __all__ = ["KINDS", "SEARCH", "SIGNS", "Additive", "Signs", "effect", "index", "measured", "outlier", "shift", "triggered"]
 
 SEARCH = NeuralCleanse(search_epochs=30, samples=256, search_batch=32, patience=2, success=0.95)
-"""The search: shorter than the defense's, since it is made for every class, two kinds of trigger and every benign network."""
+"""The search (ours): shorter than the defense's, since it is made for every class, two kinds of trigger and every benign network.
+Its length was set by its time, before any network was searched."""
 SIGNS = {
     "patch": "smallest patch",
     "additive": "smallest addition",
@@ -62,7 +62,8 @@ class Signs:
 
     Attributes:
         triggers: by kind, the smallest trigger that was found for every class.
-        weights: the largest z-score. statistics: the mean log of the largest divergences.
+        weights: see :func:`outlier`.
+        statistics: see :func:`shift`.
     """
 
     triggers: dict[str, tuple[Patch, ...]]
@@ -136,8 +137,7 @@ def measured(net: Network, clean: ImageSet, seed: int, progress: Callable[[str, 
 
 def triggered(images: Tensor, kind: str, trigger: Patch) -> Tensor:
     """Images float (N, C, H, W) in [0, 1] with a trigger of that kind."""
-    z = [trigger.mask.to(images.device), trigger.pattern.to(images.device)]
-    return patched(images, *z) if kind == "patch" else KINDS[kind].shown(images, z)
+    return KINDS[kind].shown(images, [trigger.mask.to(images.device), trigger.pattern.to(images.device)])
 
 
 @torch.no_grad()

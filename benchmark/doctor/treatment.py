@@ -20,9 +20,9 @@ from models.images import ImageSet
 __all__ = ["COSTS", "LOWERS", "Suspect", "Treated", "recommended", "suspects", "treated"]
 
 COSTS = 0.03
-"""Accuracy on the validation images that a recommended defense may cost."""
+"""Accuracy on the validation images that a recommended defense may cost (ours)."""
 LOWERS = 0.10
-"""What it must take from the effect of the strongest trigger."""
+"""What it must take from the effect of the strongest trigger (ours)."""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 A sign by itself says little: benign networks show it too, more or less by architecture, data and training. So the model takes its
 place among benign twins. Every network is compared with all the others: each of its signs in standard deviations from their mean,
-and the largest of these is its strength. Were the model benign, every place in the order of strengths would be as likely, so
-``p = (1 + twins of at least its strength) / (twins + 1)`` is exact for any number of twins.
+and the largest of these is its strength. Were the model benign and trained as the twins were, every place in the order of
+strengths would be as likely, so ``p = (1 + twins of at least its strength) / (twins + 1)`` would be exact for any number of twins.
+A model that was trained otherwise may stand out without a backdoor; the page says so.
 
 A small p is no probability of a backdoor. If one model in two were backdoored, that probability would be at most
 ``1 / (1 - e p log p)`` for p below 1/e (Sellke, Bayarri and Berger, "Calibration of p values for testing precise null hypotheses",

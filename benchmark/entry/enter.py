@@ -158,11 +158,13 @@ def read_card(folder: Path) -> dict[str, Any]:
     path = folder / CARD
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
-        missing = [name for name in _FIELDS if name not in card]
+        missing = [name for name in _FIELDS if name not in dict(card)]
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise BadInput(f"{path}: not an entry's card: {error}") from error
     if missing:
         raise BadInput(f"{path}: {missing[0]!r} is missing")
+    if str(card["matrix"]) != Path(str(card["matrix"])).name:  # it names a folder beside the card
+        raise BadInput(f"{path}: matrix {card['matrix']!r} is no name of a matrix")
     return dict(card)
 
 

@@ -85,7 +85,7 @@ def _partial(board: pd.DataFrame) -> pd.Series:
 
 
 def _elsewhere(partial: pd.DataFrame) -> str:
-    """ "Run on 2 of 13 scenarios, so not compared here: i-bau (whole) and sau (whole)."; empty where there is no such entry."""
+    """Which entries are not compared, and on how many scenarios each was run; empty where there is none."""
     parts = [f"on {run} of {every} scenarios {_entries(mine)}" for (run, every), mine in
              partial.groupby(["scenarios_run", "scenarios"], sort=False)]  # fmt: skip
     return f"Not compared here, since run on fewer scenarios: {'; '.join(parts)}." if parts else ""

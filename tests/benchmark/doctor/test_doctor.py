@@ -155,7 +155,7 @@ def test_p_is_exact_on_benign_networks_whatever_their_signs() -> None:
 
 def test_a_small_p_is_no_probability() -> None:
     assert most_probable(1e-9) > 0.99
-    # Sellke et al., Table 1: no effect has a probability of at least 0.289 and 0.111.
+    # As users of the bound tabulate it: no effect has a probability of at least 28.9 % and 11.1 %.
     assert [round(most_probable(p), 3) for p in (0.05, 0.01)] == [0.711, 0.889]
     assert most_probable(0.4) == most_probable(1.0) == 0.5
     values = [most_probable(p) for p in np.linspace(0.001, 1, 50)]
@@ -269,6 +269,7 @@ def test_twins_give_a_probability_and_are_trained_once(place: Path, monkeypatch:
     assert {**again, "seconds": 0} == {**first, "seconds": 0}
     page = (place / "r" / "doctor" / "mine" / "report.html").read_text()
     assert "Of 4 benign networks of this kind" in page
+    assert "That the twins are like this model in everything but a backdoor" in page
 
 
 def test_too_few_twins_and_wrong_names_are_refused(place: Path) -> None:

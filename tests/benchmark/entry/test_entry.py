@@ -121,7 +121,13 @@ def test_what_cannot_be_entered_is_refused(matrix: Path, name: str, source: str,
 def test_damaged_cards_are_named(tmp_path: Path) -> None:
     folder = tmp_path / "entries" / "mine"
     folder.mkdir(parents=True)
-    damaged = (("{", "not an entry's card"), ("[1]", "'authors' is missing"), (json.dumps({"authors": "A"}), "'paper' is missing"))
+    whole = dict.fromkeys(("authors", "paper", "licence", "tuned_on", "source", "defenses", "status"), "x")
+    damaged = (
+        ("{", "not an entry's card"),
+        ("[1]", "not an entry's card"),
+        (json.dumps({"authors": "A"}), "'paper' is missing"),
+        (json.dumps(whole | {"matrix": "../../elsewhere"}), "matrix '../../elsewhere' is no name of a matrix"),
+    )
     for text, words in damaged:
         (folder / "card.json").write_text(text)
         with pytest.raises(BadInput, match=words):
