@@ -87,6 +87,7 @@ class ASD(Defense):
     name: ClassVar[str] = "asd"
     family: ClassVar[str] = "training anew"
     cost: ClassVar[str] = "{aware_epochs} + {agnostic_epochs} + {meta_epochs} epochs of {iterations} steps of MixMatch"
+    revision: ClassVar[int] = 2  # 2: gives what it orders the samples by
     dial_name: ClassVar[str] = "share of the set taken for clean"
 
     aware_epochs: Annotated[int, Ge(1), Le(10_000)] = 60
@@ -133,8 +134,10 @@ class ASD(Defense):
                 optimizer.step()
         return twin
 
-    def pool(self, net: Network, data: ImageSet, seeds: Tensor, epoch: int, share: float, virtual: tuple[Recipe, int]) -> Tensor:
-        """Samples that keep their labels in an epoch, bool (N,).
+    def pool(
+        self, net: Network, data: ImageSet, seeds: Tensor, epoch: int, share: float, virtual: tuple[Recipe, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Samples that keep their labels in an epoch, bool (N,), and what they were chosen by, float (N,), smaller = sooner.
 
         Args:
             net: the network so far.
@@ -151,32 +154,34 @@ class ASD(Defense):
 
         before = losses(net)
         if epoch < self.aware_epochs:
-            return class_aware(before, labels, seeds, self.added(epoch))
-        if epoch < self.aware_epochs + self.agnostic_epochs:
-            return lowest_loss(before, share)
-        return lowest_loss(before - losses(self.virtual(net, data, *virtual)), share)
+            return class_aware(before, labels, seeds, self.added(epoch)), before
+        if epoch >= self.aware_epochs + self.agnostic_epochs:
+            before = before - losses(self.virtual(net, data, *virtual))
+        return lowest_loss(before, share), before
 
-    def train(self, view: DefenderView, share: float) -> tuple[Network, Tensor]:
-        """A new network, and the samples of the last pool, bool (N,)."""
+    def train(self, view: DefenderView, share: float) -> tuple[Network, Tensor, Tensor]:
+        """A new network; the samples of the last pool, bool (N,); what they were chosen by, float (N,)."""
         data, seeds = view.train, view.seeds
         net = view.fresh(derive_seed(view.seed, "asd", "weights"))
         recipe = Recipe(
             epochs=self.epochs, batch=self.batch, lr=self.lr, optimizer="adam", weight_decay=0, schedule="constant",
             crop=view.recipe.crop, flip=view.recipe.flip, precision=view.recipe.precision,
         )  # fmt: skip
-        epochs = iter(range(self.epochs))
+        epochs, order = iter(range(self.epochs)), torch.zeros(len(data))
 
         def split(model: Network, images: ImageSet) -> Tensor:
+            nonlocal order
             epoch = next(epochs)
             own = recipe, derive_seed(view.seed, "asd", "virtual", epoch)
-            return self.pool(model, images, seeds, epoch, share, own)
+            mask, order = self.pool(model, images, seeds, epoch, share, own)
+            return mask
 
         module = MixMatch(
             net, recipe, split, iterations=self.iterations, sharpen=self.sharpen, mixup=self.mixup,
             weight=self.unlabelled_weight, ramp=self.epochs,
         )  # fmt: skip
         fit(module, data, recipe, derive_seed(view.seed, "asd", "semi"))
-        return net.requires_grad_(True).eval(), module.labelled
+        return net.requires_grad_(True).eval(), module.labelled, order
 
     def check(self, view: DefenderView, shares: list[float]) -> None:
         """Raises Inapplicable where a split would have fewer than two samples on a side."""
@@ -190,5 +195,5 @@ class ASD(Defense):
         shares = sorted({self.clean_share, *self.shares})
         self.check(view, shares)
         for share in shares:
-            net, pool = self.train(view, share)
-            yield Candidate(net, share, share == self.clean_share, 1 - share, isolated=~pool)
+            net, pool, order = self.train(view, share)
+            yield Candidate(net, share, share == self.clean_share, 1 - share, isolated=~pool, suspicion=order)

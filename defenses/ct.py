@@ -196,6 +196,7 @@ class CT(Defense):
     name: ClassVar[str] = "ct"
     family: ClassVar[str] = "detection, training anew"
     cost: ClassVar[str] = "{base_epochs} epochs and six rounds of training on parts of the training set, then {epochs} epochs"
+    revision: ClassVar[int] = 2  # 2: gives what it orders the samples by
     dial_name: ClassVar[str] = "likelihood ratio above which samples are removed"
 
     base_epochs: EpochCount = 100
@@ -282,6 +283,7 @@ class CT(Defense):
         if fewest < 2 or len(clean) < 2:
             raise Inapplicable(f"a round has {fewest} of {len(data)} samples, and {len(clean)} clean ones; it needs 2 of each")
         fitted, ratios = self.suspicious(self.confused(view), data)
+        order = torch.where(fitted, torch.from_numpy(ratios)[data.labels], ratios.min() - 1)  # what is not fitted comes last
         nets: dict[bytes, Network] = {}
         for threshold in sorted({self.threshold, *self.thresholds}):
             which = flagged(ratios, threshold, self.margin)
@@ -291,7 +293,9 @@ class CT(Defense):
                 nets[key] = self.trained(view, data.subset(~removed), self.epochs, "last")
             net = copy.deepcopy(nets[key]).requires_grad_(True)
             note = f"removed from classes {np.flatnonzero(which).tolist()}; largest log ratio {ratios.max():.2f}"
-            yield Candidate(net, threshold, threshold == self.threshold, float(removed.sum()), isolated=removed, note=note)
+            yield Candidate(
+                net, threshold, threshold == self.threshold, float(removed.sum()), isolated=removed, suspicion=order, note=note
+            )
 
 
 def _joined(one: ImageSet, other: ImageSet) -> ImageSet:

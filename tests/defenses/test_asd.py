@@ -86,7 +86,10 @@ def test_every_phase_has_its_split(net_of, data_of):
     expected += [lowest_loss(before, 0.25)] * 2
     expected += [lowest_loss(before - losses(method.virtual(net, data, recipe, 5)), 0.25)]
     found = [method.pool(net, data, SEEDS, epoch, 0.25, (recipe, 5)) for epoch in range(7)]
+    found, orders = zip(*found, strict=True)
     assert all(map(torch.equal, found, expected))
+    fell = before - losses(method.virtual(net, data, recipe, 5))
+    torch.testing.assert_close(torch.stack(orders), torch.stack([*[before] * 6, fell]))
     assert chosen(found[0]) == chosen(SEEDS)
     assert len({tuple(mask.tolist()) for mask in found}) > 4
 
@@ -149,6 +152,7 @@ def test_its_training_written_out(net_of, data_of):
     (candidate,) = TINY.candidates(view)
     assert same(candidate.model, net)
     assert torch.equal(candidate.isolated, ~pools[-1])
+    assert torch.equal(candidate.isolated, ~lowest_loss(candidate.suspicion, 0.5))
     assert (candidate.dial, candidate.is_default, candidate.strength) == (0.5, True, 0.5)
     assert len(pools) == 4
 

@@ -217,6 +217,8 @@ def test_the_last_training_written_out(view_of, data_of, net_of, monkeypatch):
     (candidate,) = TINY.candidates(view)
     removed = fitted & (data.labels == 1)
     assert torch.equal(candidate.isolated, removed)
+    suspected = [ratios[label] if number % 3 == 0 else -1 for number, label in enumerate(data.labels.tolist())]
+    assert candidate.suspicion.tolist() == suspected
     assert candidate.note == "removed from classes [1]; largest log ratio 5.00"
     recipe = Recipe(
         epochs=1, batch=8, lr=0.1, momentum=0.9, weight_decay=1e-4, schedule="multistep", crop=1, flip=True
