@@ -3,20 +3,17 @@ Purifying Poisoned Features", NeurIPS 2023, arXiv 2306.16697.
 
 In the features of a triggered image the image itself is still there, besides the trigger. A small linear layer, put into the frozen
 network, can learn to let the one pass and hold the other back. It is trained on clean images x and on images x' that are perturbed
-towards the class t that the network takes for the second likeliest, in place of the unknown trigger and target:
-``CE(x) + factor (l_target U(x', t) + l_right CE(x') + l_wrong U(x', k))``, where U(x', c) is ``-log(1 - p_c(x'))`` and k is the
-likeliest wrong class of x'.
+towards their likeliest wrong class t, in place of the unknown trigger and target: ``CE(x) + factor (l_target U(x', t) + l_right
+CE(x', c) + l_wrong U(x', k))``, where U(x', c) is ``-log(1 - p_c(x'))``, c the class of x as predicted, and k the likeliest wrong
+class of x'.
 
 Needs: model, clean budget. Edits: nothing of the network; a 1x1 convolution and its norm are put before one convolution.
 Dial: factor on the losses on perturbed images; larger purifies more; default 1. Each value costs a run.
-Deviations from the paper: a reconstruction, since only its abstract and the documentation and settings of BackdoorBench were at
-hand. Read there: the layer, its place in PreAct-ResNet-18, four losses and their weights, the perturbation's norm, a warm-up with a
-small rate, epochs, batch and rate. Which losses the four are, that t is the second likeliest class, and how it is reached (five
-steps along the normalised gradient) are recalled from the method, not read. Ours: the place in other networks, before the last
-convolution but one (of those larger than 1x1; never the first), which in PreAct-ResNet-18 is theirs; a layer that begins as the
-identity, its norm set to the clean images' statistics; a warm-up on clean images at a tenth of the rate; momentum, weight decay and
-the cosine of :mod:`defenses.fine_tuning`; pixels that stay in [0, 1]. The frozen norms are in evaluation mode. That of the layer
-takes the batch's statistics in training, and its running ones come from clean images alone.
+Deviations from the paper: written from its abstract and from what the authors' code in BackdoorBench does and sets. There the
+layer's norm begins without statistics, and five epochs at a tiny rate collect them, so that training starts from standardised
+features. Here the norm begins with the clean images' statistics, and its scale and offset undo it, so that training starts from the
+network itself; no such epochs are needed. The place in other networks is ours: before the last convolution but one (of those larger
+than 1x1; never the first), which in PreAct-ResNet-18 is theirs.
 """
 
 from __future__ import annotations
@@ -30,11 +27,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from defenses.base import Candidate, DefenderView, Defense, Inapplicable, Knowledge
-from defenses.ft_sam import statistics_held
 from defenses.sau import unlearning
 from models.backbone import Network
 from models.classifier import Classifier
-from models.recipe import Recipe
+from models.recipe import Precision, Recipe
 from models.spec import BatchSize, EpochCount, Ge, Le, LearningRate, derive_seed
 from models.training import fit, in_batches, on_device
 
@@ -112,61 +108,51 @@ def runner_up(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class _Polarizing(Classifier):
-    """Trains the layer at ``path`` alone; the rest of the network is frozen, in evaluation mode."""
+    """Trains the layer at ``path`` alone; the network and all norms are in evaluation mode."""
 
     def __init__(self, net: Network, recipe: Recipe, method: NPD, path: str, factor: float) -> None:
         super().__init__(net.requires_grad_(False), recipe)
         layer = net.get_submodule(path)
         assert isinstance(layer, nn.Sequential)
-        self.method, self.factor, self.linear, self.norm = method, factor, layer[0], layer[1]
+        self.method, self.factor, self.layer = method, factor, layer[:2]
 
     def train(self, mode: bool = True) -> _Polarizing:
         super().train(mode)
         self.net.eval()
-        self.norm.train(mode)
         return self
 
     def trainable(self) -> list[nn.Parameter]:
-        weights = [*self.linear.parameters(), *self.norm.parameters()]
-        for weight in weights:
-            weight.requires_grad_(True)
-        return weights
+        return list(self.layer.requires_grad_().parameters())
 
     def perturbed(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Images moved towards ``targets``, int64 (N,), by at most ``bound`` in all, in [0, 1]; without gradient."""
-        unit, bound, steps = self.net.normalise.std, self.method.bound, self.method.steps
-        shift = torch.zeros_like(images)
-        training = self.norm.training
-        self.norm.eval()
-        for _ in range(steps):
-            shift = shift.detach().requires_grad_()
-            loss = cross_entropy(self((images + shift * unit).clamp(0, 1)), targets, reduction="sum")
-            (up,) = torch.autograd.grad(loss, shift)
-            shift = shift - 2.5 * bound / steps * up / _lengths(up).clamp_min(1e-12)
-            shift = shift * (bound / _lengths(shift).clamp_min(1e-12)).clamp_max(1)
-        self.norm.train(training)
-        return (images + shift * unit).clamp(0, 1).detach()
+        """Images moved towards ``targets``, int64 (N,), by at most ``bound`` in all, in [0, 1]; without gradient.
+
+        No further step is taken once more than the share ``reached`` is taken for its target.
+        """
+        shift, moved, size = torch.zeros_like(images), images, self.method.bound
+        for _ in range(self.method.steps):
+            shift.requires_grad_()
+            logits = self((images + shift).clamp(0, 1))
+            if (logits.argmax(1) == targets).double().mean() > self.method.reached:
+                break
+            (up,) = torch.autograd.grad(cross_entropy(logits, targets, reduction="sum"), shift)
+            shift = shift.detach() - self.method.step * up.sign()
+            shift = shift * (size / shift.flatten(1).norm(dim=1).clamp_min(1e-12)).clamp_max(1).view(-1, 1, 1, 1)
+            moved = (images + shift).clamp(0, 1)
+        return moved
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels, index = batch
         logits = self(images)
         loss = self.loss(logits, labels, index)
         if self.factor:
-            targets = runner_up(logits, labels)
-            moved = self.perturbed(images, targets)
-            with statistics_held(self.norm):
-                logits = self(moved)
+            targets, own = runner_up(logits, labels), logits.detach().argmax(1)
+            logits = self(self.perturbed(images, targets))
             away = self.method.l_target * unlearning(logits, labels, targets)
-            right = self.method.l_right * cross_entropy(logits, labels)
+            right = self.method.l_right * cross_entropy(logits, own)
             wrong = self.method.l_wrong * unlearning(logits, labels, runner_up(logits, labels))
             loss = loss + self.factor * (away + right + wrong)
         return loss
-
-
-def _lengths(shift: Tensor) -> Tensor:
-    """Euclidean length of every image's shift, (N, 1, 1, 1)."""
-    found: Tensor = shift.flatten(1).norm(dim=1)
-    return found.view(-1, 1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -176,17 +162,17 @@ class NPD(Defense):
     Attributes:
         factor: on the losses on perturbed images, default of the dial (ours: 1, the weights as published).
         factors: further factors at which models are offered; each costs a whole run (ours: none).
-        l_target: weight of the loss that leaves the perturbation's class (BackdoorBench: 0.4).
-        l_right: weight of the cross-entropy of perturbed images (BackdoorBench: 0.4).
-        l_wrong: weight of the loss that leaves their likeliest wrong class (BackdoorBench: 0.4).
-        bound: Euclidean length of a perturbation, in the standard deviations by which images are normalised (BackdoorBench: 3; the
-            unit is ours).
-        steps: of the perturbation, each 2.5 / steps of its length (ours: 5).
-        warm_epochs: passes over the clean samples before the others (BackdoorBench: 5).
-        epochs: passes over the clean samples (BackdoorBench: 50).
-        lr: peak rate, cosine to zero (BackdoorBench: 0.01).
-        batch: samples per step (BackdoorBench: 128).
-        weight_decay: of SGD (ours: 5e-4, as fine-tuning).
+        l_target: weight of the loss that leaves the perturbation's class (authors' code: 0.4).
+        l_right: weight of the cross-entropy of perturbed images (authors' code: 0.4).
+        l_wrong: weight of the loss that leaves their likeliest wrong class (authors' code: 0.4).
+        bound: Euclidean length of a perturbation of pixels in [0, 1] (authors' code: 3).
+        steps: of the perturbation, at most (authors' code: 2).
+        step: by which every pixel moves in a step (authors' code: 0.1).
+        reached: share of a batch; no step is taken once more are taken for their target (authors' code: 0.6).
+        epochs: passes over the clean samples, without augmentation (authors' code: 50).
+        lr: constant, with momentum 0.9 (authors' code: 0.01).
+        batch: samples per step (authors' code: 128).
+        weight_decay: of SGD (authors' code: 5e-4).
 
     >>> runner_up(torch.tensor([[3.0, 1.0, 2.0], [3.0, 1.0, 2.0]]), torch.tensor([0, 2]))
     tensor([2, 0])
@@ -196,7 +182,8 @@ class NPD(Defense):
 
     name: ClassVar[str] = "npd"
     family: ClassVar[str] = "purification"
-    cost: ClassVar[str] = "{warm_epochs} and {epochs} epochs on the clean budget, {steps} steps of perturbation each"
+    cost: ClassVar[str] = "{epochs} epochs on the clean budget, at most {steps} steps of perturbation each"
+    revision: ClassVar[int] = 2  # 2: perturbation, losses and recipe as in the authors' code
     dial_name: ClassVar[str] = "factor on the losses on perturbed images"
 
     factor: Weight = 1.0
@@ -205,8 +192,9 @@ class NPD(Defense):
     l_right: Weight = 0.4
     l_wrong: Weight = 0.4
     bound: Annotated[float, Ge(0), Le(1000)] = 3.0
-    steps: Annotated[int, Ge(0), Le(1000)] = 5
-    warm_epochs: EpochCount = 5
+    steps: Annotated[int, Ge(0), Le(1000)] = 2
+    step: Annotated[float, Ge(0), Le(1)] = 0.1
+    reached: Annotated[float, Ge(0), Le(1)] = 0.6
     epochs: EpochCount = 50
     lr: LearningRate = 0.01
     batch: BatchSize = 128
@@ -216,12 +204,11 @@ class NPD(Defense):
     def needs(self) -> Knowledge:
         return Knowledge.MODEL | Knowledge.CLEAN
 
-    def recipe(self, view: DefenderView, warm: bool) -> Recipe:
-        """Of the warm-up or of the epochs after it."""
+    def recipe(self, precision: Precision) -> Recipe:
+        """Of the layer's training."""
         return Recipe(
-            epochs=self.warm_epochs if warm else self.epochs, batch=self.batch, lr=self.lr / 10 if warm else self.lr, momentum=0.9,
-            weight_decay=self.weight_decay, schedule="constant" if warm else "cosine", crop=view.recipe.crop,
-            flip=view.recipe.flip, precision=view.recipe.precision,
+            epochs=self.epochs, batch=self.batch, lr=self.lr, momentum=0.9, weight_decay=self.weight_decay, schedule="constant",
+            crop=0, flip=False, precision=precision,
         )  # fmt: skip
 
     def candidates(self, view: DefenderView) -> Iterator[Candidate]:
@@ -232,8 +219,6 @@ class NPD(Defense):
             net = view.model
             path = place(net)
             insert(net, path, clean.images)
-            for warm in (True, False):
-                recipe = self.recipe(view, warm)
-                module = _Polarizing(net, recipe, self, path, 0.0 if warm else factor)
-                fit(module, clean, recipe, derive_seed(view.seed, "npd", "warm-up" if warm else "training"))
+            recipe = self.recipe(view.recipe.precision)
+            fit(_Polarizing(net, recipe, self, path, factor), clean, recipe, derive_seed(view.seed, "npd"))
             yield Candidate(net.cpu().requires_grad_(True).eval(), factor, factor == self.factor, factor)

@@ -95,85 +95,92 @@ def polarizing(net_of, data, method, factor=1.0):
     return module.train()
 
 
-def slow_logits(module, x, training):
-    """The tiny network by hand: conv-norm-ReLU, the layer, conv-norm-ReLU, mean, head."""
+def slow_logits(module, x):
+    """The tiny network by hand: conv-norm-ReLU, the layer by its running statistics, conv-norm-ReLU, mean, head."""
     features = module.net.features
     z = features[2](features[1](features[0](module.net.normalise(x))))
     linear, norm, conv = features[3]
-    weight = linear.weight[:, :, 0, 0]
-    z = torch.einsum("oc,nchw->nohw", weight, z)
-    mean, var = (z.mean((0, 2, 3)), z.var((0, 2, 3), unbiased=False)) if training else (norm.running_mean, norm.running_var)
+    z = torch.einsum("oc,nchw->nohw", linear.weight[:, :, 0, 0], z)
     view = (1, -1, 1, 1)
-    z = (z - mean.view(view)) / (var.view(view) + norm.eps).sqrt() * norm.weight.view(view) + norm.bias.view(view)
-    z = torch.relu(features[4](conv(z)))
+    z = (z - norm.running_mean.view(view)) / (norm.running_var.view(view) + norm.eps).sqrt()
+    z = torch.relu(features[4](conv(z * norm.weight.view(view) + norm.bias.view(view))))
     return module.net.head(z.mean((2, 3)))
 
 
 def slow_perturbed(module, x, targets, method):
-    """Image by image, in the normalised space."""
-    std, found = module.net.normalise.std, []
-    for image, target in zip(x.split(1), targets.split(1), strict=True):
-        d = torch.zeros_like(image)
-        for _ in range(method.steps):
-            d.requires_grad_()
-            loss = cross_entropy(slow_logits(module, torch.clamp(image + d * std, 0, 1), training=False), target)
-            (up,) = torch.autograd.grad(loss, d)
-            d = d.detach() - 2.5 * method.bound / method.steps * up / math.sqrt(float((up**2).sum()))
+    """Steps of the gradient's sign, image by image, until enough of the batch are taken for their target."""
+    shifts = [torch.zeros_like(image) for image in x.split(1)]
+    for _ in range(method.steps):
+        moved = [torch.clamp(image + d, 0, 1) for image, d in zip(x.split(1), shifts, strict=True)]
+        hits = sum(int(slow_logits(module, one).argmax()) == int(t) for one, t in zip(moved, targets, strict=True))
+        if hits / len(x) > method.reached:
+            break
+        for number, (image, target) in enumerate(zip(x.split(1), targets.split(1), strict=True)):
+            d = shifts[number].requires_grad_()
+            (up,) = torch.autograd.grad(cross_entropy(slow_logits(module, torch.clamp(image + d, 0, 1)), target), d)
+            d = d.detach() - method.step * torch.sign(up)
             length = math.sqrt(float((d**2).sum()))
-            d = d * method.bound / length if length > method.bound else d
-        found.append(torch.clamp(image + d * std, 0, 1))
-    return torch.cat(found)
+            shifts[number] = d * method.bound / length if length > method.bound else d
+    return torch.cat([torch.clamp(image + d, 0, 1) for image, d in zip(x.split(1), shifts, strict=True)])
 
 
-def test_the_perturbation_equals_projected_gradient_steps_image_by_image(net_of, data_of):
-    data, method = data_of(1), NPD(bound=2.0, steps=3)
+@pytest.mark.parametrize("reached", [0.05, 0.6, 1.0])
+def test_the_perturbation_equals_projected_sign_steps_image_by_image(net_of, data_of, reached):
+    data, method = data_of(1), NPD(bound=0.5, steps=4, step=0.02, reached=reached)
     module = polarizing(net_of, data, method)
     x = to_float(data.images)
     targets = (data.labels + 1) % 4
-    before = module.norm.running_mean.clone()
     moved = module.perturbed(x, targets)
+    assert not moved.requires_grad
     torch.testing.assert_close(moved, slow_perturbed(module, x, targets, method), rtol=1e-4, atol=1e-5)
-    lengths = ((moved - x) / module.net.normalise.std).flatten(1).norm(dim=1)
-    assert float(lengths.max()) <= 2.0 + 1e-4
-    assert module.norm.training
-    assert torch.equal(module.norm.running_mean, before)
-    module.eval()
+    assert float((moved - x).flatten(1).norm(dim=1).max()) <= 0.5 + 1e-5
     with torch.no_grad():
-        assert cross_entropy(module(moved), targets) < cross_entropy(module(x), targets)
+        assert cross_entropy(module(moved), targets) <= cross_entropy(module(x), targets)
     assert torch.equal(polarizing(net_of, data, NPD(steps=0)).perturbed(x, targets), x)
 
 
+def test_fewer_steps_are_taken_once_enough_are_reached(net_of, data_of):
+    data = data_of(1)
+    x, targets = to_float(data.images), (data.labels + 1) % 4
+
+    def cost(reached):
+        module = polarizing(net_of, data, NPD(bound=0.5, steps=4, step=0.02, reached=reached))
+        with metered() as cost:
+            module.perturbed(x, targets)
+        return cost.forward
+
+    assert cost(0.0) == 24  # some are taken for it already
+    assert cost(1.0) == 4 * 24
+
+
 def test_the_loss_equals_the_formula(net_of, data_of):
-    data, method = data_of(1), NPD(bound=2.0, steps=2, l_target=0.3, l_right=0.5, l_wrong=0.7)
+    data, method = data_of(1), NPD(bound=1.0, steps=2, l_target=0.3, l_right=0.5, l_wrong=0.7)
     module = polarizing(net_of, data, method, factor=1.5)
     x, y = to_float(data.images), data.labels
-    rows, mean = torch.arange(24), module.norm.running_mean.clone()
-    logits = slow_logits(module, x, training=True)
+    rows, mean = torch.arange(24), module.layer[1].running_mean.clone()
+    logits = slow_logits(module, x)
     others = logits.detach().clone()
     others[rows, y] = -math.inf
-    targets = others.argmax(1)
-    clean = module.net.features[2](module.net.features[1](module.net.features[0](module.net.normalise(x))))
-    own = torch.einsum("oc,nchw->nohw", module.linear.weight[:, :, 0, 0], clean).mean((0, 2, 3))
-    # The running statistics move with the clean batch first, and are then those in which images are perturbed.
+    targets, own = others.argmax(1), logits.argmax(1)
+    assert (own != y).any()
     loss = module.training_step((x, y, y), 0)
-    torch.testing.assert_close(module.norm.running_mean, (0.9 * mean + 0.1 * own).detach(), rtol=1e-4, atol=1e-6)
-    moved = slow_perturbed(module, x, targets, method)
-    p = slow_logits(module, moved, training=True).softmax(1)
+    assert torch.equal(module.layer[1].running_mean, mean)
+    p = slow_logits(module, slow_perturbed(module, x, targets, method)).softmax(1)
     wrong = torch.stack([torch.cat([row[:label], row[label + 1 :]]).max() for row, label in zip(p, y, strict=True)])
-    on_moved = -0.3 * torch.log(1 - p[rows, targets]) - 0.5 * torch.log(p[rows, y]) - 0.7 * torch.log(1 - wrong)
+    on_moved = -0.3 * torch.log(1 - p[rows, targets]) - 0.5 * torch.log(p[rows, own]) - 0.7 * torch.log(1 - wrong)
     torch.testing.assert_close(loss, cross_entropy(logits, y) + 1.5 * on_moved.mean(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("backbone", [ResNet9(width=2), PreActResNet18(width=2), VGG11(width=2)], ids=lambda b: b.name)
 def test_only_the_layer_is_trained_and_the_network_is_left_bit_for_bit(backbone, view_of):
-    net, defense = built(backbone), NPD(warm_epochs=1, epochs=1, batch=12, steps=1)
+    net, defense = built(backbone), NPD(epochs=1, batch=12, steps=1)
     tuned, path = only(defense, view_of(defense, net)), place(net)
     left = {name.replace(f"{path}.2.", f"{path}."): value for name, value in tuned.state_dict().items()}
     assert all(torch.equal(left.pop(name), value) for name, value in net.state_dict().items())
     linear, norm = tuned.get_submodule(path)[:2]
     assert {f"{path}.0.weight", f"{path}.1.weight", f"{path}.1.bias"} <= set(left)
     assert not torch.equal(linear.weight, torch.eye(len(linear.weight)).view_as(linear.weight))
-    assert int(norm.num_batches_tracked) == 4  # two clean batches in each of two epochs
+    assert int(norm.num_batches_tracked) == 0  # in evaluation mode throughout
 
 
 @pytest.mark.parametrize("backbone", [ResNet9(width=2), PreActResNet18(width=2), VGG11(width=2)], ids=lambda b: b.name)
@@ -192,7 +199,7 @@ def test_what_comes_before_the_layer_can_be_shared_and_its_units_are_found(backb
 
 
 def test_factor_zero_makes_no_perturbation_and_a_larger_one_protects_more(view_of, data_of):
-    defense = NPD(factor=0.0, factors=(3.0,), warm_epochs=0, epochs=8, batch=24, lr=0.05, bound=4.0)
+    defense = NPD(factor=0.0, factors=(3.0,), epochs=8, batch=24, lr=0.05, bound=1.0, reached=1.0)
     view, data, losses, costs = view_of(defense), data_of(1), [], []
     offered = defense.candidates(view)
     for _ in range(2):
@@ -203,15 +210,15 @@ def test_factor_zero_makes_no_perturbation_and_a_larger_one_protects_more(view_o
         module.trainable()
         module.eval()
         x = to_float(data.images)
-        moved = module.perturbed(x, runner_up(module(x), data.labels))
-        losses.append(cross_entropy(module(moved), data.labels).item())
-    assert losses[1] < losses[0]
-    # One pass for the statistics; in each of 8 epochs one clean pass, and where images are perturbed five and one more.
-    assert costs == [(24 * (1 + 8), 24 * 8), (24 * (1 + 8 * 7), 24 * 8 * 7)]
+        targets = runner_up(module(x), data.labels)
+        losses.append(cross_entropy(module(module.perturbed(x, targets)), targets).item())
+    assert losses[1] > losses[0]  # less is taken for the target
+    # One pass for the statistics; in each of 8 epochs one clean pass, and where images are perturbed two and one more.
+    assert costs == [(24 * (1 + 8), 24 * 8), (24 * (1 + 8 * 4), 24 * 8 * 4)]
 
 
 def test_without_epochs_the_layer_stays_the_identity(view_of):
-    defense = NPD(warm_epochs=0, epochs=0, factors=(0.5,))
+    defense = NPD(epochs=0, factors=(0.5,))
     view = view_of(defense)
     offered = list(defense.candidates(view))
     assert [(one.dial, one.is_default, one.strength) for one in offered] == [(0.5, False, 0.5), (1.0, True, 1.0)]
@@ -225,7 +232,7 @@ def test_an_empty_budget_is_refused(view_of, data_of):
         list(NPD().candidates(view_of(NPD(), clean=data_of(size=0))))
 
 
-@pytest.mark.parametrize("wrong", [{"factor": -1.0}, {"l_right": -1.0}, {"bound": -1.0}, {"steps": -1}, {"warm_epochs": -1}])
+@pytest.mark.parametrize("wrong", [{"factor": -1.0}, {"l_right": -1.0}, {"bound": -1.0}, {"steps": -1}, {"reached": 1.5}])
 def test_settings_out_of_range_are_named(wrong):
     with pytest.raises(BadInput, match=f"npd: {next(iter(wrong))}"):
         NPD(**wrong)
