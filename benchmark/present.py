@@ -114,11 +114,13 @@ def draw_report(folder: Path, console: Console) -> None:
 
 
 def draw_exhibits(results: Path, console: Console) -> None:
-    """Writes the page of exhibits and their files; it reads the rows of every matrix that has some."""
+    """Writes the page of exhibits and their files, and the board over all matrices, from the rows of every matrix that has some."""
     from benchmark.report.exhibits.write import write_exhibits
+    from benchmark.report.tables.overview import write_board
 
     page = write_exhibits(results, cores())[-1]
     console.print(f"exhibits: {page}", highlight=False)
+    console.print(f"board: {write_board(results)}", highlight=False)
 
 
 def leaderboard(folder: Path, console: Console) -> None:

@@ -15,7 +15,7 @@ import html
 import json
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -26,7 +26,7 @@ from benchmark.report.style import METRIC_COLOURS, looks
 from benchmark.report.text import plain
 from benchmark.storage.files import write_text
 
-__all__ = ["PAGE", "pictures", "write_page"]
+__all__ = ["PAGE", "asset", "document", "pictures", "write_page"]
 
 PAGE = "leaderboard.html"
 """The file's name, beside the rows."""
@@ -85,6 +85,27 @@ def _hashed(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
+def document(template: str, title: str, made: object, scripts: Mapping[str, str], style: str = "") -> str:
+    """A page of one file: a template of ``assets`` with its data, scripts and style, which alone a browser may run or load.
+
+    Args:
+        template: name of the template. title: of the page. made: its data, written as JSON.
+        scripts: by their names in the template. style: added to that of all pages.
+    """
+    style = f"\n{asset('page.css')}{style}\n"
+    policy = (
+        f"default-src 'none'; img-src data:; style-src {_hashed(style)}; script-src {' '.join(map(_hashed, scripts.values()))}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    parts = {"title": html.escape(plain(title)), "policy": policy, "style": style, "data": _embedded(made), **scripts}
+    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], asset(template))
+
+
+def asset(name: str) -> str:
+    """The text of a file of ``assets``."""
+    return (_ASSETS / name).read_text(encoding="utf-8")
+
+
 def write_page(
     folder: Path, rows: pd.DataFrame, curves: pd.DataFrame, timings: pd.DataFrame, title: str, *, about: str = ""
 ) -> Path:  # fmt: skip
@@ -101,16 +122,7 @@ def write_page(
     """
     found = pictures(folder / "plots" / "triggers", list(dict.fromkeys(rows["attack"])))
     made = contents(rows, curves, timings, title, about=about, found=found, shared=_shared(folder / "matrix.toml", found))
-    page, style, library, script = (
-        (_ASSETS / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "table-core.min.js", "page.js")
-    )
-    style = f"\n{style}{_palette(rows)}\n"
-    library = library.partition("//# sourceMappingURL")[0]  # the map is not there
-    policy = (
-        f"default-src 'none'; img-src data:; style-src {_hashed(style)}; script-src {_hashed(library)} {_hashed(script)}; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    parts = {"title": html.escape(plain(title)), "policy": policy, "style": style, "data": _embedded(made), "library": library,
-             "script": script}  # fmt: skip
-    write_text(folder / PAGE, re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], page))
+    library = asset("table-core.min.js").partition("//# sourceMappingURL")[0]  # the map is not there
+    page = document("page.html", title, made, {"library": library, "script": asset("page.js")}, _palette(rows))
+    write_text(folder / PAGE, page)
     return folder / PAGE

@@ -1,6 +1,6 @@
 """The leaderboard page as people meet it: in a headless Chromium, with mouse, keyboard, a phone's width and a dark screen.
 
-Skipped, with the reason, where no Chromium or no driver is installed; nothing is ever downloaded.
+Skipped, with the reason, where there is no browser.
 """
 
 from __future__ import annotations
@@ -22,17 +22,10 @@ from benchmark.analysis import stats
 from benchmark.report import page
 from benchmark.storage.rows import Curve, Key, Row, Timing, frame
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (it comes with the extra 'dev')")
-from selenium.webdriver.chrome.service import Service  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.support.ui import Select  # noqa: E402
-
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (BROWSER and DRIVER), reason="no Chromium with its driver is installed (Debian: chromium and chromium-driver)"
-)
+pytest.importorskip("selenium.webdriver", reason="selenium is not installed (it comes with the extra 'dev')")
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select
 
 HOSTILE = 'b</script><img src=x onerror="window.hacked = true">\u202e'
 RA = {"good": 0.4, HOSTILE: 0.7, "weak": 0.2, "none": 0.0, "random": 0.9}
@@ -85,24 +78,6 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     for name in ("badnets", "wanet"):
         draw_trigger(folder, name)
     return page.write_page(folder, frame(table), frame(curves), frame(timings), "Tiny & <small>").as_uri()
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for flag in (
-        "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", "--disable-quic", "--disable-dev-shm-usage", "--window-size=1400,1000",
-        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
-    ):  # fmt: skip
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(executable_path=DRIVER))
-    try:
-        yield driver
-    finally:
-        driver.quit()
 
 
 @pytest.fixture
