@@ -321,7 +321,7 @@ def doctor(
         int, typer.Option(min=0, help="Benign networks to train from these images and compare with; 0: no probability is given.")
     ] = 0,
     twin_epochs: Annotated[int, typer.Option(min=1, help="Of their training.")] = 20,
-    matrix: Annotated[str, typer.Option("--matrix", "-m", help="Whose post-training defenses are tried.")] = "my-model",
+    matrix: Annotated[str, typer.Option("--matrix", "-m", help="Whose post-training defenses are tried.")] = "zoo",
     results: WriteOption = None,
     cache: CacheOption = CACHE,
 ) -> None:
