@@ -309,9 +309,11 @@ def _cells(matrix: str, dataset: str, backbone: Backbone, attack: str | None, co
     known = [s for s in loaded.scenarios if s.attack is not None and s.attack.name == attack]
     model = known[0] if known else loaded.scenarios[0]
     instance = model.attack if known else lookup("attack", ATTACKS, attack)() if attack is not None else None
+    own = model.dataset.source != dataset  # the matrix's limits are for its own images
+    limits: dict[str, None] = {"train_limit": None, "test_limit": None} if own else {}
     scenario = dataclasses.replace(
         model,
-        dataset=dataclasses.replace(model.dataset, source=dataset),
+        dataset=dataclasses.replace(model.dataset, source=dataset, **limits),
         backbone=backbone,
         backbone_label=getattr(backbone, "model", backbone.name),
         attack=instance,
