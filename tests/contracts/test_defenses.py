@@ -40,7 +40,7 @@ QUICK: Mapping[str, Mapping[str, object]] = {
     "nad": {"epochs": 2, "teacher_epochs": 1, "batch": 8, "factors": (0.0,)},
     "fst": {"epochs": 1, "batch": 8, "alphas": (1.0,)},
     "sau": {"rounds": 1, "batch": 8, "steps": 1, "weights": (0.0,)},
-    "npd": {"epochs": 1, "warm_epochs": 1, "batch": 8, "steps": 1, "factors": (0.0,)},
+    "npd": {"epochs": 1, "batch": 8, "steps": 1, "factors": (0.0,)},
     "benign-salience": {"epochs": 1, "batch": 8},
     "hid": {"ssl_epochs": 1, "ssl_batch": 8, "rounds": 1, "hidden": (8,), "head_epochs": 1, "semi_epochs": 1, "semi_batch": 8},
     "holder-pruning": {"estimator": "pixel-fgsm"},  # defined at both scopes
