@@ -46,8 +46,9 @@ __all__ = ["REMOVED", "Figures", "figures", "main", "networks", "table"]
 TREATED_BY = "zoo"
 """The matrix whose post-training defenses are tried: the quick ones."""
 REMOVED = 0.10
-"""ASR below which a backdoor is counted as removed."""
+"""ASR below which a backdoor is counted as removed (ours)."""
 RESAMPLES = 2000
+"""Of the interval of an AUROC, as in :mod:`benchmark.analysis.intervals`."""
 
 
 # -- one network ---------------------------------------------------------------------------------------------------------------
