@@ -4,7 +4,7 @@ The page's script (``assets/page.js``) filters, sorts and draws what :mod:`bench
 leaves a part of the scenarios, it shows the single scenarios instead of a mean whose interval nobody computed.
 
 Names are hostile: they are made plain, put into JSON in which no character can end or open a tag, and reach the document as text. A
-Content-Security-Policy lets the browser run the two scripts and the style sheet of this file, by their hashes, and load nothing.
+Content-Security-Policy lets the browser run the scripts and the style sheet of this file, by their hashes, and load nothing.
 """
 
 from __future__ import annotations
@@ -90,9 +90,9 @@ def document(template: str, title: str, made: object, scripts: Mapping[str, str]
 
     Args:
         template: name of the template. title: of the page. made: its data, written as JSON.
-        scripts: by their names in the template. style: added to that of all pages.
+        scripts: after the one of all pages, by their names in the template. style: added to that of all pages.
     """
-    style = f"\n{asset('page.css')}{style}\n"
+    style, scripts = f"\n{asset('page.css')}{style}\n", {"elements": asset("elements.js"), **scripts}
     policy = (
         f"default-src 'none'; img-src data:; style-src {_hashed(style)}; script-src {' '.join(map(_hashed, scripts.values()))}; "
         "base-uri 'none'; form-action 'none'"

@@ -4,7 +4,7 @@
   "use strict";
 
   const data = JSON.parse(document.getElementById("data").textContent);
-  const drawn = document.getElementById("empty").namespaceURI;
+  const { el, svg } = globalThis.Elements;
   const LIMIT = 200; // lines before "show all"
   const POINTS = 1500; // of the plane
   const SHARES = ["acc", "asr", "ra"];
@@ -13,16 +13,6 @@
     rate, acc, asr, ra, seeds, lines, control: Boolean(flags & 1), implanted: Boolean(flags & 2), judged: Boolean(flags & 4),
   }));
 
-  function build(node, properties, children) {
-    for (const [name, value] of Object.entries(properties)) {
-      if (typeof value === "function") node.addEventListener(name, value);
-      else if (value !== false && value !== undefined) node.setAttribute(name, value === true ? "" : value);
-    }
-    node.append(...children.flat(2).filter((child) => child !== null && child !== undefined && child !== ""));
-    return node;
-  }
-  const el = (tag, properties = {}, ...children) => build(document.createElement(tag), properties, children);
-  const svg = (tag, properties = {}, ...children) => build(document.createElementNS(drawn, tag), properties, children);
   const percent = (share) => (share === null ? "\u2013" : (100 * share).toFixed(1));
 
   // -- choices, kept in the address --------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@
 
   const data = JSON.parse(document.getElementById("data").textContent);
   const { createTable, getCoreRowModel, getSortedRowModel } = globalThis.TableCore;
-  const drawn = document.getElementById("empty").namespaceURI;
+  const { el, svg } = globalThis.Elements;
   const DASH = "\u2013";
   const CROWD = 45; // points of a plane beyond which it has no arrows
   const LIMIT = 60; // lines of a block before "show all"
@@ -24,19 +24,6 @@
     X: "M-5.3-2.6l2.7-2.7L0-2.7l2.6-2.6l2.7 2.7L2.7 0l2.6 2.6l-2.7 2.7L0 2.7l-2.6 2.6l-2.7-2.7L-2.7 0Z",
     "*": "M0-7L1.65-2.27L6.66-2.16L2.66.87L4.11 5.66L0 2.8L-4.11 5.66L-2.66.87L-6.66-2.16L-1.65-2.27Z",
   };
-
-  // -- building blocks ---------------------------------------------------------------------------------------------------------
-
-  function build(node, properties, children) {
-    for (const [name, value] of Object.entries(properties)) {
-      if (typeof value === "function") node.addEventListener(name, value);
-      else if (value !== false && value !== undefined) node.setAttribute(name, value === true ? "" : value);
-    }
-    node.append(...children.flat(2).filter((child) => child !== null && child !== undefined && child !== ""));
-    return node;
-  }
-  const el = (tag, properties = {}, ...children) => build(document.createElement(tag), properties, children);
-  const svg = (tag, properties = {}, ...children) => build(document.createElementNS(drawn, tag), properties, children);
 
   const compared = data.tracks.length > 0; // otherwise the matrix holds attacked models and nobody who defends them
 

@@ -77,7 +77,7 @@ def test_rows_are_where_the_board_says(tmp_path: Path) -> None:
 def test_every_text_is_kept_once_and_none_can_leave_its_place(tmp_path: Path) -> None:
     stored(tmp_path / "m", [replace(one, defense=HOSTILE if one.defense == "weak" else one.defense) for one in field(1)])
     page = write_board(tmp_path).read_text()
-    assert page.count("<script") == 2
+    assert page.count("<script") == 3
     made = shown(tmp_path / "board.html")
     assert len(set(made["words"])) == len(made["words"])
     assert made["titles"] == {"m": "m"}

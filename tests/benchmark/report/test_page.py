@@ -353,7 +353,7 @@ def test_the_policy_allows_the_pages_own_scripts_and_no_load(text: str) -> None:
 
     code = [inside for attributes, inside in reader.all("script") if "type" not in attributes]
     assert rules["script-src"].split() == [hashed(inside) for inside in code]
-    assert len(code) == 2
+    assert len(code) == 3
     assert rules["style-src"] == hashed(reader.all("style")[0][1])
     # Hashes alone decide: the policy stands above everything it governs, and nothing carries a handler or a style of its own.
     assert text.index("Content-Security-Policy") < text.index("<style>") < text.index("<script")
@@ -370,8 +370,9 @@ def test_nothing_is_loaded_from_anywhere(text: str) -> None:
     }  # fmt: skip
 
 
-def test_the_script_writes_text_and_no_markup() -> None:
-    script = (ASSETS / "page.js").read_text()
+@pytest.mark.parametrize("name", ["page.js", "board.js", "elements.js"])
+def test_the_script_writes_text_and_no_markup(name: str) -> None:
+    script = (ASSETS / name).read_text()
     assert '"use strict"' in script
     for banned in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "new Function", "fetch(", "import("):
         assert banned not in script
